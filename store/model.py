@@ -1,0 +1,305 @@
+"""The resources, as frozen values.
+
+Field names on the wire are Calico v3's where Calico has the kind (``projectcalico.org/v3``), so people's files carry
+over. These types say what a resource *is*; ``store.validate`` says what is refused, and why.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, TypeVar
+
+import msgspec
+from msgspec import field
+
+GROUP = "underlay.network/v1"
+CALICO_GROUP = "projectcalico.org/v3"
+
+#: Node annotation: the AS number of this node, where it differs from BGPConfiguration's ``asNumber``.
+ANNOTATION_ASN = "underlay.network/as-number"
+
+
+class _Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
+    pass
+
+
+class OwnerReference(_Struct, frozen=True, kw_only=True):
+    api_version: str
+    kind: str
+    name: str
+    uid: str
+
+
+class Meta(_Struct, frozen=True, kw_only=True):
+    """What every object carries. Uid, version, generation and the two stamps are the store's to set."""
+
+    name: str
+    namespace: str = ""
+    uid: str = ""
+    resource_version: str = ""
+    generation: int = 0
+    creation_timestamp: str = ""
+    deletion_timestamp: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
+    finalizers: tuple[str, ...] = ()
+    owner_references: tuple[OwnerReference, ...] = ()
+
+
+class Resource(_Struct, frozen=True, kw_only=True, tag_field="kind"):
+    """Root of the kinds. ``KIND`` is the tag; ``PLURAL`` and ``SHORT`` are what people type; ``API`` the group."""
+
+    API: ClassVar[str] = GROUP
+    PLURAL: ClassVar[str] = ""
+    SHORT: ClassVar[tuple[str, ...]] = ()
+    #: Fields that ``list`` and ``watch`` can select by (equality), as dotted wire paths.
+    SELECTABLE: ClassVar[tuple[str, ...]] = ()
+
+    metadata: Meta
+
+    @classmethod
+    def kind(cls) -> str:
+        return cls.__name__
+
+    @property
+    def name(self) -> str:
+        return self.metadata.name
+
+
+R = TypeVar("R", bound=Resource)
+
+
+class Condition(_Struct, frozen=True, kw_only=True):
+    """A state in words: ``type`` is CamelCase, ``status`` "True" or "False", ``message`` says what to do."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str = ""
+    message: str = ""
+    last_transition_time: str = ""
+
+
+# -- addresses ---------------------------------------------------------------------------------------------------
+
+
+class IPPoolSpec(_Struct, frozen=True, kw_only=True):
+    cidr: str
+    #: Prefix length of a block; 0 means the family's default (26, 122).
+    block_size: int = 0
+    node_selector: str = "all()"
+    disabled: bool = False
+    disable_bgp_export: bool = field(default=False, name="disableBGPExport")
+    nat_outgoing: bool = False
+    ipip_mode: str = "Never"
+    vxlan_mode: str = "Never"
+    assignment_mode: str = "Automatic"
+    allowed_uses: tuple[str, ...] = ("Workload",)
+
+
+class IPPool(Resource, frozen=True, kw_only=True, tag="IPPool"):
+    """A range that nodes cut their blocks from. ``cidr`` and ``blockSize`` never change (R1)."""
+
+    PLURAL: ClassVar[str] = "ippools"
+    SHORT: ClassVar[tuple[str, ...]] = ("pool", "pools")
+
+    spec: IPPoolSpec
+
+
+class IPReservationSpec(_Struct, frozen=True, kw_only=True):
+    reserved_cidrs: tuple[str, ...] = field(default=(), name="reservedCIDRs")
+
+
+class IPReservation(Resource, frozen=True, kw_only=True, tag="IPReservation"):
+    """Addresses that are never handed out automatically (R6)."""
+
+    PLURAL: ClassVar[str] = "ipreservations"
+    SHORT: ClassVar[tuple[str, ...]] = ("reservation", "reservations")
+
+    spec: IPReservationSpec
+
+
+class Allocation(_Struct, frozen=True, kw_only=True):
+    """One address handed out: to which attachment (network, container, interface), for which pod, since when."""
+
+    address: str
+    network: str = field(name="network")
+    container: str
+    interface: str
+    #: ``namespace/name`` where the runtime said so.
+    pod: str = ""
+    since: str = ""
+
+
+class Writer(_Struct, frozen=True, kw_only=True):
+    """Who wrote a block's status: the machine's boot and which start of the CNI server in that boot (R2)."""
+
+    boot_id: str
+    start: int
+
+
+class IPAMBlockSpec(_Struct, frozen=True, kw_only=True):
+    """Immutable (R1)."""
+
+    cidr: str
+    pool: str
+    node: str
+
+
+class IPAMBlockStatus(_Struct, frozen=True, kw_only=True):
+    """The owner's mirror of its memory. ``releasing``: the owner wants to give the block back, and waits for the
+    agent to withdraw it and take the blackhole route out of the kernel (R9) before it deletes the object."""
+
+    allocations: tuple[Allocation, ...] = ()
+    used: int = 0
+    free: int = 0
+    releasing: bool = False
+    writer: Writer | None = None
+    conditions: tuple[Condition, ...] = ()
+
+
+class IPAMBlock(Resource, frozen=True, kw_only=True, tag="IPAMBlock"):
+    """A block and the one node that hands out of it. Named by its CIDR: see ``block_name``."""
+
+    PLURAL: ClassVar[str] = "ipamblocks"
+    SHORT: ClassVar[tuple[str, ...]] = ("block", "blocks", "ipamblock")
+    SELECTABLE: ClassVar[tuple[str, ...]] = ("spec.node",)
+
+    spec: IPAMBlockSpec
+    status: IPAMBlockStatus = IPAMBlockStatus()
+
+
+# -- routing -----------------------------------------------------------------------------------------------------
+
+
+class BGPConfigurationSpec(_Struct, frozen=True, kw_only=True):
+    as_number: int = 64512
+    node_to_node_mesh_enabled: bool = True
+    #: Prefixes outside our pools that may be imported from any peer (R11).
+    import_cidrs: tuple[str, ...] = field(default=(), name="importCIDRs")
+
+
+class BGPConfiguration(Resource, frozen=True, kw_only=True, tag="BGPConfiguration"):
+    """Cluster-wide BGP defaults. The one that counts is named ``default``."""
+
+    PLURAL: ClassVar[str] = "bgpconfigurations"
+    SHORT: ClassVar[tuple[str, ...]] = ("bgpconfig", "bgpconfigs")
+
+    spec: BGPConfigurationSpec = BGPConfigurationSpec()
+
+
+class BGPPeerSpec(_Struct, frozen=True, kw_only=True):
+    #: IPv4 or IPv6 address, optionally with port: ``10.0.0.1``, ``10.0.0.1:1179``, ``[fd00::1]:1179``.
+    peer_ip: str = field(name="peerIP")
+    as_number: int
+    #: Which nodes peer: a node's name, or a selector; neither means every node.
+    node: str = ""
+    node_selector: str = ""
+    #: How often our own AS may stand in a received AS_PATH (R11).
+    num_allowed_local_as_numbers: int = field(default=0, name="numAllowedLocalASNumbers")
+    #: How long a restarting peer's routes are kept, as "120s" or "2m".
+    max_restart_time: str = "120s"
+    # Ours from here on.
+    #: Seconds; 3 is the least that ExaBGP keeps.
+    hold_time: int = 9
+    #: Received prefixes, counted before filters, beyond which the peer is removed (R11).
+    max_prefixes: int = 100_000
+    import_cidrs: tuple[str, ...] = field(default=(), name="importCIDRs")
+    #: ``Never``, or ``Fallback``: a default route below every foreign one.
+    default_route: str = "Never"
+
+
+class BGPPeer(Resource, frozen=True, kw_only=True, tag="BGPPeer"):
+    PLURAL: ClassVar[str] = "bgppeers"
+    SHORT: ClassVar[tuple[str, ...]] = ("peer", "peers")
+
+    spec: BGPPeerSpec
+
+
+class SessionStatus(_Struct, frozen=True, kw_only=True):
+    """One session as its agent sees it. Counts are prefixes."""
+
+    peer: str  # name of the BGPPeer, or "mesh-NODE"
+    address: str
+    as_number: int
+    state: str  # "Idle" | "Connecting" | "Established"
+    since: str = ""
+    received: int = 0
+    accepted: int = 0
+    wanted: int = 0
+    sent: int = 0
+    graceful_restart: bool = False
+    reason: str = ""
+
+
+class BGPNodeStatusStatus(_Struct, frozen=True, kw_only=True):
+    as_number: int = 0
+    router_id: str = field(default="", name="routerID")
+    sessions: tuple[SessionStatus, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+
+
+class BGPNodeStatus(Resource, frozen=True, kw_only=True, tag="BGPNodeStatus"):
+    """What the agent of the node of this name says of its sessions and routes. Written by that agent only."""
+
+    PLURAL: ClassVar[str] = "bgpnodestatuses"
+    SHORT: ClassVar[tuple[str, ...]] = ("nodestatus", "bgpnodestatus")
+
+    status: BGPNodeStatusStatus = BGPNodeStatusStatus()
+
+
+# -- Kubernetes' own ---------------------------------------------------------------------------------------------
+
+
+class NodeAddress(_Struct, frozen=True, kw_only=True):
+    type: str
+    address: str
+
+
+class NodeSpec(_Struct, frozen=True, kw_only=True):
+    pod_cidrs: tuple[str, ...] = field(default=(), name="podCIDRs")
+    unschedulable: bool = False
+
+
+class NodeStatus(_Struct, frozen=True, kw_only=True):
+    addresses: tuple[NodeAddress, ...] = ()
+
+
+class Node(Resource, frozen=True, kw_only=True, tag="Node"):
+    """Kubernetes' Node, as far as we read it. ``InternalIP`` addresses (one a family) are where its sessions end."""
+
+    API: ClassVar[str] = "v1"
+    PLURAL: ClassVar[str] = "nodes"
+    SHORT: ClassVar[tuple[str, ...]] = ("no",)
+
+    spec: NodeSpec = NodeSpec()
+    status: NodeStatus = NodeStatus()
+
+
+KINDS: tuple[type[Resource], ...] = (
+    IPPool,
+    IPReservation,
+    IPAMBlock,
+    BGPConfiguration,
+    BGPPeer,
+    BGPNodeStatus,
+    Node,
+)
+
+
+def block_name(cidr: str) -> str:
+    """The object name of the block with this canonical CIDR: ``10.244.3.64/26`` -> ``10-244-3-64-26`` (R1).
+
+    IPv6's ``fd00:10:244::40/122`` gives ``fd00-10-244--40-122``; a name must begin and end with a letter or digit,
+    so ``::`` at either end is written with a 0 beside it, as ``0--1-122``.
+    """
+    address, _, length = cidr.partition("/")
+    text = address.replace(".", "-").replace(":", "-")
+    text = f"0{text}" if text.startswith("-") else text
+    text = f"{text}0" if text.endswith("-") else text
+    return f"{text}-{length}"
+
+
+def to_wire(obj: Resource) -> dict[str, Any]:
+    """The object as plain JSON types, with ``apiVersion`` and ``kind``, as in a file or on the API server."""
+    body: dict[str, Any] = msgspec.to_builtins(obj)
+    body.pop("kind", None)
+    return {"apiVersion": obj.API, "kind": obj.kind(), **body}

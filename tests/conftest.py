@@ -1,0 +1,47 @@
+"""Every test runs in mount and network namespaces of the test process: nothing reaches the machine, nothing stays."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from lab.net import Net, enter_sandbox
+
+T = TypeVar("T")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.geteuid() != 0:
+        raise pytest.UsageError("tests need root in a namespace: run 'make test', or 'unshare -Ur pytest ...'")
+    enter_sandbox()
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Iterator[Net]:
+    network = Net(tmp_path)
+    try:
+        yield network
+    finally:
+        network.close()
+
+
+def eventually(probe: Callable[[], T], *, limit: float = 10, every: float = 0.05) -> T:
+    """Polls until ``probe`` returns something true without raising AssertionError; at the limit its last failure is
+    the test's."""
+    end = time.monotonic() + limit
+    while True:
+        try:
+            value = probe()
+            if value:
+                return value
+            problem: AssertionError | None = None
+        except AssertionError as e:
+            problem = e
+        if time.monotonic() > end:
+            raise problem or AssertionError(f"still {value!r} after {limit} s")
+        time.sleep(every)
