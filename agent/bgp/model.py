@@ -1,0 +1,135 @@
+"""What agent and speaker say to each other, as frozen values. Pure.
+
+The agent hands the driver two whole sets, ``Session`` and ``Announcement``; the driver hands back events.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Family = Literal["ipv4 unicast", "ipv6 unicast"]
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """One session wanted. ``name`` is for people (BGPPeer's name, or ``mesh-NODE``); ``address`` is the key."""
+
+    name: str
+    address: str
+    port: int = 179
+    local_address: str
+    local_as: int
+    peer_as: int
+    router_id: str
+    hold_time: int = 9
+    families: tuple[Family, ...]
+    #: Seconds that we ask the peer to keep our routes while our speaker restarts (RFC 4724); 0 switches it off.
+    restart_time: int = 60
+    #: Wait for the peer to connect instead of connecting (mesh: one of the two sides).
+    passive: bool = False
+
+
+class Announcement(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """One prefix wanted at one peer. The next hop is always explicit (exabgp.md, fault 13)."""
+
+    peer: str  # Session.address
+    prefix: str
+    next_hop: str
+    communities: tuple[str, ...] = ()
+    large_communities: tuple[str, ...] = ()
+    med: int | None = None
+
+
+class Attributes(msgspec.Struct, frozen=True, kw_only=True):
+    """Path attributes; one value is shared by all the routes that carry it."""
+
+    #: AS_SEQUENCE flattened, in order; an AS_SET stands as ``as_set`` apart (it makes a path ineligible, RFC 9774).
+    as_path: tuple[int, ...] = ()
+    as_set: tuple[int, ...] = ()
+    origin: Literal["igp", "egp", "incomplete"] = "incomplete"
+    med: int = 0
+    local_pref: int | None = None
+    communities: tuple[str, ...] = ()
+    large_communities: tuple[str, ...] = ()
+    originator_id: str = ""
+    cluster_list: tuple[str, ...] = ()
+
+
+class Received(msgspec.Struct, frozen=True, kw_only=True):
+    """One route of a peer: where the peer says it goes."""
+
+    prefix: str
+    next_hop: str
+    attributes: Attributes
+
+
+# -- events, in the order in which the speaker saw them. ``generation`` counts a peer's sessions: what carries an
+# older one than the last ``SessionUp`` is dropped by whoever reads it. ---------------------------------------------
+
+
+class SessionUp(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    peer: str
+    generation: int
+    #: Families negotiated for the session, and those for which the peer negotiated graceful restart.
+    families: tuple[Family, ...]
+    graceful_restart: tuple[Family, ...] = ()
+    #: Seconds that the peer asked for in its own capability: how long its routes outlive it.
+    restart_time: int = 0
+
+
+class SessionDown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    peer: str
+    generation: int
+    reason: str
+
+
+class Update(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    peer: str
+    generation: int
+    announced: tuple[Received, ...] = ()
+    withdrawn: tuple[str, ...] = ()
+
+
+class EndOfRib(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The peer has sent all it has for this family (RFC 4724), or all of it again (end of a resynchronisation):
+    what was not (re)sent in this generation since the start or ``Resync`` is gone."""
+
+    peer: str
+    generation: int
+    family: Family
+
+
+class Resync(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The peer's routes are about to be told again, from the first to the last (agent restart, overflow): keep what
+    is known until the ``EndOfRib`` that follows, then sweep what was not told again."""
+
+    peer: str
+    generation: int
+    family: Family
+
+
+class SpeakerLost(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The relay is gone: every session is down, or will be."""
+
+    reason: str
+
+
+Event = SessionUp | SessionDown | Update | EndOfRib | Resync | SpeakerLost
+
+
+class SpeakerState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the driver knows of the speaker at one moment; part of the agent's Snapshot.
+
+    ``sent``: (peer, prefix) pairs that a peer that is up may still hold of us: put on the wire and not yet reported
+    withdrawn. ``confirmed``: pairs whose UPDATE was reported as sent. Both are empty until the relay has told its table
+    (``known`` is False until then, and nothing may be deleted).
+    """
+
+    known: bool = False
+    sent: frozenset[tuple[str, str]] = frozenset()
+    confirmed: frozenset[tuple[str, str]] = frozenset()
+    #: Prefix -> monotonic time at which its withdrawal was reported as sent to every peer that is up (R9).
+    withdrawn_at: dict[str, float] = {}
+    #: Session.address -> why its configuration was not taken (R13).
+    refused: dict[str, str] = {}
