@@ -1,0 +1,345 @@
+"""What the CNI specification says of words: environment, configuration, results, errors, versions. Pure.
+
+"Section" means a section of https://github.com/containernetworking/cni/blob/spec-v1.1.0/SPEC.md. The rules, in order:
+
+1. A call is named by ``CNI_COMMAND``; ``parse`` turns its environment and standard input into a ``Call``, or refuses it
+   with one of the well-known codes: 1 version, 4 environment, 6 not JSON, 7 configuration.
+2. Unknown keys of the configuration are not ours to judge; a wrong value of a key that we read is 7 and names the key.
+3. DEL is read leniently: a runtime repeats a DEL that fails for ever, so only what is needed to find the attachment can
+   make it fail.
+4. Results are written in the version that the configuration asks for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType, field
+
+from cni.errors import CNIError
+
+#: The versions that we speak. CHECK came with 0.4.0, STATUS and GC with 1.1.0.
+VERSIONS: Final = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
+LATEST: Final = VERSIONS[-1]
+_SINCE: Final = {"ADD": "0.3.1", "DEL": "0.3.1", "CHECK": "0.4.0", "STATUS": "1.1.0", "GC": "1.1.0"}
+COMMANDS: Final = (*_SINCE, "VERSION")
+
+# Section 5, "Error": 0-99 are reserved, 100 and above are ours.
+INCOMPATIBLE_VERSION: Final = 1
+INVALID_ENVIRONMENT: Final = 4
+IO_FAILURE: Final = 5
+UNDECODABLE: Final = 6
+INVALID_CONFIG: Final = 7
+TRY_AGAIN: Final = 11
+NOT_AVAILABLE: Final = 50
+LIMITED: Final = 51
+#: The kernel refused to wire the pod.
+WIRING_FAILED: Final = 100
+#: CHECK found the pod's network changed.
+CHECK_FAILED: Final = 101
+#: An interface of this name is in the pod already, and is not ours.
+INTERFACE_EXISTS: Final = 102
+#: A defect of ours; the server's log has the rest.
+INTERNAL: Final = 103
+#: The ADD began before a DEL of the same attachment that was already carried out (R7).
+SUPERSEDED: Final = 104
+
+#: What the shim adds to the environment: its start, in nanoseconds of CLOCK_BOOTTIME.
+STARTED: Final = "CNI_UNDERLAY_STARTED"
+
+# Section 2, "Parameters", and Section 1 for the network's name: one rule for both.
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", re.ASCII)
+_NAME_LIMIT: Final = 255
+#: IFNAMSIZ is 16 with the closing zero (include/uapi/linux/if.h).
+_INTERFACE_LIMIT: Final = 15
+_TRUE: Final = frozenset({"1", "true"})
+_ARGS_WE_KNOW: Final = frozenset(
+    {"K8S_POD_NAMESPACE", "K8S_POD_NAME", "K8S_POD_INFRA_CONTAINER_ID", "K8S_POD_UID", "IgnoreUnknown"}
+)
+
+
+class Refusal(CNIError):
+    """A call that gets an error for an answer. ``code`` is the specification's or one of ours (100 and above),
+    ``text`` is short and constant for the kind of failure, ``details`` says what, where, and what to do."""
+
+    def __init__(self, code: int, text: str, details: str = "") -> None:
+        self.code = code
+        self.text = text
+        self.details = details
+        super().__init__(f"{text}: {details}" if details else text)
+
+
+# -- the call ------------------------------------------------------------------------------------------------------
+
+
+class Attached(msgspec.Struct, frozen=True):
+    """One entry of ``cni.dev/valid-attachments``."""
+
+    container: str = field(name="containerID")
+    interface: str = field(name="ifname")
+
+
+class Config(msgspec.Struct, frozen=True):
+    """The request configuration (Section 3, "Deriving request configuration"), as far as we read it.
+
+    ``mtu`` 0 means the uplinks'. ``valid`` is UNSET when the key is absent and None when it is null: neither is an
+    empty list. An empty list says that no attachment is valid; libcni writes null when it knows of none.
+    """
+
+    version: str = field(default="0.1.0", name="cniVersion")
+    name: str = ""
+    type: str = ""
+    # 68 is IPv4's least (RFC 791); 65535 the most that a veth takes.
+    mtu: Annotated[int, Meta(ge=0, le=65535)] = 0
+    dns: dict[str, Any] = {}
+    previous: dict[str, Any] | None = field(default=None, name="prevResult")
+    valid: tuple[Attached, ...] | UnsetType | None = field(default=UNSET, name="cni.dev/valid-attachments")
+
+
+class _Bare(msgspec.Struct, frozen=True):
+    """What a DEL needs of its configuration."""
+
+    version: str = field(default="0.1.0", name="cniVersion")
+    name: str = ""
+    type: str = ""
+
+
+class Call(msgspec.Struct, frozen=True):
+    """A well-formed call. ``netns`` is the path as given, "" if none; ``pod`` is ``namespace/name`` where the runtime
+    said so; ``started`` is when the shim began (ns of CLOCK_BOOTTIME, 0 if unknown)."""
+
+    command: str
+    config: Config
+    container: str = ""
+    interface: str = ""
+    netns: str = ""
+    pod: str = ""
+    started: int = 0
+
+
+def parse(environment: Mapping[str, str], text: bytes) -> Call:
+    """Reads a call. Raises Refusal, whose answer should be written in ``version_of(text)``."""
+    command = environment.get("CNI_COMMAND", "")
+    if command not in COMMANDS:
+        raise _environment("CNI_COMMAND", command, f"must be one of {', '.join(COMMANDS)}")
+    if command == "VERSION":
+        return Call(command, Config(version=version_of(text)))
+
+    config = _config(command, text)
+    if command in ("STATUS", "GC"):
+        return Call(command, config)
+
+    container = environment.get("CNI_CONTAINERID", "")
+    if not _NAME.fullmatch(container) or len(container) > _NAME_LIMIT:
+        rule = f"must begin with a letter or digit and hold only letters, digits, '_', '.', '-' ({_NAME_LIMIT} at most)"
+        raise _environment("CNI_CONTAINERID", container, rule)
+    interface = environment.get("CNI_IFNAME", "")
+    if problem := _wrong_interface(interface):
+        raise _environment("CNI_IFNAME", interface, problem)
+    # DEL comes without a namespace when the sandbox is gone already.
+    netns = environment.get("CNI_NETNS", "")
+    if not netns and command != "DEL":
+        raise _environment("CNI_NETNS", netns, "must be the path of the pod's network namespace")
+
+    arguments = _arguments(environment.get("CNI_ARGS", ""), lenient=command == "DEL")
+    pod = "/".join(filter(None, (arguments.get("K8S_POD_NAMESPACE"), arguments.get("K8S_POD_NAME"))))
+    started = environment.get(STARTED, "")
+    return Call(
+        command, config, container, interface, netns, pod, int(started) if re.fullmatch("[0-9]{1,19}", started) else 0
+    )
+
+
+def version_of(text: bytes) -> str:
+    """The version to answer in: the configuration's if it can be read and we speak it, else our latest."""
+    try:
+        version = msgspec.json.decode(text, type=_Bare).version
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return LATEST
+    return version if version in VERSIONS else LATEST
+
+
+def _config(command: str, text: bytes) -> Config:
+    try:
+        if command == "DEL":
+            bare = msgspec.json.decode(text, type=_Bare)
+            config = Config(version=bare.version, name=bare.name, type=bare.type)
+        else:
+            config = msgspec.json.decode(text, type=Config)
+    except msgspec.ValidationError as e:
+        what, _, where = str(e).partition(" - at ")
+        key = where.strip("`").removeprefix("$").removeprefix(".") or "the whole"
+        raise Refusal(INVALID_CONFIG, "invalid network configuration", f"{key}: {what}; correct it") from e
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
+        raise Refusal(
+            UNDECODABLE, "the network configuration is not JSON", f"standard input, {len(text)} B: {e}"
+        ) from e
+
+    if config.version not in VERSIONS:
+        details = f"cniVersion {config.version!r} is asked for; this plugin speaks {', '.join(VERSIONS)}"
+        raise Refusal(INCOMPATIBLE_VERSION, "incompatible CNI version", details)
+    if VERSIONS.index(config.version) < VERSIONS.index(_SINCE[command]):
+        details = f"{command} needs cniVersion {_SINCE[command]} or newer; the configuration has {config.version!r}"
+        raise Refusal(INCOMPATIBLE_VERSION, "incompatible CNI version", details)
+    if not _NAME.fullmatch(config.name) or len(config.name) > _NAME_LIMIT:
+        rule = "must begin with a letter or digit and hold only letters, digits, '_', '.', '-'"
+        raise Refusal(INVALID_CONFIG, "invalid network configuration", f"name: {config.name!r}: {rule}")
+    if command == "GC" and config.valid is UNSET:
+        # Section 2, "GC": the runtime "must provide" the key. Its absence says nothing about what is valid.
+        details = "cni.dev/valid-attachments: is missing; it must list the attachments that are still valid"
+        raise Refusal(INVALID_CONFIG, "invalid network configuration", details)
+    if 0 < config.mtu < 68:
+        details = f"mtu: {config.mtu}: IPv4 needs 68, IPv6 1280; leave it out to have the uplinks'"
+        raise Refusal(INVALID_CONFIG, "invalid network configuration", details)
+    return config
+
+
+def _wrong_interface(name: str) -> str:
+    """Section 2, "Parameters"; the kernel's own rule is dev_valid_name (net/core/dev.c)."""
+    if not name or len(name.encode(errors="surrogateescape")) > _INTERFACE_LIMIT:
+        return f"must have 1 to {_INTERFACE_LIMIT} bytes"
+    if name in (".", "..") or any(c in "/:" or c.isspace() or not c.isprintable() for c in name):
+        return "must not be '.' or '..' nor hold '/', ':', blanks or control characters"
+    return ""
+
+
+def _arguments(text: str, *, lenient: bool) -> dict[str, str]:
+    """``CNI_ARGS``: pairs ``KEY=VALUE`` between semicolons, in any order. An unknown key is refused unless
+    ``IgnoreUnknown`` is 1 or true, wherever that stands (CONVENTIONS.md, "CNI_ARGS")."""
+    found: dict[str, str] = {}
+    for pair in filter(None, text.split(";")):
+        key, equals, value = pair.partition("=")
+        if equals and key:
+            found[key] = value
+        elif not lenient:
+            raise _environment("CNI_ARGS", text, f"{pair!r} must be KEY=VALUE")
+    unknown = sorted(found.keys() - _ARGS_WE_KNOW)
+    if unknown and not lenient and found.get("IgnoreUnknown", "").lower() not in _TRUE:
+        raise _environment(
+            "CNI_ARGS", text, f"{', '.join(unknown)}: not known; pass IgnoreUnknown=1 to have it ignored"
+        )
+    return found
+
+
+def _environment(name: str, value: str, rule: str) -> Refusal:
+    shown = value if len(value) <= 80 else value[:80] + "..."
+    return Refusal(INVALID_ENVIRONMENT, f"invalid {name}", f"{name}: {shown!r}: {rule}")
+
+
+# -- the answer ----------------------------------------------------------------------------------------------------
+
+
+class Interface(msgspec.Struct, frozen=True):
+    """An interface that ADD made; ``sandbox`` is CNI_NETNS for the pod's end and "" for the node's."""
+
+    name: str
+    mac: str
+    mtu: int
+    sandbox: str = ""
+
+
+class Address(msgspec.Struct, frozen=True):
+    """``address`` with prefix length; ``gateway`` of its family's default route."""
+
+    address: str
+    gateway: str
+
+
+def result(config: Config, node_end: Interface, pod_end: Interface, addresses: tuple[Address, ...]) -> bytes:
+    """Section 5, "ADD Success": what ADD prints, in the configuration's version.
+
+    The node's end comes first, so the addresses belong to interface 1. Where a plugin ran before us its result is kept
+    in front of ours ("must output it as their result, with any possible modifications").
+    """
+    old = config.version in ("0.3.1", "0.4.0")
+    newest = config.version == "1.1.0"
+    before = config.previous or {}
+    earlier = _list(before, "interfaces")
+
+    interfaces: list[dict[str, Any]] = []
+    for end in (node_end, pod_end):
+        entry: dict[str, Any] = {"name": end.name, "mac": end.mac}
+        if newest:
+            entry["mtu"] = end.mtu
+        if end.sandbox:
+            entry["sandbox"] = end.sandbox
+        interfaces.append(entry)
+
+    ips: list[dict[str, Any]] = []
+    routes: list[dict[str, str]] = []
+    for a in addresses:
+        six = ":" in a.address
+        # Until 0.4.0 an address carries its family; 1.0.0 took that out.
+        family = {"version": "6" if six else "4"} if old else {}
+        ips.append({**family, "address": a.address, "gateway": a.gateway, "interface": len(earlier) + 1})
+        routes.append({"dst": "::/0" if six else "0.0.0.0/0", "gw": a.gateway})
+
+    return msgspec.json.encode(
+        {
+            "cniVersion": config.version,
+            "interfaces": earlier + interfaces,
+            "ips": _list(before, "ips") + ips,
+            "routes": _list(before, "routes") + routes,
+            "dns": config.dns or before.get("dns") or {},
+        }
+    )
+
+
+class Expected(msgspec.Struct, frozen=True):
+    """What a prevResult says that we made: the interfaces by name, and the addresses of the pod's end."""
+
+    node_end: str
+    mac: str
+    addresses: tuple[str, ...]
+    gateways: tuple[str, ...]
+
+
+def expected(config: Config, interface: str) -> Expected:
+    """Reads our part out of the prevResult of a CHECK (Section 2, "CHECK": "must consult the prevResult").
+
+    Later plugins of the chain may have added interfaces, addresses and routes: only addresses of ``interface`` in a
+    sandbox count, and the node's end is the entry right before it. Raises Refusal, code 7.
+    """
+    previous = config.previous
+    if previous is None:
+        raise _previous("is missing; CHECK needs the result of ADD")
+    interfaces = [e for e in _list(previous, "interfaces") if isinstance(e, dict)]
+    ours = [i for i, e in enumerate(interfaces) if e.get("name") == interface and e.get("sandbox")]
+    if not ours or ours[0] == 0:
+        raise _previous(f"interfaces: has no {interface!r} with a sandbox behind its node end; pass ADD's result")
+    ips = [e for e in _list(previous, "ips") if isinstance(e, dict) and e.get("interface") == ours[0]]
+    addresses = tuple(a for e in ips if isinstance(a := e.get("address"), str))
+    if not addresses:
+        raise _previous(f"ips: has no address of interface {ours[0]}; pass ADD's result")
+    gateways = tuple(g for e in ips if isinstance(g := e.get("gateway"), str))
+    return Expected(
+        str(interfaces[ours[0] - 1].get("name", "")), str(interfaces[ours[0]].get("mac", "")), addresses, gateways
+    )
+
+
+def error(version: str, refusal: Refusal) -> bytes:
+    """Section 5, "Error"."""
+    body: dict[str, Any] = {"cniVersion": version, "code": refusal.code, "msg": refusal.text}
+    if refusal.details:
+        body["details"] = refusal.details
+    return msgspec.json.encode(body)
+
+
+def versions(version: str) -> bytes:
+    """Section 5, "VERSION Success"."""
+    return msgspec.json.encode({"cniVersion": version, "supportedVersions": VERSIONS})
+
+
+def _list(body: dict[str, Any], key: str) -> list[Any]:
+    value = body.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise _previous(f"{key}: must be a list")
+    return value
+
+
+def _previous(problem: str) -> Refusal:
+    return Refusal(INVALID_CONFIG, "invalid network configuration", f"prevResult: {problem}")
