@@ -1,0 +1,61 @@
+# Underlay. `make` alone says what there is to make.
+.SILENT:
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help lab lab-down test lint bench docs shim need-lab need-test need-bench
+.SHELLFLAGS := -euc
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Folders of tests, in order: what is cheap to know first.
+TESTS := $(wildcard $(addprefix tests/,unit contract netns bgp e2e))
+CODE := agent bench cni ctl ipam lab store tests
+# Namespaces are root's to make; anybody is root in a user namespace of his own.
+AS_ROOT = $(shell unshare --mount --net --pid --fork true 2>/dev/null || echo unshare --user --map-root-user)
+
+help: ## this list
+	awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s%s\n", $$1, $$2}' Makefile
+
+lab: need-lab $(VENV)/.lab build/underlay-shim ## a virtual rack on this machine (ARGS="--racks 3 --nodes 2 --pods 3")
+	exec $(BIN)/underlay-lab up $(ARGS)
+
+lab-down: need-lab $(VENV)/.lab ## takes the rack away
+	exec $(BIN)/underlay-lab down $(ARGS)
+
+test: need-test lint build/underlay-shim ## everything: lint, unit, contract, netns, bgp, e2e (ARGS="-k block")
+	exec $(AS_ROOT) $(BIN)/python -m pytest -q $(TESTS) $(ARGS)
+
+lint: need-lab $(VENV)/.test ## ruff, mypy, import-linter
+	$(BIN)/ruff check --quiet $(CODE)
+	$(BIN)/ruff format --quiet --check $(CODE) || { echo "ruff format $(CODE)  # makes it so" >&2; exit 1; }
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/lint-imports >build/lint-imports.log || { cat build/lint-imports.log; exit 1; }
+
+bench: need-bench $(VENV)/.lab build/underlay-shim ## a table of figures, and build/bench.json
+	exec $(AS_ROOT) $(BIN)/python -m bench $(ARGS)
+
+docs: need-lab $(VENV)/.test ## checks the documentation against the program
+	exec $(BIN)/python -m pytest -q tests/unit/test_docs.py
+
+shim: build/underlay-shim ## the program that a container runtime executes: static, built with musl where it is
+
+need-lab need-test need-bench: need-%: | build
+	exec sh lab/prepare.sh $*
+
+# A stamp says for which setup.cfg and pyproject.toml the environment was made. The test one includes the other's.
+$(VENV)/.lab: EXTRA :=
+$(VENV)/.test: EXTRA := [test]
+$(VENV)/.lab $(VENV)/.test: setup.cfg pyproject.toml | need-lab
+	echo "python: $(VENV) with what setup.cfg asks for$(if $(EXTRA), and $(EXTRA))"
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRA)'
+	touch $(VENV)/.lab $@
+
+build/underlay-shim: cni/shim/shim.c | need-lab
+	cc=$$(command -v musl-gcc || command -v gcc)
+	"$$cc" -std=c11 -Os -static -s -Wall -Wextra -o $@ $<
+
+build:
+	mkdir -p build
