@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Generic, Literal, Protocol, TypeVar
 
 import msgspec
@@ -23,7 +23,8 @@ class Listing(msgspec.Struct, Generic[T], frozen=True):
 class Event(msgspec.Struct, Generic[T], frozen=True):
     """A change, in the store's order. ``synced`` (with no object) ends the initial state; from there on it is news.
 
-    ``version`` is where a later ``watch(since=...)`` resumes after this event.
+    ``version`` is where a later ``watch(since=...)`` resumes after this event; an event of the initial state has none
+    (""), as it cannot be resumed half way: ``since=""`` begins anew.
     """
 
     type: Literal["added", "modified", "deleted", "synced"]
@@ -34,8 +35,8 @@ class Event(msgspec.Struct, Generic[T], frozen=True):
 class Store(Protocol):
     """Typed objects with optimistic concurrency. Every method may raise ``Unavailable``.
 
-    ``where`` selects by equality of fields that the kind declares in ``SELECTABLE``, as ``{"spec.node": "node-1"}``;
-    another field is ``Invalid``.
+    ``where`` selects by equality of fields that the kind declares in ``SELECTABLE``, as ``{"spec.node": "node-1"}``, or
+    of ``metadata.name``; another field is ``Invalid``.
     """
 
     async def get(self, kind: type[R], name: str) -> R:
@@ -46,7 +47,7 @@ class Store(Protocol):
 
     def watch(
         self, kind: type[R], *, since: str | None = None, where: Mapping[str, str] | None = None
-    ) -> AsyncIterator[Event[R]]:
+    ) -> AsyncGenerator[Event[R], None]:
         """Without ``since``: the present objects as ``added``, then ``synced``, then every change from there on.
         With ``since``: the changes after that version, at once. Raises ``Expired`` when that version is too old.
         An object that stops matching ``where`` is ``deleted``. Ends only by ``aclose`` or an error.
@@ -80,9 +81,7 @@ class Store(Protocol):
 MUTATE_LIMIT = 16
 
 
-async def mutate(
-    store: Store, kind: type[R], name: str, change: Callable[[R], R | None], *, status: bool = False
-) -> R:
+async def mutate(store: Store, kind: type[R], name: str, change: Callable[[R], R | None], *, status: bool = False) -> R:
     """Reads the object, applies ``change``, writes; reads again on a conflict, at most ``MUTATE_LIMIT`` times.
 
     ``change`` is pure: it may be called more than once. Returning None means that nothing is to be done.

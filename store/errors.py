@@ -49,3 +49,11 @@ class Invalid(StoreError):
         self.what = what
         self.problems = tuple(problems)
         super().__init__(f"{what} is refused: " + "; ".join(str(p) for p in self.problems))
+
+
+class BadSelector(StoreError):
+    """A selector's text does not parse. ``position`` counts characters from 1."""
+
+    def __init__(self, text: str, position: int, what: str) -> None:
+        self.position = position
+        super().__init__(f"selector {text!r}, character {position}: {what}")

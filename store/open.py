@@ -1,0 +1,27 @@
+"""From a store's URL to the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from store.base import Store
+from store.clock import Clock
+from store.errors import Unavailable
+
+
+def open_store(url: str, *, clock: Clock) -> Store:
+    """The store that ``url`` names: ``sqlite:/path/store.db`` (a file that processes share), ``memory:`` (an empty one
+    of its own). Nothing is touched yet: the first call opens the file, and raises what is wrong with it.
+    ``Unavailable`` for another URL. Call it where the event loop runs, and ``close`` the store there."""
+    scheme, colon, rest = url.partition(":")
+    match scheme if colon else "":
+        # A backend is imported where it is asked for: `underlayctl` answers before the others' libraries are loaded.
+        case "memory" if not rest:
+            from store.memory import MemoryStore
+
+            return MemoryStore(clock)
+        case "sqlite" if rest:
+            from store.sqlite import SqliteStore
+
+            return SqliteStore(Path(rest), clock)
+    raise Unavailable(f"store {url!r}: write sqlite:/path/store.db, or memory: for a test")

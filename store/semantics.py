@@ -1,0 +1,216 @@
+"""What each verb of ``Store`` does to an object: the API server's rules as functions. Pure.
+
+The backends that keep objects themselves (memory, sqlite) read, ask here, and write what the answer says; so both
+refuse and stamp alike. Source: Kubernetes API conventions, "Metadata", "Concurrency Control", "Finalizers".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Generic, Literal
+
+import msgspec
+
+from store.base import Event, T
+from store.errors import AlreadyExists, Conflict, Invalid, NotFound, Problem
+from store.model import Resource
+from store.validate import validate, validate_against
+
+
+class Change(msgspec.Struct, Generic[T], frozen=True):
+    """One write: the object as it is now (a deleted one as it was last), and the values that it could be selected by
+    before (None: it was not there)."""
+
+    type: Literal["added", "modified", "deleted"]
+    object: T
+    was: Mapping[str, str] | None
+
+
+def create(obj: T, current: T | None, beside: Iterable[Resource], *, uid: str, version: str, now: str) -> Change[T]:
+    """A new object with the store's stamps; ``status`` and stamps that it brings along are dropped."""
+    if obj.metadata.resource_version:
+        remedy = "leave it out: a new object has no version yet"
+        raise Invalid(title(obj), [Problem("metadata.resourceVersion", obj.metadata.resource_version, remedy)])
+    if current is not None:
+        raise AlreadyExists(f"{title(obj)} exists already: change it, or delete it first")
+    new = _replace(_typed(obj), status=_empty_status(obj))
+    _refuse(new, [*validate(new), *validate_against(new, beside)])
+    new = _stamp(
+        new,
+        uid=uid,
+        resource_version=version,
+        generation=1,
+        creation_timestamp=now,
+        deletion_timestamp="",
+    )
+    return Change("added", new, None)
+
+
+def update(obj: T, current: T | None, beside: Iterable[Resource], *, version: str) -> Change[T] | None:
+    """The current object with ``obj``'s spec, labels, annotations, finalizers and owners; None if that is no change.
+    A marked object that loses its last finalizer is deleted."""
+    present = _decided_on(obj, current)
+    wanted, meta = _typed(obj), present.metadata
+    new = _replace(wanted, status=getattr(present, "status", None))
+    new = _stamp(
+        new,
+        namespace=meta.namespace,
+        uid=meta.uid,
+        resource_version=meta.resource_version,
+        generation=meta.generation,
+        creation_timestamp=meta.creation_timestamp,
+        deletion_timestamp=meta.deletion_timestamp,
+    )
+    if new == present:
+        return None
+    problems = [*validate(new, old=present), *validate_against(new, beside)]
+    added = set(new.metadata.finalizers) - set(meta.finalizers)
+    if meta.deletion_timestamp and added:
+        remedy = "add none: the object is being deleted"
+        problems.append(Problem("metadata.finalizers", sorted(added), remedy))
+    _refuse(new, problems, present)
+    respecified = getattr(new, "spec", None) != getattr(present, "spec", None)
+    new = _stamp(new, resource_version=version, generation=meta.generation + respecified)
+    gone = bool(meta.deletion_timestamp) and not new.metadata.finalizers
+    return Change("deleted" if gone else "modified", new, selectable(present))
+
+
+def update_status(obj: T, current: T | None, *, version: str) -> Change[T] | None:
+    """The current object with ``obj``'s status; None if that is no change."""
+    present = _decided_on(obj, current)
+    if "status" not in type(obj).__struct_fields__:
+        raise Invalid(title(obj), [Problem("status", None, f"a {obj.kind()} has no status to update")])
+    new = _replace(present, status=getattr(_typed(obj), "status", None))
+    if new == present:
+        return None
+    _refuse(new, validate(new, old=present), present)
+    return Change("modified", _stamp(new, resource_version=version), selectable(present))
+
+
+def delete(
+    kind: type[T], name: str, current: T | None, *, uid: str, resource_version: str, version: str, now: str
+) -> Change[T] | None:
+    """The object gone, or marked where it has finalizers; None if it is marked already."""
+    if current is None:
+        raise NotFound(f"{kind.kind()} {name} does not exist")
+    meta = current.metadata
+    if uid and uid != meta.uid:
+        raise Conflict(f"{title(current)} has uid {meta.uid}, not {uid}: it was deleted and created again")
+    if resource_version and resource_version != meta.resource_version:
+        raise Conflict(_stale(current, resource_version))
+    if not meta.finalizers:
+        return Change("deleted", _stamp(current, resource_version=version), selectable(current))
+    if meta.deletion_timestamp:
+        return None
+    # A mark counts as a new wish, so it moves the generation (API conventions, "Metadata").
+    marked = _stamp(current, resource_version=version, generation=meta.generation + 1, deletion_timestamp=now)
+    return Change("modified", marked, selectable(current))
+
+
+# -- selecting ----------------------------------------------------------------------------------------------------
+
+
+def check_where(kind: type[Resource], where: Mapping[str, str] | None) -> None:
+    """``Invalid`` if ``where`` names a field that cannot be selected by."""
+    allowed = ("metadata.name", *kind.SELECTABLE)
+    wrong = [Problem(f, v, f"select by {' or '.join(allowed)}") for f, v in (where or {}).items() if f not in allowed]
+    if wrong:
+        raise Invalid(f"the selection of {kind.PLURAL}", wrong)
+
+
+def selectable(obj: Resource) -> dict[str, str]:
+    """The values that ``where`` can ask for, by dotted wire path."""
+    values = {}
+    for path in ("metadata.name", *type(obj).SELECTABLE):
+        value: object = obj
+        for attribute in _attributes(type(obj), path):
+            value = getattr(value, attribute)
+        values[path] = str(value)
+    return values
+
+
+@lru_cache(maxsize=64)
+def _attributes(kind: type[msgspec.Struct], path: str) -> tuple[str, ...]:
+    """The names in Python of a dotted path on the wire."""
+    first, _, rest = path.partition(".")
+    field = next(f for f in msgspec.structs.fields(kind) if f.encode_name == first)
+    return (field.name, *_attributes(field.type, rest)) if rest else (field.name,)
+
+
+def matches(values: Mapping[str, str], where: Mapping[str, str] | None) -> bool:
+    return all(values.get(field, "") == value for field, value in (where or {}).items())
+
+
+def as_event(change: Change[T], where: Mapping[str, str] | None) -> Event[T] | None:
+    """What a watch with ``where`` tells of the change: an object that begins to match is added, one that stops to match
+    is deleted; None if it matched neither before nor after."""
+    before = change.was is not None and matches(change.was, where)
+    after = change.type != "deleted" and matches(selectable(change.object), where)
+    version = change.object.metadata.resource_version
+    if after:
+        return Event("modified" if before else "added", change.object, version)
+    return Event("deleted", change.object, version) if before else None
+
+
+# -- parts --------------------------------------------------------------------------------------------------------
+
+
+def title(obj: Resource) -> str:
+    return f"{obj.kind()} {obj.name}"
+
+
+def _decided_on(obj: T, current: T | None) -> T:
+    """The current object, if it is the one that the caller has seen."""
+    meta = obj.metadata
+    if not meta.resource_version:
+        remedy = "give the version that was read: without it a change by somebody else would be undone"
+        raise Invalid(title(obj), [Problem("metadata.resourceVersion", "", remedy)])
+    if current is None:
+        raise NotFound(f"{title(obj)} does not exist")
+    if meta.uid and meta.uid != current.metadata.uid:
+        raise Conflict(f"{title(obj)} has uid {current.metadata.uid}, not {meta.uid}: it was deleted and created again")
+    if meta.resource_version != current.metadata.resource_version:
+        raise Conflict(_stale(current, meta.resource_version))
+    return current
+
+
+def _stale(current: Resource, version: str) -> str:
+    return (
+        f"{title(current)} is at version {current.metadata.resource_version}, this was decided on {version}: "
+        f"read it again and decide again"
+    )
+
+
+def _refuse(new: Resource, problems: Iterable[Problem], present: Resource | None = None) -> None:
+    """Raises for what is wrong, but not for what was wrong before: an object that an older release let in can still
+    be mirrored, released and repaired step by step."""
+    problems = list(problems)
+    if problems and present is not None:
+        known = validate(present)
+        problems = [p for p in problems if p not in known]
+    if problems:
+        raise Invalid(title(new), problems)
+
+
+def _typed(obj: T) -> T:
+    """A copy of its own, with every field of the type that the model says; a struct's constructor checks none."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(obj), type=type(obj))
+    except (msgspec.MsgspecError, TypeError) as e:
+        raise Invalid(f"{type(obj).__name__}", [Problem("object", repr(obj)[:200], str(e))]) from e
+
+
+def _empty_status(obj: Resource) -> object:
+    for field in msgspec.structs.fields(type(obj)):
+        if field.name == "status":
+            return field.default
+    return None
+
+
+def _replace(obj: T, *, status: object) -> T:
+    return msgspec.structs.replace(obj, status=status) if "status" in obj.__struct_fields__ else obj
+
+
+def _stamp(obj: T, **stamps: object) -> T:
+    return msgspec.structs.replace(obj, metadata=msgspec.structs.replace(obj.metadata, **stamps))

@@ -1,0 +1,456 @@
+"""What is refused, and why: one function for every kind. Pure.
+
+The API server refuses the same with CEL and admission policies; the other backends call ``validate`` and
+``validate_against`` before they write. Every problem names the field, its value and what to write instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Any, cast
+
+from store.errors import BadSelector, Problem
+from store.model import (
+    ANNOTATION_ASN,
+    BGPConfiguration,
+    BGPPeer,
+    IPAMBlock,
+    IPPool,
+    IPReservation,
+    Meta,
+    Node,
+    Resource,
+    block_name,
+)
+from store.selector import parse
+
+Network = IPv4Network | IPv6Network
+
+#: Prefix length of a block where the pool says none, by IP version; Calico's defaults.
+DEFAULT_BLOCK_SIZE: Mapping[int, int] = {4: 26, 6: 122}
+
+#: Which kinds ``validate_against`` wants to see beside an object of this kind.
+BESIDE: Mapping[type[Resource], type[Resource]] = {IPPool: IPPool, IPAMBlock: IPPool}
+
+
+def validate(obj: Resource, *, old: Resource | None = None) -> tuple[Problem, ...]:
+    """All that is wrong with ``obj`` by itself, or as the successor of ``old`` (what never changes); () if nothing."""
+    problems = [*_metadata(obj.metadata)]
+    check = _CHECKS.get(type(obj))
+    if check is not None:
+        problems += check(obj)
+    if old is not None:
+        problems += _immutable(obj, old)
+    return tuple(problems)
+
+
+def validate_against(obj: Resource, others: Iterable[Resource]) -> tuple[Problem, ...]:
+    """What is wrong with ``obj`` beside ``others`` (objects of ``BESIDE``): pools that overlap, a block that is not one
+    of its pool's. A block whose pool is not there is let through: the pool may have been deleted before the block."""
+    if isinstance(obj, IPPool):
+        return tuple(
+            Problem(
+                "spec.cidr",
+                obj.spec.cidr,
+                f"it overlaps IPPool {other.name} ({other.spec.cidr}): pools share no address, or one block could "
+                f"belong to two of them; choose a range outside, or delete that pool first",
+            )
+            for other in overlaps(obj, (o for o in others if isinstance(o, IPPool)))
+        )
+    if isinstance(obj, IPAMBlock):
+        pools = (o for o in others if isinstance(o, IPPool) and o.name == obj.spec.pool)
+        return tuple(problem for pool in pools for problem in _block_of_pool(obj, pool))
+    return ()
+
+
+def overlaps(pool: IPPool, others: Iterable[IPPool]) -> tuple[IPPool, ...]:
+    """The pools among ``others`` that share an address with ``pool``; itself (by name) not counted. A CIDR that cannot
+    be read overlaps nothing: ``validate`` refuses it."""
+    mine = _network(pool.spec.cidr)
+    if mine is None:
+        return ()
+    found = []
+    for other in others:
+        theirs = _network(other.spec.cidr)
+        if other.name != pool.name and theirs is not None and _overlap(mine, theirs):
+            found.append(other)
+    return tuple(found)
+
+
+def block_size(pool: IPPool) -> int:
+    """Prefix length of the pool's blocks: what it says, else its family's default (26, 122)."""
+    return pool.spec.block_size or DEFAULT_BLOCK_SIZE[ip_network(pool.spec.cidr).version]
+
+
+def peer_address(text: str) -> tuple[str, int]:
+    """Address and port of a ``peerIP``: ``10.0.0.1``, ``10.0.0.1:1179``, ``fd00::1``, ``[fd00::1]:1179``; the port is
+    179 where none is given (RFC 4271, 3.). ``ValueError`` says what is wrong."""
+    brackets = re.fullmatch(r"\[([^\[\]]*)\](?::(.*))?", text)
+    if brackets:
+        host, port = brackets[1], brackets[2]
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    else:
+        host, port = text, None
+    if port is not None and not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535):
+        raise ValueError(f"the port {port!r} is not in 1..65535")
+    if "%" in host:
+        raise ValueError("a link-local address with a zone is not served: peer with a global or private address")
+    try:
+        address = ip_address(host)
+    except ValueError:
+        raise ValueError("write an IPv4 or IPv6 address, with a port as 10.0.0.1:1179 or [fd00::1]:1179") from None
+    if brackets and address.version == 4:
+        raise ValueError(f"only an IPv6 address stands in brackets: write {address}{f':{port}' if port else ''}")
+    if str(address) != host:
+        raise ValueError(f"write the address as {address}")
+    if address.is_multicast or address.is_unspecified:
+        raise ValueError("no peer can have that address")
+    return host, 179 if port is None else int(port)
+
+
+_UNITS: Mapping[str, float] = {"h": 3600, "m": 60, "s": 1, "ms": 0.001}
+
+
+def duration(text: str) -> float:
+    """Seconds of a duration as Kubernetes writes it: ``120s``, ``2m``, ``1h30m``, ``500ms``. ``ValueError``."""
+    if not re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(h|ms|m|s))+", text, re.ASCII):
+        raise ValueError("write a duration with its unit, as 120s, 2m or 1h30m")
+    return sum(float(n) * _UNITS[unit] for n, unit in re.findall(r"([\d.]+)(h|ms|m|s)", text))
+
+
+def as_number_problem(number: int) -> str:
+    """Why nobody can have this AS number, or "": RFC 7607 (0), 6793 (23456), 7300 (the last of either width)."""
+    if not 1 <= number <= 4294967294:
+        return "an AS number is in 1..4294967294"
+    if number == 23456:
+        return "23456 stands for AS numbers that do not fit into 16 bits (RFC 6793); private ones are 64512..65534"
+    if number == 65535:
+        return "65535 is reserved (RFC 7300); private ones are 64512..65534"
+    return ""
+
+
+# -- metadata -----------------------------------------------------------------------------------------------------
+
+_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
+_KEY_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+_ANNOTATIONS_LIMIT = 256 * 1024
+
+
+def _is_name(text: str) -> bool:
+    """RFC 1123 subdomain, as Kubernetes asks of names."""
+    return len(text) <= 253 and _NAME.fullmatch(text) is not None
+
+
+def _is_key(text: str) -> bool:
+    """A qualified name: ``name`` or ``domain/name``."""
+    prefix, slash, name = text.rpartition("/")
+    return _KEY_NAME.fullmatch(name) is not None and (not slash or _is_name(prefix))
+
+
+_NAME_REMEDY = "write lower-case letters, digits, '-' and '.', beginning and ending with a letter or digit (RFC 1123)"
+_KEY_REMEDY = "write name or domain/name of letters, digits, '-', '_' and '.', the name at most 63 characters"
+
+
+def _metadata(meta: Meta) -> Iterator[Problem]:
+    if not _is_name(meta.name):
+        yield Problem("metadata.name", meta.name, _NAME_REMEDY)
+    if meta.namespace:
+        yield Problem("metadata.namespace", meta.namespace, "leave it out: this kind belongs to the whole cluster")
+    for key, value in meta.labels.items():
+        if not _is_key(key):
+            yield Problem("metadata.labels", key, _KEY_REMEDY)
+        if value and not _KEY_NAME.fullmatch(value):
+            yield Problem(
+                f"metadata.labels[{key}]", value, "write at most 63 letters, digits, '-', '_' and '.', or nothing"
+            )
+    for key in meta.annotations:
+        if not _is_key(key):
+            yield Problem("metadata.annotations", key, _KEY_REMEDY)
+    size = sum(len(k.encode()) + len(v.encode()) for k, v in meta.annotations.items())
+    if size > _ANNOTATIONS_LIMIT:
+        yield Problem("metadata.annotations", f"{size} bytes", f"all together hold at most {_ANNOTATIONS_LIMIT} bytes")
+    for finalizer in meta.finalizers:
+        if "/" not in finalizer or not _is_key(finalizer):
+            yield Problem("metadata.finalizers", finalizer, "write domain/name, as underlay.network/owner")
+    if len(set(meta.finalizers)) != len(meta.finalizers):
+        yield Problem("metadata.finalizers", list(meta.finalizers), "name each once")
+    for i, owner in enumerate(meta.owner_references):
+        for field in ("api_version", "kind", "name", "uid"):
+            if not getattr(owner, field):
+                yield Problem(f"metadata.ownerReferences[{i}].{field}", "", "an owner has all four: say which")
+
+
+# -- addresses ----------------------------------------------------------------------------------------------------
+
+
+def _network(text: str) -> Network | None:
+    try:
+        return ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+def _overlap(one: Network, other: Network) -> bool:
+    return one.version == other.version and bool(cast(Any, one).overlaps(other))
+
+
+def _inside(inner: Network, outer: Network) -> bool:
+    return inner.version == outer.version and bool(cast(Any, inner).subnet_of(outer))
+
+
+def _cidr(field: str, text: str, *, or_address: bool = False) -> Iterator[Problem]:
+    """One spelling for each prefix: lower case, shortest form, no host bits, so that equal text is equal prefix."""
+    network = _network(text)
+    if network is None or "%" in text:
+        yield Problem(field, text, "write an IPv4 or IPv6 prefix, as 10.244.0.0/16 or fd00:10:244::/48")
+    elif network.version == 6 and network.network_address.ipv4_mapped is not None:
+        yield Problem(field, text, "write an IPv4 prefix as IPv4")
+    elif str(network) != text and not (or_address and text == str(network.network_address)):
+        yield Problem(field, text, f"write {network}: one prefix has one spelling, without bits beyond its length")
+
+
+def _cidrs(field: str, texts: tuple[str, ...], *, or_address: bool = False) -> Iterator[Problem]:
+    for i, text in enumerate(texts):
+        yield from _cidr(f"{field}[{i}]", text, or_address=or_address)
+    if len(set(texts)) != len(texts):
+        yield Problem(field, list(texts), "name each once")
+
+
+def _address(field: str, text: str) -> Iterator[Problem]:
+    try:
+        address = ip_address(text)
+    except ValueError:
+        yield Problem(field, text, "write an IPv4 or IPv6 address")
+        return
+    if str(address) != text:
+        yield Problem(field, text, f"write {address}")
+
+
+def _selector(field: str, text: str) -> Iterator[Problem]:
+    try:
+        parse(text)
+    except BadSelector as e:
+        yield Problem(field, text, str(e))
+
+
+_NO_OVERLAY = (
+    "write Never or leave it out: Underlay has no overlay, the routers learn every block by BGP and carry pod "
+    "addresses as they are; peer with them (BGPPeer) instead of tunnelling past them"
+)
+
+
+def _pool(pool: IPPool) -> Iterator[Problem]:
+    spec = pool.spec
+    yield from _cidr("spec.cidr", spec.cidr)
+    network = _network(spec.cidr)
+    if network is not None:
+        yield from _pool_range(spec.cidr, network)
+        yield from _pool_block_size(spec.block_size, network)
+    yield from _selector("spec.nodeSelector", spec.node_selector)
+    for field, value in (("spec.ipipMode", spec.ipip_mode), ("spec.vxlanMode", spec.vxlan_mode)):
+        if value != "Never":
+            yield Problem(field, value, _NO_OVERLAY)
+    if spec.nat_outgoing:
+        yield Problem(
+            "spec.natOutgoing",
+            True,
+            "write false or leave it out: it is not served, pods keep their own address on the whole way; "
+            "translate at the border of your network where private addresses must not leave",
+        )
+    if spec.assignment_mode not in ("Automatic", "Manual"):
+        yield Problem("spec.assignmentMode", spec.assignment_mode, "write Automatic or Manual")
+    for use in spec.allowed_uses:
+        # Calico writes [Workload, Tunnel] into every pool by itself: with no tunnel there is nothing to refuse.
+        if use not in ("Workload", "Tunnel"):
+            yield Problem("spec.allowedUses", use, "write Workload: addresses for other uses are not served")
+    if "Workload" not in spec.allowed_uses:
+        yield Problem("spec.allowedUses", list(spec.allowed_uses), "write [Workload]: pods are what pools are for")
+
+
+def _pool_range(cidr: str, network: Network) -> Iterator[Problem]:
+    special = (
+        ("0.0.0.0/8", "this network"),
+        ("127.0.0.0/8", "loopback"),
+        ("169.254.0.0/16", "link-local"),
+        ("224.0.0.0/3", "multicast and reserved"),
+        ("::/8", "loopback and reserved"),
+        ("fe80::/10", "link-local"),
+        ("ff00::/8", "multicast"),
+    )
+    for text, what in special:
+        if _overlap(network, ip_network(text)):
+            yield Problem("spec.cidr", cidr, f"it contains {what} addresses ({text}), which cannot be routed to a pod")
+            return
+
+
+def _pool_block_size(size: int, network: Network) -> Iterator[Problem]:
+    longest = network.max_prefixlen
+    if size == 0 and network.prefixlen > DEFAULT_BLOCK_SIZE[network.version]:
+        default = DEFAULT_BLOCK_SIZE[network.version]
+        yield Problem(
+            "spec.blockSize",
+            size,
+            f"the pool is smaller than a block of the default size, /{default}: write {network.prefixlen}..{longest}",
+        )
+    elif size != 0 and not network.prefixlen <= size <= longest:
+        yield Problem(
+            "spec.blockSize",
+            size,
+            f"write {network.prefixlen}..{longest}: the prefix length of a block, which lies inside the pool",
+        )
+
+
+def _reservation(reservation: IPReservation) -> Iterator[Problem]:
+    yield from _cidrs("spec.reservedCIDRs", reservation.spec.reserved_cidrs, or_address=True)
+
+
+def _block(block: IPAMBlock) -> Iterator[Problem]:
+    spec = block.spec
+    yield from _cidr("spec.cidr", spec.cidr)
+    network = _network(spec.cidr)
+    for field, value in (("spec.pool", spec.pool), ("spec.node", spec.node)):
+        if not _is_name(value):
+            yield Problem(field, value, _NAME_REMEDY)
+    if network is None:
+        return
+    if str(network) == spec.cidr and block.name != block_name(spec.cidr):
+        remedy = f"write {block_name(spec.cidr)}: a block is named by its CIDR, so that each has one name"
+        yield Problem("metadata.name", block.name, remedy)
+    yield from _allocations(block, network)
+
+
+def _allocations(block: IPAMBlock, network: Network) -> Iterator[Problem]:
+    first = int(network.network_address)
+    last = int(network.broadcast_address)
+    seen: set[str] = set()
+    for i, allocation in enumerate(block.status.allocations):
+        field = f"status.allocations[{i}]"
+        wrong = tuple(_address(f"{field}.address", allocation.address))
+        yield from wrong
+        if wrong:
+            continue
+        address = ip_address(allocation.address)
+        if address.version != network.version or not first <= int(address) <= last:
+            yield Problem(f"{field}.address", allocation.address, f"it is outside the block {network}")
+        if allocation.address in seen:
+            yield Problem(f"{field}.address", allocation.address, "it is handed out twice: an address has one pod")
+        seen.add(allocation.address)
+        for part in ("network", "container", "interface"):
+            if not getattr(allocation, part):
+                yield Problem(f"{field}.{part}", "", "an attachment has network, container and interface: say which")
+    for name, count in (("used", block.status.used), ("free", block.status.free)):
+        if count < 0:
+            yield Problem(f"status.{name}", count, "a count is 0 or more")
+
+
+def _block_of_pool(block: IPAMBlock, pool: IPPool) -> Iterator[Problem]:
+    mine, range_ = _network(block.spec.cidr), _network(pool.spec.cidr)
+    if mine is None or range_ is None:
+        return
+    if not _inside(mine, range_):
+        yield Problem("spec.cidr", block.spec.cidr, f"it is not inside its pool {pool.name} ({pool.spec.cidr})")
+    elif mine.prefixlen != block_size(pool):
+        yield Problem(
+            "spec.cidr", block.spec.cidr, f"blocks of pool {pool.name} are /{block_size(pool)}: one pool has one size"
+        )
+
+
+# -- routing ------------------------------------------------------------------------------------------------------
+
+
+def _as_number(field: str, number: int) -> Iterator[Problem]:
+    why = as_number_problem(number)
+    if why:
+        yield Problem(field, number, why)
+
+
+def _bgp_configuration(configuration: BGPConfiguration) -> Iterator[Problem]:
+    if configuration.name != "default":
+        yield Problem(
+            "metadata.name",
+            configuration.name,
+            f"write default: one configuration holds for all nodes; for the AS number of one node set the annotation "
+            f"{ANNOTATION_ASN} on it",
+        )
+    yield from _as_number("spec.asNumber", configuration.spec.as_number)
+    yield from _cidrs("spec.importCIDRs", configuration.spec.import_cidrs)
+
+
+def _bgp_peer(peer: BGPPeer) -> Iterator[Problem]:
+    spec = peer.spec
+    try:
+        peer_address(spec.peer_ip)
+    except ValueError as e:
+        yield Problem("spec.peerIP", spec.peer_ip, str(e))
+    yield from _as_number("spec.asNumber", spec.as_number)
+    if spec.node and not _is_name(spec.node):
+        yield Problem("spec.node", spec.node, _NAME_REMEDY)
+    if spec.node and spec.node_selector:
+        remedy = f"leave it out, or leave out node ({spec.node}): a peer says its nodes in one way"
+        yield Problem("spec.nodeSelector", spec.node_selector, remedy)
+    yield from _selector("spec.nodeSelector", spec.node_selector)
+    if not 0 <= spec.num_allowed_local_as_numbers <= 10:
+        remedy = "write 0..10: how often our own AS may stand in a received path"
+        yield Problem("spec.numAllowedLocalASNumbers", spec.num_allowed_local_as_numbers, remedy)
+    try:
+        if not 0 <= duration(spec.max_restart_time) <= 4095:
+            yield Problem("spec.maxRestartTime", spec.max_restart_time, "write 0s..4095s (RFC 4724 has 12 bits for it)")
+    except ValueError as e:
+        yield Problem("spec.maxRestartTime", spec.max_restart_time, str(e))
+    if not 3 <= spec.hold_time <= 65535:
+        remedy = "write 3..65535 seconds: 3 is RFC 4271's least, and a session without one finds no dead peer"
+        yield Problem("spec.holdTime", spec.hold_time, remedy)
+    if spec.max_prefixes < 1:
+        yield Problem("spec.maxPrefixes", spec.max_prefixes, "write 1 or more: beyond it the peer is removed")
+    yield from _cidrs("spec.importCIDRs", spec.import_cidrs)
+    if spec.default_route not in ("Never", "Fallback"):
+        remedy = "write Never, or Fallback for a default route below every other one"
+        yield Problem("spec.defaultRoute", spec.default_route, remedy)
+
+
+def _node(node: Node) -> Iterator[Problem]:
+    text = node.metadata.annotations.get(ANNOTATION_ASN)
+    if text is not None:
+        field = f"metadata.annotations[{ANNOTATION_ASN}]"
+        if text.isascii() and text.isdigit() and len(text) <= 10:
+            yield from (Problem(field, text, p.remedy) for p in _as_number(field, int(text)))
+        else:
+            yield Problem(field, text, "write an AS number, 1..4294967294")
+    yield from _cidrs("spec.podCIDRs", node.spec.pod_cidrs)
+    for i, address in enumerate(node.status.addresses):
+        if address.type in ("InternalIP", "ExternalIP"):
+            yield from _address(f"status.addresses[{i}].address", address.address)
+
+
+# -- what never changes --------------------------------------------------------------------------------------------
+
+
+def _immutable(obj: Resource, old: Resource) -> Iterator[Problem]:
+    if isinstance(obj, IPPool) and isinstance(old, IPPool):
+        if obj.spec.cidr != old.spec.cidr:
+            yield _changed("spec.cidr", obj.spec.cidr, old.spec.cidr, "pool")
+        if obj.spec.block_size != old.spec.block_size:
+            yield _changed("spec.blockSize", obj.spec.block_size, old.spec.block_size, "pool")
+    if isinstance(obj, IPAMBlock) and isinstance(old, IPAMBlock):
+        for field in ("cidr", "pool", "node"):
+            value, before = getattr(obj.spec, field), getattr(old.spec, field)
+            if value != before:
+                yield _changed(f"spec.{field}", value, before, "block")
+
+
+def _changed(field: str, value: object, before: object, what: str) -> Problem:
+    return Problem(field, value, f"it stays {before!r} as long as the {what} lives; make another {what} instead")
+
+
+_CHECKS: Mapping[type[Resource], Callable[[Any], Iterator[Problem]]] = {
+    IPPool: _pool,
+    IPReservation: _reservation,
+    IPAMBlock: _block,
+    BGPConfiguration: _bgp_configuration,
+    BGPPeer: _bgp_peer,
+    Node: _node,
+}
