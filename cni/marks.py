@@ -24,6 +24,8 @@ NEXTHOP_SPAN: Final = 0x10000
 
 #: Link group of every host-side veth, so that one RTM_DELLINK can take many.
 LINK_GROUP: Final = 0x554C
+#: Where DEL puts a host-side veth until it is removed with all others of this group, in the background.
+LINK_GROUP_DOOMED: Final = 0x554D
 #: Host-side veths are this and a hash of (container id, interface); 15 characters at most.
 LINK_PREFIX: Final = "ul"
 #: MAC of every host-side veth, as operators of Calico clusters know it.

@@ -44,11 +44,8 @@ CHECK_FAILED: Final = 101
 INTERFACE_EXISTS: Final = 102
 #: A defect of ours; the server's log has the rest.
 INTERNAL: Final = 103
-#: The ADD began before a DEL of the same attachment that was already carried out (R7).
-SUPERSEDED: Final = 104
-
-#: What the shim adds to the environment: its start, in nanoseconds of CLOCK_BOOTTIME.
-STARTED: Final = "CNI_UNDERLAY_STARTED"
+#: The attachment was deleted before: a container id is not used twice (R7).
+DELETED: Final = 104
 
 # Section 2, "Parameters", and Section 1 for the network's name: one rule for both.
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", re.ASCII)
@@ -109,7 +106,7 @@ class _Bare(msgspec.Struct, frozen=True):
 
 class Call(msgspec.Struct, frozen=True):
     """A well-formed call. ``netns`` is the path as given, "" if none; ``pod`` is ``namespace/name`` where the runtime
-    said so; ``started`` is when the shim began (ns of CLOCK_BOOTTIME, 0 if unknown)."""
+    said so."""
 
     command: str
     config: Config
@@ -117,7 +114,6 @@ class Call(msgspec.Struct, frozen=True):
     interface: str = ""
     netns: str = ""
     pod: str = ""
-    started: int = 0
 
 
 def parse(environment: Mapping[str, str], text: bytes) -> Call:
@@ -146,10 +142,7 @@ def parse(environment: Mapping[str, str], text: bytes) -> Call:
 
     arguments = _arguments(environment.get("CNI_ARGS", ""), lenient=command == "DEL")
     pod = "/".join(filter(None, (arguments.get("K8S_POD_NAMESPACE"), arguments.get("K8S_POD_NAME"))))
-    started = environment.get(STARTED, "")
-    return Call(
-        command, config, container, interface, netns, pod, int(started) if re.fullmatch("[0-9]{1,19}", started) else 0
-    )
+    return Call(command, config, container, interface, netns, pod)
 
 
 def version_of(text: bytes) -> str:
@@ -256,7 +249,7 @@ def result(config: Config, node_end: Interface, pod_end: Interface, addresses: t
     old = config.version in ("0.3.1", "0.4.0")
     newest = config.version == "1.1.0"
     before = config.previous or {}
-    earlier = _list(before, "interfaces")
+    earlier = _objects(before, "interfaces")
 
     interfaces: list[dict[str, Any]] = []
     for end in (node_end, pod_end):
@@ -280,15 +273,16 @@ def result(config: Config, node_end: Interface, pod_end: Interface, addresses: t
         {
             "cniVersion": config.version,
             "interfaces": earlier + interfaces,
-            "ips": _list(before, "ips") + ips,
-            "routes": _list(before, "routes") + routes,
+            "ips": _objects(before, "ips") + ips,
+            "routes": _objects(before, "routes") + routes,
             "dns": config.dns or before.get("dns") or {},
         }
     )
 
 
 class Expected(msgspec.Struct, frozen=True):
-    """What a prevResult says that we made: the interfaces by name, and the addresses of the pod's end."""
+    """What a prevResult says of our part: name of the node's end, MAC and addresses (with prefix length) of the pod's
+    end, and the gateways of those of our default routes that no later plugin took out."""
 
     node_end: str
     mac: str
@@ -299,23 +293,26 @@ class Expected(msgspec.Struct, frozen=True):
 def expected(config: Config, interface: str) -> Expected:
     """Reads our part out of the prevResult of a CHECK (Section 2, "CHECK": "must consult the prevResult").
 
-    Later plugins of the chain may have added interfaces, addresses and routes: only addresses of ``interface`` in a
-    sandbox count, and the node's end is the entry right before it. Raises Refusal, code 7.
+    Later plugins of the chain may have added interfaces, addresses and routes, and changed routes: only addresses of
+    ``interface`` in a sandbox count, and the node's end is the entry right before it. Raises Refusal, code 7.
     """
     previous = config.previous
     if previous is None:
         raise _previous("is missing; CHECK needs the result of ADD")
-    interfaces = [e for e in _list(previous, "interfaces") if isinstance(e, dict)]
+    interfaces = _objects(previous, "interfaces")
     ours = [i for i, e in enumerate(interfaces) if e.get("name") == interface and e.get("sandbox")]
     if not ours or ours[0] == 0:
         raise _previous(f"interfaces: has no {interface!r} with a sandbox behind its node end; pass ADD's result")
-    ips = [e for e in _list(previous, "ips") if isinstance(e, dict) and e.get("interface") == ours[0]]
+    ips = [e for e in _objects(previous, "ips") if e.get("interface") == ours[0]]
     addresses = tuple(a for e in ips if isinstance(a := e.get("address"), str))
     if not addresses:
         raise _previous(f"ips: has no address of interface {ours[0]}; pass ADD's result")
-    gateways = tuple(g for e in ips if isinstance(g := e.get("gateway"), str))
+    routed = [e.get("gw") for e in _objects(previous, "routes") if e.get("dst") in ("0.0.0.0/0", "::/0")]
     return Expected(
-        str(interfaces[ours[0] - 1].get("name", "")), str(interfaces[ours[0]].get("mac", "")), addresses, gateways
+        node_end=str(interfaces[ours[0] - 1].get("name", "")),
+        mac=str(interfaces[ours[0]].get("mac", "")),
+        addresses=addresses,
+        gateways=tuple(g for e in ips if isinstance(g := e.get("gateway"), str) and g in routed),
     )
 
 
@@ -332,12 +329,12 @@ def versions(version: str) -> bytes:
     return msgspec.json.encode({"cniVersion": version, "supportedVersions": VERSIONS})
 
 
-def _list(body: dict[str, Any], key: str) -> list[Any]:
+def _objects(body: dict[str, Any], key: str) -> list[dict[str, Any]]:
     value = body.get(key)
     if value is None:
         return []
-    if not isinstance(value, list):
-        raise _previous(f"{key}: must be a list")
+    if not isinstance(value, list) or not all(isinstance(e, dict) for e in value):
+        raise _previous(f"{key}: must be a list of objects")
     return value
 
 
