@@ -1,0 +1,596 @@
+"""What every store promises, said once and held against each backend."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from store.base import Event, Store, mutate
+from store.clock import SystemClock
+from store.errors import AlreadyExists, Conflict, Expired, Invalid, NotFound, Unavailable
+from store.memory import MemoryStore
+from store.model import (
+    BGPConfiguration,
+    BGPConfigurationSpec,
+    IPAMBlock,
+    IPAMBlockSpec,
+    IPAMBlockStatus,
+    IPPool,
+    IPPoolSpec,
+    Meta,
+    Node,
+    NodeAddress,
+    NodeStatus,
+    Resource,
+    block_name,
+)
+from store.open import open_store
+from store.sqlite import SqliteStore
+
+Test = Callable[[Store], Awaitable[None]]
+Run = Callable[[Test], None]
+
+#: Small, so that a test can outrun it.
+HISTORY = 40
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Store]:
+    if request.param == "memory":
+        return lambda: MemoryStore(SystemClock(), history=HISTORY)
+    return lambda: SqliteStore(tmp_path / "store.db", SystemClock(), history=HISTORY)
+
+
+@pytest.fixture
+def run(make: Callable[[], Store]) -> Iterator[Run]:
+    def run(test: Test) -> None:
+        async def main() -> None:
+            store = make()
+            try:
+                async with asyncio.timeout(20):
+                    await test(store)
+            finally:
+                await store.close()
+
+        asyncio.run(main())
+
+    yield run
+
+
+def pool(name: str, cidr: str, **spec: Any) -> IPPool:
+    return IPPool(metadata=Meta(name=name), spec=IPPoolSpec(cidr=cidr, **spec))
+
+
+def block(cidr: str, node: str = "node-1", **meta: Any) -> IPAMBlock:
+    return IPAMBlock(
+        metadata=Meta(name=block_name(cidr), **meta), spec=IPAMBlockSpec(cidr=cidr, pool="pool", node=node)
+    )
+
+
+def changed(obj: Any, **spec: Any) -> Any:
+    return msgspec.structs.replace(obj, spec=msgspec.structs.replace(obj.spec, **spec))
+
+
+def remade(obj: Any, **meta: Any) -> Any:
+    return msgspec.structs.replace(obj, metadata=msgspec.structs.replace(obj.metadata, **meta))
+
+
+def with_status(obj: Any, status: Any) -> Any:
+    return msgspec.structs.replace(obj, status=status)
+
+
+async def take(events: AsyncGenerator[Event[Any], None], count: int) -> list[tuple[str, str]]:
+    async with asyncio.timeout(5):
+        found = [await anext(events) for _ in range(count)]
+    return [(e.type, e.object.name if e.object is not None else "") for e in found]
+
+
+async def silent(events: AsyncGenerator[Event[Any], None], store: Store, sentinel: Resource) -> None:
+    """Nothing is pending: the next thing that the watch tells is the sentinel, created now."""
+    await store.create(sentinel)
+    assert await take(events, 1) == [("added", sentinel.name)]
+
+
+# -- reading and writing ------------------------------------------------------------------------------------------
+
+
+def test_create_stamps_and_get_returns_the_same(run: Run) -> None:
+    async def test(store: Store) -> None:
+        made = await store.create(pool("a", "10.0.0.0/16", block_size=28))
+        assert made.metadata.uid
+        assert made.metadata.resource_version
+        assert made.metadata.generation == 1
+        assert made.metadata.creation_timestamp.endswith("Z")
+        assert made.spec.block_size == 28
+        assert await store.get(IPPool, "a") == made
+
+    run(test)
+
+
+def test_create_drops_status_and_the_stamps_that_an_object_brings(run: Run) -> None:
+    async def test(store: Store) -> None:
+        wanted = with_status(block("10.0.0.0/26"), IPAMBlockStatus(used=3))
+        made = await store.create(remade(wanted, uid="mine", generation=9, deletion_timestamp="2000-01-01T00:00:00Z"))
+        assert made.status == IPAMBlockStatus()
+        assert made.metadata.uid != "mine"
+        assert (made.metadata.generation, made.metadata.deletion_timestamp) == (1, "")
+
+    run(test)
+
+
+def test_create_refuses_a_taken_name_a_version_and_what_is_invalid(run: Run) -> None:
+    async def test(store: Store) -> None:
+        made = await store.create(pool("a", "10.0.0.0/16"))
+        with pytest.raises(AlreadyExists, match="IPPool a"):
+            await store.create(pool("a", "10.1.0.0/16"))
+        with pytest.raises(Invalid, match="resourceVersion"):
+            await store.create(remade(pool("b", "10.1.0.0/16"), resource_version="1"))
+        with pytest.raises(Invalid, match=r"spec\.cidr"):
+            await store.create(pool("b", "10.1.0.1/16"))
+        assert (await store.list(IPPool)).items == (made,)
+
+    run(test)
+
+
+def test_a_field_of_the_wrong_type_is_refused_before_it_is_stored(run: Run) -> None:
+    async def test(store: Store) -> None:
+        with pytest.raises(Invalid, match="blockSize"):
+            await store.create(pool("a", "10.0.0.0/16", block_size="26"))
+        assert (await store.list(IPPool)).items == ()
+
+    run(test)
+
+
+def test_overlapping_pools_are_refused(run: Run) -> None:
+    async def test(store: Store) -> None:
+        await store.create(pool("a", "10.0.0.0/16"))
+        for cidr in ("10.0.128.0/17", "10.0.0.0/16", "10.0.0.0/8"):
+            with pytest.raises(Invalid, match="overlaps IPPool a"):
+                await store.create(pool("b", cidr))
+        await store.create(pool("b", "10.1.0.0/16"))
+        await store.create(pool("c", "fd00::/48"))
+
+    run(test)
+
+
+def test_a_block_is_one_of_its_pools(run: Run) -> None:
+    async def test(store: Store) -> None:
+        await store.create(pool("pool", "10.0.0.0/16", block_size=26))
+        await store.create(block("10.0.0.64/26"))
+        with pytest.raises(Invalid, match="not inside its pool"):
+            await store.create(block("10.1.0.0/26"))
+        with pytest.raises(Invalid, match="are /26"):
+            await store.create(block("10.0.1.0/28"))
+
+    run(test)
+
+
+def test_list_is_ordered_and_selects(run: Run) -> None:
+    async def test(store: Store) -> None:
+        for cidr, node in (("10.0.0.64/26", "node-2"), ("10.0.0.0/26", "node-1"), ("10.0.0.128/26", "node-1")):
+            await store.create(block(cidr, node))
+        names = [b.name for b in (await store.list(IPAMBlock)).items]
+        assert names == sorted(names)
+        assert len(names) == 3
+        mine = (await store.list(IPAMBlock, where={"spec.node": "node-1"})).items
+        assert [b.spec.cidr for b in mine] == ["10.0.0.0/26", "10.0.0.128/26"]
+        (one,) = (await store.list(IPAMBlock, where={"metadata.name": "10-0-0-64-26", "spec.node": "node-2"})).items
+        assert one.spec.node == "node-2"
+        with pytest.raises(Invalid, match=r"spec\.pool"):
+            await store.list(IPAMBlock, where={"spec.pool": "pool"})
+
+    run(test)
+
+
+def test_what_is_not_there_is_not_found(run: Run) -> None:
+    async def test(store: Store) -> None:
+        with pytest.raises(NotFound, match="IPPool a"):
+            await store.get(IPPool, "a")
+        with pytest.raises(NotFound):
+            await store.delete(IPPool, "a")
+        made = await store.create(pool("a", "10.0.0.0/16"))
+        await store.delete(IPPool, "a")
+        with pytest.raises(NotFound):
+            await store.update(made)
+        with pytest.raises(NotFound):
+            await store.get(IPPool, "a")
+
+    run(test)
+
+
+def test_kinds_do_not_share_names(run: Run) -> None:
+    async def test(store: Store) -> None:
+        await store.create(pool("default", "10.0.0.0/16"))
+        await store.create(BGPConfiguration(metadata=Meta(name="default"), spec=BGPConfigurationSpec(as_number=65001)))
+        await store.delete(IPPool, "default")
+        assert (await store.get(BGPConfiguration, "default")).spec.as_number == 65001
+
+    run(test)
+
+
+# -- concurrency --------------------------------------------------------------------------------------------------
+
+
+def test_update_needs_the_version_that_it_was_decided_on(run: Run) -> None:
+    async def test(store: Store) -> None:
+        first = await store.create(pool("a", "10.0.0.0/16"))
+        with pytest.raises(Invalid, match="resourceVersion"):
+            await store.update(remade(first, resource_version=""))
+        second = await store.update(changed(first, disabled=True))
+        assert second.metadata.resource_version != first.metadata.resource_version
+        with pytest.raises(Conflict, match="IPPool a"):
+            await store.update(changed(first, node_selector="has(rack)"))
+        with pytest.raises(Conflict, match="uid"):
+            await store.update(remade(second, uid="another"))
+        assert await store.get(IPPool, "a") == second
+
+    run(test)
+
+
+def test_update_of_an_object_that_was_made_again_conflicts(run: Run) -> None:
+    async def test(store: Store) -> None:
+        old = await store.create(pool("a", "10.0.0.0/16"))
+        await store.delete(IPPool, "a")
+        await store.create(pool("a", "10.0.0.0/16"))
+        with pytest.raises(Conflict):
+            await store.update(changed(old, disabled=True))
+
+    run(test)
+
+
+def test_update_leaves_status_and_update_status_leaves_the_rest(run: Run) -> None:
+    async def test(store: Store) -> None:
+        made = await store.create(Node(metadata=Meta(name="node-1", labels={"rack": "r1"})))
+        status = NodeStatus(addresses=(NodeAddress(type="InternalIP", address="10.0.0.1"),))
+        reported = await store.update_status(remade(with_status(made, status), labels={"rack": "r2"}))
+        assert reported.status == status
+        assert reported.metadata.labels == {"rack": "r1"}
+        assert reported.metadata.generation == 1
+        labelled = await store.update(remade(with_status(reported, NodeStatus()), labels={"rack": "r3"}))
+        assert labelled.status == status
+        assert labelled.metadata.labels == {"rack": "r3"}
+        assert labelled.metadata.generation == 1
+        cordoned = await store.update(changed(labelled, unschedulable=True))
+        assert cordoned.metadata.generation == 2
+        assert await store.get(Node, "node-1") == cordoned
+
+    run(test)
+
+
+def test_a_kind_without_status_has_none_to_update(run: Run) -> None:
+    async def test(store: Store) -> None:
+        made = await store.create(pool("a", "10.0.0.0/16"))
+        with pytest.raises(Invalid, match="no status"):
+            await store.update_status(made)
+
+    run(test)
+
+
+def test_an_equal_update_changes_nothing(run: Run) -> None:
+    async def test(store: Store) -> None:
+        made = await store.create(block("10.0.0.0/26"))
+        async with aclosing(store.watch(IPAMBlock)) as events:
+            assert await take(events, 2) == [("added", made.name), ("synced", "")]
+            assert await store.update(made) == made
+            assert await store.update_status(made) == made
+            assert (await store.list(IPAMBlock)).version == made.metadata.resource_version
+            await silent(events, store, block("10.0.0.64/26"))
+
+    run(test)
+
+
+def test_immutable_fields_stay(run: Run) -> None:
+    async def test(store: Store) -> None:
+        made = await store.create(pool("pool", "10.0.0.0/16"))
+        for change in ({"cidr": "10.0.0.0/17"}, {"block_size": 27}):
+            with pytest.raises(Invalid, match="as long as the pool lives"):
+                await store.update(changed(made, **change))
+        claimed = await store.create(block("10.0.0.0/26"))
+        with pytest.raises(Invalid, match="as long as the block lives"):
+            await store.update(changed(claimed, node="node-2"))
+        assert await store.get(IPPool, "pool") == made
+        assert await store.get(IPAMBlock, claimed.name) == claimed
+
+    run(test)
+
+
+def test_mutate_reads_again_until_its_change_is_in(run: Run) -> None:
+    async def test(store: Store) -> None:
+        made = await store.create(block("10.0.0.0/26"))
+
+        async def count() -> None:
+            def one_more(b: IPAMBlock) -> IPAMBlock:
+                return with_status(b, msgspec.structs.replace(b.status, used=b.status.used + 1))
+
+            await mutate(store, IPAMBlock, made.name, one_more, status=True)
+
+        await asyncio.gather(*(count() for _ in range(10)))
+        assert (await store.get(IPAMBlock, made.name)).status.used == 10
+        same = await mutate(store, IPAMBlock, made.name, lambda _: None)
+        assert same.status.used == 10
+
+    run(test)
+
+
+def test_one_of_many_creates_wins(run: Run) -> None:
+    async def test(store: Store) -> None:
+        results = await asyncio.gather(
+            *(store.create(block("10.0.0.0/26", f"node-{i}")) for i in range(8)), return_exceptions=True
+        )
+        winners = [r for r in results if isinstance(r, IPAMBlock)]
+        assert len(winners) == 1
+        assert all(isinstance(r, AlreadyExists) for r in results if r is not winners[0])
+        assert await store.get(IPAMBlock, "10-0-0-0-26") == winners[0]
+
+    run(test)
+
+
+# -- deleting -----------------------------------------------------------------------------------------------------
+
+
+def test_delete_holds_to_its_preconditions(run: Run) -> None:
+    async def test(store: Store) -> None:
+        first = await store.create(pool("a", "10.0.0.0/16"))
+        second = await store.update(changed(first, disabled=True))
+        with pytest.raises(Conflict):
+            await store.delete(IPPool, "a", resource_version=first.metadata.resource_version)
+        with pytest.raises(Conflict):
+            await store.delete(IPPool, "a", uid="another")
+        assert await store.get(IPPool, "a") == second
+        await store.delete(IPPool, "a", uid=second.metadata.uid, resource_version=second.metadata.resource_version)
+        assert (await store.list(IPPool)).items == ()
+
+    run(test)
+
+
+def test_an_object_with_finalizers_is_marked_and_goes_with_the_last(run: Run) -> None:
+    async def test(store: Store) -> None:
+        made = await store.create(block("10.0.0.0/26", finalizers=("underlay.network/owner", "example.org/other")))
+        async with aclosing(store.watch(IPAMBlock)) as events:
+            await take(events, 2)
+            await store.delete(IPAMBlock, made.name)
+            marked = await store.get(IPAMBlock, made.name)
+            assert marked.metadata.deletion_timestamp
+            assert marked.metadata.generation == 2
+            with pytest.raises(AlreadyExists):
+                await store.create(block("10.0.0.0/26"))
+            await store.delete(IPAMBlock, made.name)
+            assert await store.get(IPAMBlock, made.name) == marked
+            with pytest.raises(Invalid, match="being deleted"):
+                await store.update(remade(marked, finalizers=(*marked.metadata.finalizers, "example.org/late")))
+            written = await store.update_status(with_status(marked, IPAMBlockStatus(used=1)))
+            fewer = await store.update(remade(written, finalizers=("underlay.network/owner",), deletion_timestamp=""))
+            assert fewer.metadata.deletion_timestamp == marked.metadata.deletion_timestamp
+            await store.update(remade(fewer, finalizers=()))
+            with pytest.raises(NotFound):
+                await store.get(IPAMBlock, made.name)
+            await store.create(block("10.0.0.0/26"))
+            kinds = [kind for kind, _ in await take(events, 5)]
+            assert kinds == ["modified", "modified", "modified", "deleted", "added"]
+
+    run(test)
+
+
+def test_removing_the_last_finalizer_of_an_unmarked_object_keeps_it(run: Run) -> None:
+    async def test(store: Store) -> None:
+        made = await store.create(block("10.0.0.0/26", finalizers=("underlay.network/owner",)))
+        kept = await store.update(remade(made, finalizers=()))
+        assert await store.get(IPAMBlock, made.name) == kept
+
+    run(test)
+
+
+# -- watching -----------------------------------------------------------------------------------------------------
+
+
+def test_watch_tells_the_present_and_then_every_change_in_order(run: Run) -> None:
+    async def test(store: Store) -> None:
+        one = await store.create(pool("one", "10.1.0.0/16"))
+        await store.create(pool("two", "10.2.0.0/16"))
+        async with aclosing(store.watch(IPPool)) as events:
+            assert await take(events, 3) == [("added", "one"), ("added", "two"), ("synced", "")]
+            await store.create(BGPConfiguration(metadata=Meta(name="default")))
+            one = await store.update(changed(one, disabled=True))
+            await store.update(changed(one, disabled=False))
+            await store.create(pool("three", "10.3.0.0/16"))
+            await store.delete(IPPool, "one")
+            assert await take(events, 4) == [
+                ("modified", "one"),
+                ("modified", "one"),
+                ("added", "three"),
+                ("deleted", "one"),
+            ]
+            await silent(events, store, pool("four", "10.4.0.0/16"))
+
+    run(test)
+
+
+def test_an_event_carries_the_object_and_its_version(run: Run) -> None:
+    async def test(store: Store) -> None:
+        async with aclosing(store.watch(IPPool)) as events:
+            assert (await anext(events)).type == "synced"
+            made = await store.create(pool("a", "10.0.0.0/16"))
+            event = await anext(events)
+            assert event == Event("added", made, made.metadata.resource_version)
+            await store.delete(IPPool, "a")
+            event = await anext(events)
+            assert (event.type, event.object and event.object.spec) == ("deleted", made.spec)
+            assert int(event.version) > int(made.metadata.resource_version)
+
+    run(test)
+
+
+def test_watch_wakes_up_while_it_waits(run: Run) -> None:
+    async def test(store: Store) -> None:
+        async with aclosing(store.watch(IPPool)) as events:
+            await take(events, 1)
+            waiting = asyncio.create_task(take(events, 1))
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            await store.create(pool("a", "10.0.0.0/16"))
+            async with asyncio.timeout(0.5):
+                assert await waiting == [("added", "a")]
+
+    run(test)
+
+
+def test_watch_resumes_after_any_event(run: Run) -> None:
+    async def test(store: Store) -> None:
+        async with aclosing(store.watch(IPPool)) as events:
+            versions = [(await anext(events)).version]
+            for i in range(5):
+                await store.create(pool(f"p{i}", f"10.{i}.0.0/16"))
+                versions.append((await anext(events)).version)
+        for i, version in enumerate(versions[:-1]):
+            async with aclosing(store.watch(IPPool, since=version)) as resumed:
+                assert await take(resumed, 5 - i) == [("added", f"p{n}") for n in range(i, 5)]
+
+    run(test)
+
+
+def test_a_list_version_can_be_watched_from(run: Run) -> None:
+    async def test(store: Store) -> None:
+        await store.create(pool("a", "10.0.0.0/16"))
+        listing = await store.list(IPPool)
+        await store.create(pool("b", "10.1.0.0/16"))
+        async with aclosing(store.watch(IPPool, since=listing.version)) as events:
+            assert await take(events, 1) == [("added", "b")]
+
+    run(test)
+
+
+def test_an_event_of_the_initial_state_cannot_be_resumed_half_way(run: Run) -> None:
+    async def test(store: Store) -> None:
+        await store.create(pool("a", "10.0.0.0/16"))
+        await store.create(pool("b", "10.1.0.0/16"))
+        async with aclosing(store.watch(IPPool)) as events:
+            first = await anext(events)
+        async with aclosing(store.watch(IPPool, since=first.version)) as events:
+            assert await take(events, 3) == [("added", "a"), ("added", "b"), ("synced", "")]
+
+    run(test)
+
+
+@pytest.mark.parametrize("version", ["99999999999999", "nonsense", "-1"])
+def test_a_version_that_is_not_of_this_store_is_expired(run: Run, version: str) -> None:
+    async def test(store: Store) -> None:
+        await store.create(pool("a", "10.0.0.0/16"))
+        with pytest.raises(Expired):
+            await anext(store.watch(IPPool, since=version))
+
+    run(test)
+
+
+def test_a_version_that_is_too_old_is_expired(run: Run) -> None:
+    async def test(store: Store) -> None:
+        old = (await store.list(IPPool)).version
+        made = await store.create(block("10.0.0.0/26"))
+        for used in range(HISTORY - 1):
+            made = await store.update_status(with_status(made, IPAMBlockStatus(used=used + 1)))
+        async with aclosing(store.watch(IPAMBlock, since=old)) as events:
+            assert len(await take(events, HISTORY)) == HISTORY
+        await store.update_status(with_status(made, IPAMBlockStatus()))
+        with pytest.raises(Expired):
+            await anext(store.watch(IPAMBlock, since=old))
+
+    run(test)
+
+
+def test_a_slow_watcher_falls_out_and_an_idle_one_does_not(run: Run) -> None:
+    async def test(store: Store) -> None:
+        async with aclosing(store.watch(IPAMBlock)) as slow, aclosing(store.watch(IPPool)) as idle:
+            await take(slow, 1)
+            await take(idle, 1)
+            waiting = asyncio.create_task(take(idle, 1))
+            made = await store.create(block("10.0.0.0/26"))
+            for used in range(HISTORY + 5):
+                made = await store.update_status(with_status(made, IPAMBlockStatus(used=used + 1)))
+                await asyncio.sleep(0)
+            with pytest.raises(Expired):
+                await take(slow, 1)
+            await store.create(pool("a", "10.9.0.0/16"))
+            assert await waiting == [("added", "a")]
+
+    run(test)
+
+
+def test_watch_selects(run: Run) -> None:
+    async def test(store: Store) -> None:
+        await store.create(block("10.0.0.0/26", "node-1"))
+        await store.create(block("10.0.0.64/26", "node-2"))
+        async with aclosing(store.watch(IPAMBlock, where={"spec.node": "node-1"})) as events:
+            assert await take(events, 2) == [("added", "10-0-0-0-26"), ("synced", "")]
+            await store.create(block("10.0.0.128/26", "node-2"))
+            await store.delete(IPAMBlock, "10-0-0-64-26")
+            await store.delete(IPAMBlock, "10-0-0-0-26")
+            assert await take(events, 1) == [("deleted", "10-0-0-0-26")]
+            await silent(events, store, block("10.0.0.192/26", "node-1"))
+        with pytest.raises(Invalid):
+            await anext(store.watch(IPAMBlock, where={"status.used": "1"}))
+        with pytest.raises(Invalid):
+            await anext(store.watch(IPAMBlock, since="1", where={"status.used": "1"}))
+
+    run(test)
+
+
+def test_watchers_do_not_disturb_each_other(run: Run) -> None:
+    async def test(store: Store) -> None:
+        watches = [store.watch(IPPool) for _ in range(10)]
+        for watch in watches:
+            await take(watch, 1)
+        waiting = [asyncio.create_task(take(watch, 20)) for watch in watches]
+        waiting[0].cancel()
+        for i in range(20):
+            await store.create(pool(f"p{i:02}", f"10.{i}.0.0/16"))
+            await asyncio.sleep(0)
+        wanted = [("added", f"p{i:02}") for i in range(20)]
+        assert await asyncio.gather(*waiting[1:]) == [wanted] * 9
+        for watch in watches:
+            await watch.aclose()
+
+    run(test)
+
+
+def test_a_closed_store_says_so_to_calls_and_watches(run: Run) -> None:
+    async def test(store: Store) -> None:
+        events = store.watch(IPPool)
+        await take(events, 1)
+        waiting = asyncio.create_task(take(events, 1))
+        await asyncio.sleep(0.01)
+        await store.close()
+        with pytest.raises(Unavailable, match="closed"):
+            async with asyncio.timeout(1):
+                await waiting
+        with pytest.raises(Unavailable, match="closed"):
+            await store.get(IPPool, "a")
+        await store.close()
+
+    run(test)
+
+
+# -- URLs ---------------------------------------------------------------------------------------------------------
+
+
+def test_open_store_by_url(tmp_path: Path) -> None:
+    async def main() -> None:
+        for url in ("memory:", f"sqlite:{tmp_path}/store.db"):
+            store = open_store(url, clock=SystemClock())
+            await store.create(pool("a", "10.0.0.0/16"))
+            await store.close()
+        again = open_store(f"sqlite:{tmp_path}/store.db", clock=SystemClock())
+        assert (await again.get(IPPool, "a")).spec.cidr == "10.0.0.0/16"
+        await again.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("url", ["", "sqlite:", "memory:x", "/path/store.db", "etcd://host", "sqlite"])
+def test_open_store_refuses_another_url(url: str) -> None:
+    with pytest.raises(Unavailable, match="write sqlite:"):
+        open_store(url, clock=SystemClock())
