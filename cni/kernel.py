@@ -1,0 +1,63 @@
+"""What ipam asks of the kernel (``ipam.model.KernelView``), answered over netlink."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from cni import rtnl
+from cni.marks import LINK_GROUP, PROTO_BLOCKS, PROTO_PODS
+from cni.netlink import Message, Netlink, NetlinkError, attributes
+from ipam.errors import KernelUnavailable
+
+_ANY: Final = {socket.AF_INET: bytes(4), socket.AF_INET6: bytes(16)}
+
+
+class NetlinkView:
+    """A KernelView of the namespace that ``netlink`` was made in. A doomed link counts as gone."""
+
+    def __init__(self, netlink: Netlink) -> None:
+        self._netlink = netlink
+
+    def netns(self) -> int:
+        return Path("/proc/thread-self/ns/net").stat().st_ino
+
+    def links(self) -> Mapping[int, str]:
+        try:
+            return {link.index: link.name for link in rtnl.links(self._netlink) if link.group == LINK_GROUP}
+        except NetlinkError as e:
+            raise KernelUnavailable(f"the node's links cannot be read: {e}") from e
+
+    def link(self, index: int, name: str) -> bool:
+        try:
+            by_name = rtnl.find(self._netlink, name)
+            by_index = rtnl.find_index(self._netlink, index) if index else None
+        except NetlinkError as e:
+            raise KernelUnavailable(f"the link {name} ({index}) cannot be read: {e}") from e
+        return any(link is not None and link.group == LINK_GROUP for link in (by_name, by_index))
+
+    def pod_routes(self) -> Mapping[str, int]:
+        found = {}
+        for address, _, values in self._routes(PROTO_PODS, rtnl.RTN_UNICAST):
+            found[str(address)] = rtnl.U32.unpack(values[rtnl.RTA_OIF])[0] if rtnl.RTA_OIF in values else 0
+        return found
+
+    def blackholes(self) -> frozenset[str]:
+        return frozenset(f"{a}/{length}" for a, length, _ in self._routes(PROTO_BLOCKS, rtnl.RTN_BLACKHOLE))
+
+    def _routes(
+        self, protocol: int, kind: int
+    ) -> Iterator[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int, dict[int, bytes]]]:
+        for family, anything in _ANY.items():
+            request = rtnl.ROUTE.pack(family, 0, 0, 0, rtnl.RT_TABLE_MAIN, protocol, 0, kind, 0)
+            try:
+                routes = self._netlink.dump(Message(rtnl.GETROUTE, request))
+            except NetlinkError as e:
+                raise KernelUnavailable(f"the node's routes of protocol {protocol} cannot be read: {e}") from e
+            for m in routes:
+                values = attributes(m.body, rtnl.ROUTE.size)
+                if m.body[5] == protocol and m.body[7] == kind:
+                    yield ipaddress.ip_address(values.get(rtnl.RTA_DST, anything)), m.body[1], values

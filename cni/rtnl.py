@@ -1,0 +1,109 @@
+"""rtnetlink's messages as far as the plugin speaks them: headers, numbers, links.
+
+Names and numbers are those of the kernel's include/uapi/linux/{if_link,rtnetlink,neighbour,if_addr,nexthop}.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+import struct
+from typing import Final
+
+import msgspec
+
+from cni.netlink import Message, Netlink, NetlinkError, attr_text, attributes
+
+NEWLINK, DELLINK, GETLINK = 16, 17, 18
+NEWADDR, GETADDR = 20, 22
+NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
+NEWNEIGH, GETNEIGH = 28, 30
+GETNEXTHOP: Final = 106
+
+LINK: Final = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
+ADDR: Final = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
+ROUTE: Final = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
+NEIGH: Final = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
+NEXTHOP: Final = struct.Struct("=BBBxI")  # nhmsg: family, scope, protocol, flags
+MULTIPATH: Final = struct.Struct("=HBBi")  # rtnexthop: length, flags, hops, index
+U32: Final = struct.Struct("=I")
+
+IFF_UP: Final = 1
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_LINKINFO = 1, 3, 4, 5, 18
+IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD, IFLA_NUM_TX_QUEUES, IFLA_NUM_RX_QUEUES = 26, 27, 28, 31, 32
+IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
+IFLA_INET_CONF, CONF_FORWARDING, CONF_PROXY_ARP = 1, 1, 3
+IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_NONE = 8, 1
+IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD = 1, 2, 0x02
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH = 1, 4, 5, 6, 9
+RT_TABLE_MAIN, RTPROT_BOOT, RTN_UNICAST, RTN_BLACKHOLE, RTM_F_FIB_MATCH = 254, 3, 1, 6, 0x2000
+SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
+NDA_DST, NDA_LLADDR, NDA_IFINDEX, NUD_STALE, NUD_PERMANENT = 1, 2, 8, 0x04, 0x80
+NHA_OIF: Final = 5
+
+
+class Link(msgspec.Struct, frozen=True):
+    """An interface as RTM_GETLINK shows it. ``peer`` is the index of a veth's other end in its own namespace."""
+
+    index: int
+    name: str
+    mac: str
+    mtu: int
+    group: int
+    peer: int
+    up: bool
+
+
+def find(netlink: Netlink, name: str) -> Link | None:
+    """The interface of this name in the socket's namespace. Raises NetlinkError."""
+    return _get_link(netlink, LINK.pack(0, 0, 0, 0, 0) + attr_text(IFLA_IFNAME, name))
+
+
+def find_index(netlink: Netlink, index: int) -> Link | None:
+    """The interface of this index in the socket's namespace. Raises NetlinkError."""
+    return _get_link(netlink, LINK.pack(0, 0, index, 0, 0))
+
+
+def links(netlink: Netlink) -> list[Link]:
+    """Every interface in the socket's namespace. Raises NetlinkError, DumpInterrupted."""
+    return [_read_link(m.body) for m in netlink.dump(Message(GETLINK, LINK.pack(0, 0, 0, 0, 0)))]
+
+
+def mac_bytes(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def packed(address: str) -> bytes:
+    return ipaddress.ip_address(address).packed
+
+
+def family(address: str) -> int:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _get_link(netlink: Netlink, body: bytes) -> Link | None:
+    try:
+        return _read_link(netlink.get(Message(GETLINK, body)).body)
+    except NetlinkError as e:
+        if e.number == errno.ENODEV:
+            return None
+        raise
+
+
+def _read_link(body: bytes) -> Link:
+    _, _, index, flags, _ = LINK.unpack_from(body)
+    values = attributes(body, LINK.size)
+    return Link(
+        index=index,
+        name=values[IFLA_IFNAME].rstrip(b"\0").decode(errors="surrogateescape"),
+        mac=values.get(IFLA_ADDRESS, b"").hex(":"),
+        mtu=_number(values.get(IFLA_MTU)),
+        group=_number(values.get(IFLA_GROUP)),
+        peer=_number(values.get(IFLA_LINK)),
+        up=bool(flags & IFF_UP),
+    )
+
+
+def _number(value: bytes | None) -> int:
+    return int(U32.unpack(value)[0]) if value else 0
