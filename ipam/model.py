@@ -11,7 +11,7 @@ Family = Literal[4, 6]
 
 
 class Attachment(msgspec.Struct, frozen=True, order=True):
-    """One interface of one sandbox in one network: the key of everything that is handed out (CNI spec, "Attachment")."""
+    """One interface of one sandbox in one network: the key of all that is handed out (CNI spec, "Attachment")."""
 
     network: str
     container: str

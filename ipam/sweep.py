@@ -1,0 +1,152 @@
+"""Finds addresses whose link is gone, and lets them go (R7). Also holds live routes that no lease explains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+from ipam.errors import IPAMError, KernelUnavailable
+from ipam.ledger import Ledger
+from ipam.model import Attachment, KernelView, Lease, Settings
+from store.clock import Clock
+from store.model import Condition
+
+log = logging.getLogger(__name__)
+
+#: So many may vanish at once whatever their share: a node with two pods may lose both.
+FEW = 4
+
+
+class Sweep:
+    """``release`` ends a lease whose leak is proven. ``taken`` says when (monotonic) a lease was taken, if it was since
+    this process began."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        kernel: KernelView,
+        clock: Clock,
+        settings: Settings,
+        *,
+        link_name: Callable[[Attachment], str],
+        release: Callable[[Lease], None],
+        taken: Mapping[Attachment, float],
+    ) -> None:
+        self._ledger = ledger
+        self._kernel = kernel
+        self._clock = clock
+        self._settings = settings
+        self._link_name = link_name
+        self._release = release
+        self._taken = taken
+        #: The namespace in which the leases are wired; another's links say nothing about them.
+        self.netns = 0
+        self._missing: dict[Attachment, float] = {}  # since when
+        self._routeless: dict[str, float] = {}  # strays
+
+    async def run(self) -> None:
+        """A sweep every ``settings.sweep`` seconds, until cancelled."""
+        while True:
+            await self._clock.sleep(self._settings.sweep)
+            self.sweep()
+
+    def sweep(self) -> tuple[Lease, ...]:
+        """One look. Returns the leases that it ended: gone now, and in a look at least ``settings.sweep`` s ago."""
+        try:
+            here = self._kernel.netns()
+            if here != self.netns:
+                self._stop(
+                    "WrongNamespace",
+                    f"this server runs in network namespace {here}, but the journal's addresses are wired "
+                    f"in {self.netns}: nothing is swept; if that namespace is gone, stop the server and remove the journal",
+                )
+                return ()
+            # Routes first: a pod that is wired between the two dumps then has its link in the second.
+            routes = self._kernel.pod_routes()
+            links = self._kernel.links()
+            ended = self._sweep_leases(links)
+            self._sweep_strays(routes, links)
+        except KernelUnavailable as e:
+            log.warning("no sweep this time: %s", e)
+            return ()
+        return ended
+
+    def add_strays(self) -> None:
+        """Holds every address that has a pod route and no lease. KernelUnavailable."""
+        self._add_strays(self._kernel.pod_routes(), self._kernel.links())
+
+    def _sweep_leases(self, links: Mapping[int, str]) -> tuple[Lease, ...]:
+        now = self._clock.monotonic()
+        names = set(links.values())
+        missing = [
+            lease
+            for lease in self._ledger.leases.values()
+            if not self._present(lease, links, names) and not self._being_wired(lease, now)
+        ]
+        self._missing = {lease.attachment: self._missing.get(lease.attachment, now) for lease in missing}
+        if len(missing) > FEW and 2 * len(missing) > len(self._ledger.leases):
+            self._stop(
+                "TooManyGone",
+                f"the links of {len(missing)} of {len(self._ledger.leases)} attachments are gone: nothing is swept, "
+                f"as that looks like a mistake; if they are gone indeed, let the runtime delete or collect (GC) them",
+            )
+            return ()
+        self._ledger.unsay("SweepStopped")
+        ended = []
+        for lease in missing:
+            if now - self._missing[lease.attachment] < self._settings.sweep:
+                continue
+            if self._kernel.link(lease.index, self._link_name(lease.attachment)):
+                log.warning("the link of %s is there, though the dump had none", lease.attachment)
+                del self._missing[lease.attachment]
+                continue
+            if self._end(lease):
+                ended.append(lease)
+        return tuple(ended)
+
+    def _end(self, lease: Lease) -> bool:
+        try:
+            self._release(lease)
+        except IPAMError as e:
+            log.warning("%s stays with %s for now: %s", ", ".join(lease.addresses), lease.attachment, e)
+            return False
+        log.warning("%s: its link is gone, %s free again", lease.attachment, ", ".join(lease.addresses))
+        self._missing.pop(lease.attachment, None)
+        return True
+
+    def _present(self, lease: Lease, links: Mapping[int, str], names: set[str]) -> bool:
+        return (lease.index and lease.index in links) or self._link_name(lease.attachment) in names
+
+    def _being_wired(self, lease: Lease, now: float) -> bool:
+        """Its ADD may still be at work."""
+        taken = self._taken.get(lease.attachment)
+        return not lease.index and taken is not None and now - taken < self._settings.unwired
+
+    def _sweep_strays(self, routes: Mapping[str, int], links: Mapping[int, str]) -> None:
+        now = self._clock.monotonic()
+        gone = [address for address in self._ledger.strays if address not in routes]
+        self._routeless = {address: self._routeless.get(address, now) for address in gone}
+        for address in gone:
+            if now - self._routeless[address] >= self._settings.sweep:
+                log.info("%s: its route is gone, it is free again", address)
+                self._ledger.end_stray(address, now)
+                del self._routeless[address]
+        self._add_strays(routes, links)
+
+    def _add_strays(self, routes: Mapping[str, int], links: Mapping[int, str]) -> None:
+        leased = {address for lease in self._ledger.leases.values() for address in lease.addresses}
+        for address, index in routes.items():
+            if address not in leased and address not in self._ledger.strays:
+                log.warning("%s has a live route and no lease: it is handed out to nobody", address)
+                self._ledger.add_stray(address, links.get(index, ""))
+
+    def _stop(self, reason: str, message: str) -> None:
+        self._ledger.say(
+            Condition(
+                type="SweepStopped",
+                status="True",
+                reason=reason,
+                message=message,
+                last_transition_time=self._clock.now(),
+            )
+        )
