@@ -1,0 +1,132 @@
+"""What Calico's and Kubernetes' files may hold that we do not serve, and what to say of it. Pure.
+
+Field names are those of the references "IPPool", "BGPConfiguration", "BGPPeer" in Calico's documentation (v3.30) and of
+Kubernetes' Node v1 and ObjectMeta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from store.model import BGPConfiguration, BGPPeer, IPPool, Node, Resource
+
+
+class Unserved(msgspec.Struct, frozen=True):
+    """``harmless`` are the values with which the field asks for nothing; any other is refused with ``why``."""
+
+    harmless: tuple[Any, ...]
+    why: str
+
+
+_SERVICES = "announcing service addresses is not served yet: leave it out"
+_COMMUNITIES = "communities are not served yet: leave it out, or set them on the router"
+_PASSWORD = (
+    "a session's password is not served yet: leave the peer out until it is, an open session is not what you ask"
+)
+_WORKLOADS = "BGP with pods is not served: leave it out"
+
+#: Kinds of theirs, with the remedy. A kind that is not here is only unknown.
+FOREIGN_KINDS: Mapping[str, str] = {
+    "BGPFilter": "BGPFilter is not served yet: leave it out, and set filters on the router",
+    "CalicoNodeStatus": "node status is written by each node itself: see underlayctl node status",
+    "ClusterInformation": "there is nothing to configure in it: leave it out",
+    "FelixConfiguration": "Calico's Felix does not run here: leave it out",
+    "GlobalNetworkPolicy": "network policies are not ours: kube-network-policies runs beside Underlay",
+    "GlobalNetworkSet": "network policies are not ours: kube-network-policies runs beside Underlay",
+    "HostEndpoint": "network policies are not ours: kube-network-policies runs beside Underlay",
+    "IPAMConfig": "each node owns its blocks, and none borrows: leave it out",
+    "IPAMConfiguration": "each node owns its blocks, and none borrows: leave it out",
+    "KubeControllersConfiguration": "no controller of ours runs anywhere: leave it out",
+    "NetworkPolicy": "network policies are not ours: kube-network-policies runs beside Underlay",
+    "NetworkSet": "network policies are not ours: kube-network-policies runs beside Underlay",
+    "Tier": "network policies are not ours: kube-network-policies runs beside Underlay",
+}
+
+#: Fields that say nothing to us whatever they hold; those under ``Resource`` are in every kind.
+LEFT_OUT: Mapping[type[Resource], frozenset[str]] = {
+    Resource: frozenset(
+        {
+            "metadata.managedFields",
+            "metadata.selfLink",
+            "metadata.deletionGracePeriodSeconds",
+            "metadata.ownerReferences[].controller",
+        }
+    ),
+    BGPConfiguration: frozenset({"spec.logSeverityScreen"}),
+    Node: frozenset(
+        {
+            *(f"spec.{f}" for f in ("podCIDR", "providerID", "taints", "configSource", "externalID")),
+            *(
+                f"status.{f}"
+                for f in (
+                    "allocatable",
+                    "capacity",
+                    "conditions",
+                    "config",
+                    "daemonEndpoints",
+                    "declaredFeatures",
+                    "features",
+                    "images",
+                    "nodeInfo",
+                    "phase",
+                    "runtimeHandlers",
+                    "volumesAttached",
+                    "volumesInUse",
+                )
+            ),
+        }
+    ),
+}
+
+UNSERVED: Mapping[type[Resource], Mapping[str, Unserved]] = {
+    Resource: {
+        "metadata.generateName": Unserved((), "write metadata.name: names are not made up here"),
+        "metadata.ownerReferences[].blockOwnerDeletion": Unserved((False,), "it is not served: leave it out"),
+    },
+    IPPool: {
+        "spec.namespaceSelector": Unserved(
+            ("", "all()"),
+            "pools are not chosen by namespace selector: annotate the namespace (underlay.network/ipv4pools)",
+        ),
+        "spec.ipip": Unserved(({}, {"enabled": False}), "there is no overlay here: leave it out"),
+        "spec.nat-outgoing": Unserved((False,), "translating is not served: pods keep their own address; leave it out"),
+    },
+    BGPConfiguration: {
+        "spec.serviceClusterIPs": Unserved(([],), _SERVICES),
+        "spec.serviceExternalIPs": Unserved(([],), _SERVICES),
+        "spec.serviceLoadBalancerIPs": Unserved(([],), _SERVICES),
+        "spec.serviceLoadBalancerAggregation": Unserved(("Enabled",), _SERVICES),
+        "spec.communities": Unserved(([],), _COMMUNITIES),
+        "spec.prefixAdvertisements": Unserved(([],), _COMMUNITIES),
+        "spec.listenPort": Unserved((0, 179), "the mesh uses port 179: leave it out"),
+        "spec.bindMode": Unserved(("None", "NodeIP"), "sessions begin at the node's own address: write NodeIP"),
+        "spec.nodeMeshPassword": Unserved((), _PASSWORD),
+        "spec.nodeMeshMaxRestartTime": Unserved(("120s", "2m", "2m0s"), "in the mesh it is 120s: leave it out"),
+        "spec.ignoredInterfaces": Unserved(([],), "nothing is learnt from interfaces here: leave it out"),
+        "spec.localWorkloadPeeringIPV4": Unserved(("",), _WORKLOADS),
+        "spec.localWorkloadPeeringIPV6": Unserved(("",), _WORKLOADS),
+        "spec.programClusterRoutes": Unserved(("Enabled",), "the agent always writes the routes: leave it out"),
+    },
+    BGPPeer: {
+        "spec.password": Unserved((), _PASSWORD),
+        "spec.filters": Unserved(([],), "BGPFilter is not served yet: leave it out, and set filters on the router"),
+        "spec.peerSelector": Unserved(("",), "peers are given by address (peerIP): write one peer for each address"),
+        "spec.localWorkloadSelector": Unserved(("",), _WORKLOADS),
+        "spec.keepOriginalNextHop": Unserved((False,), "every route goes out with the node as next hop: leave it out"),
+        "spec.nextHopMode": Unserved(("Auto", "Self"), "every route goes out with the node as next hop: leave it out"),
+        "spec.sourceAddress": Unserved(
+            ("UseNodeIP",), "sessions begin at the node's own address: write UseNodeIP or leave it out"
+        ),
+        "spec.reachableBy": Unserved(("",), "a peer is on-link or reached by the routes that are there: leave it out"),
+        "spec.ttlSecurity": Unserved((0,), "TTL security is not served yet: leave it out"),
+        "spec.keepaliveTime": Unserved((), "it is a third of holdTime (RFC 4271): set holdTime instead"),
+        "spec.localASNumber": Unserved(
+            (), "a node has one AS number: set it by annotation on the Node (underlay.network/as-number)"
+        ),
+        "spec.reversePeering": Unserved(("Auto",), "a peer is not told to peer back: leave it out"),
+        "spec.failureDetectionMode": Unserved(("None",), "BFD is not served: leave it out"),
+    },
+}
