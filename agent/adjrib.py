@@ -1,0 +1,154 @@
+"""Adj-RIB-In: what one peer told, through its sessions' generations. Pure; time is an argument (monotonic seconds)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from agent.bgp.model import EndOfRib, Family, Received, Resync, SessionDown, SessionUp, Update
+
+#: A peer that is up and silent is taken to have told everything after this many seconds (R8).
+REPORT_LIMIT: Final = 30.0
+#: Our own speaker is gone, the peers are not at fault: their routes stay as long as we ask them to keep ours.
+SPEAKER_RESTART: Final = 60.0
+
+#: How long to wait for a peer that was never up, before its configuration says how long.
+UNKNOWN_PATIENCE: Final = 120.0
+
+FAMILIES: Final[tuple[Family, ...]] = ("ipv4 unicast", "ipv6 unicast")
+
+
+def family_of(prefix: str) -> Family:
+    """The family of a prefix or an address, by its text."""
+    return "ipv6 unicast" if ":" in prefix else "ipv4 unicast"
+
+
+class AdjRibIn:
+    """The routes of one peer, by prefix, through its sessions' generations.
+
+    A route is *stale* from the moment that its session ends (if graceful restart was negotiated) or begins anew, until
+    the peer tells it again; what is stale at the peer's End-of-RIB, or when its time is over, is swept.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.routes: dict[str, Received] = {}
+        self.generation = -1
+        self.up = False
+        #: When the session last came up or went down; when the peer was configured, before that.
+        self.since = now
+        self.reason = ""
+        self.families: tuple[Family, ...] = ()
+        self.graceful: tuple[Family, ...] = ()
+        #: How many prefixes it had when it exceeded its maximum; 0: it never did.
+        self.exceeded = 0
+        self._stale: dict[Family, set[str]] = {}
+        self._sweep_at: dict[Family, float] = {}
+        self._reported: set[Family] = set()
+        #: Seconds from ``since`` after which a peer that is down has nothing more to report.
+        self._patience: dict[Family, float] = {}
+        self._unknown_patience = UNKNOWN_PATIENCE
+
+    def session_up(self, event: SessionUp, now: float) -> set[str]:
+        """A new session: what is known goes stale, and what the session does not carry goes. Returns what changed."""
+        if event.generation < self.generation or (self.up and event.generation == self.generation):
+            return set()
+        self.generation, self.up, self.since, self.reason = event.generation, True, now, ""
+        self.families, self.graceful = event.families, event.graceful_restart
+        self._patience = {f: float(event.restart_time) if f in self.graceful else 0.0 for f in self.families}
+        for family in self.families:
+            self._mark(family)
+            self._sweep_at[family] = now + REPORT_LIMIT
+        return self._drop({p for p in self.routes if family_of(p) not in self.families})
+
+    def session_down(self, event: SessionDown, now: float, limit: float) -> set[str]:
+        """Routes of families with graceful restart stay for the peer's restart time, at most ``limit``; others go."""
+        if event.generation < self.generation:
+            return set()
+        self.reason = event.reason
+        if not self.up:
+            return set()
+        patience = {family: min(self._patience.get(family, 0.0), limit) for family in self.families}
+        return self._end(patience, now)
+
+    def speaker_lost(self, reason: str, now: float) -> set[str]:
+        """Our own end of the session is gone; the speaker that comes back counts generations anew."""
+        self.generation, self.reason = -1, reason
+        return self._end(dict.fromkeys(self.families, SPEAKER_RESTART), now) if self.up else set()
+
+    def update(self, event: Update, maximum: int) -> set[str]:
+        """Takes routes in and out. Beyond ``maximum`` prefixes, counted before any filter, it forgets all (R11)."""
+        if event.generation != self.generation or not self.up or self.exceeded:
+            return set()
+        changed = set()
+        for route in event.announced:
+            self._stale.get(family_of(route.prefix), set()).discard(route.prefix)
+            if self.routes.get(route.prefix) != route:
+                self.routes[route.prefix] = route
+                changed.add(route.prefix)
+        changed |= self._drop(event.withdrawn)
+        return changed | self.enforce(maximum)
+
+    def enforce(self, maximum: int) -> set[str]:
+        """Forgets everything, until the peer is configured anew, if there is more than ``maximum``."""
+        if len(self.routes) <= maximum:
+            return set()
+        self.exceeded = len(self.routes)
+        return self._drop(list(self.routes))
+
+    def resync(self, event: Resync) -> None:
+        """All is stale until the End-of-RIB that follows; no timer sweeps, as it would sweep what is on its way."""
+        if event.generation == self.generation and self.up:
+            self._mark(event.family)
+            self._sweep_at.pop(event.family, None)
+
+    def end_of_rib(self, event: EndOfRib) -> set[str]:
+        if event.generation != self.generation or not self.up:
+            return set()
+        self._reported.add(event.family)
+        return self._sweep(event.family)
+
+    def advance(self, now: float) -> set[str]:
+        """What the passing of time does: sweeps what is due. Returns what changed."""
+        for family in FAMILIES:
+            if self.reported(family, now):
+                self._reported.add(family)  # once is for good
+        changed: set[str] = set()
+        for family in [f for f, at in self._sweep_at.items() if at <= now]:
+            changed |= self._sweep(family)
+        return changed
+
+    def reported(self, family: Family, now: float) -> bool:
+        """R8: at its End-of-RIB, or 30 s after it came up, or when it has been down for its restart time."""
+        return family in self._reported or bool(self.exceeded) or now >= self.report_due(family)
+
+    def report_due(self, family: Family) -> float:
+        return self.since + (REPORT_LIMIT if self.up else self._patience.get(family, self._unknown_patience))
+
+    def deadlines(self, now: float) -> Iterable[float]:
+        """When time will change something, if nothing else does before."""
+        yield from self._sweep_at.values()
+        yield from (self.report_due(f) for f in self.families or FAMILIES if not self.reported(f, now))
+
+    def expect(self, patience: float) -> None:
+        """How long to wait for a peer that was never up: whether it would restart gracefully is not known."""
+        self._unknown_patience = patience
+
+    def _end(self, patience: Mapping[Family, float], now: float) -> set[str]:
+        self.up, self.since, self._patience = False, now, dict(patience)
+        for family, seconds in patience.items():
+            self._mark(family)
+            self._sweep_at[family] = now + seconds
+        return self.advance(now)
+
+    def _mark(self, family: Family) -> None:
+        self._stale[family] = {p for p in self.routes if family_of(p) == family}
+
+    def _sweep(self, family: Family) -> set[str]:
+        self._sweep_at.pop(family, None)
+        return self._drop(self._stale.pop(family, set()))
+
+    def _drop(self, prefixes: Iterable[str]) -> set[str]:
+        dropped = {p for p in prefixes if self.routes.pop(p, None) is not None}
+        for stale in self._stale.values():
+            stale -= dropped
+        return dropped

@@ -1,0 +1,642 @@
+"""The plan: from all that store, kernel, peers and speaker say to all that is wanted of them. Pure.
+
+``plan`` reads one ``Snapshot`` and returns one ``Plan``; nothing is remembered between two. Order (R9) comes of that: a
+block is announced only once its blackhole *is seen* in the kernel, and loses its blackhole only once its withdrawal *is
+seen* to be sent. The page goes: who we are, sessions, blocks and announcements, imports, pods, sysctls, what may be
+deleted, and what people should know.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from ipaddress import IPv4Address
+from typing import Final
+
+import msgspec
+
+from agent.adjrib import FAMILIES, family_of
+from agent.bgp.model import Announcement, Family, Session, SpeakerState
+from agent.fib import KernelState, Link, NextHop, Route, RouteKey
+from agent.prefix import PrefixSet, parse, subnet
+from agent.rib import Peer, Policy, Refusal, Rib, Selection, count_refusals
+from cni.marks import (
+    LINK_GROUP,
+    METRIC_BLOCKS,
+    METRIC_FALLBACK,
+    METRIC_IMPORTS,
+    METRIC_PODS,
+    PROTO_BLOCKS,
+    PROTO_IMPORTS,
+    PROTO_PODS,
+)
+from store.model import (
+    ANNOTATION_ASN,
+    BGPConfiguration,
+    BGPConfigurationSpec,
+    BGPPeer,
+    Condition,
+    IPAMBlock,
+    IPPool,
+    Node,
+)
+from store.selector import parse as parse_selector
+from store.validate import as_number_problem, duration, peer_address, validate
+
+#: Seconds from the report of a withdrawal to the removal of the blackhole: packets under way have arrived (R9).
+SETTLE: Final = 1.0
+#: Seconds that a pod's route must have been missing before it is repaired: the CNI server may be at work (R10).
+REPAIR_AFTER: Final = 2.0
+#: Nodes in a full mesh beyond which it is warned of.
+MESH_LIMIT: Final = 100
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+    """What the store says, as far as this node is concerned."""
+
+    node: Node | None = None
+    #: The others; only where the mesh is on.
+    nodes: tuple[Node, ...] = ()
+    configuration: BGPConfiguration | None = None
+    peers: tuple[BGPPeer, ...] = ()
+    pools: tuple[IPPool, ...] = ()
+    #: This node's own blocks.
+    blocks: tuple[IPAMBlock, ...] = ()
+    #: CIDRs that were this node's blocks, and that another node was seen to own.
+    taken: frozenset[str] = frozenset()
+    #: Whether the store itself said it (False: it is the last good view, from disk).
+    live: bool = True
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a plan is made of. ``rib`` is asked, never changed. ``now`` is monotonic, in seconds."""
+
+    node: str
+    now: float
+    cluster: Cluster
+    kernel: KernelState
+    speaker: SpeakerState
+    rib: Rib
+    #: (container id, interface) -> the name of its veth.
+    link_name: Callable[[str, str], str]
+    #: Pod addresses whose route was already missing before, and since when.
+    missing: Mapping[str, float] = {}
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that is wanted. Each member is a whole set, not a change."""
+
+    routes: Mapping[RouteKey, Route]
+    #: (route protocol, family) of ours whose unwanted routes may go: every source of theirs has reported (R8).
+    deletable: frozenset[tuple[int, Family]]
+    sysctls: Mapping[str, str]
+    #: None: unknown, the speaker keeps what it has.
+    sessions: frozenset[Session] | None
+    announcements: frozenset[Announcement] | None
+    peers: tuple[Peer, ...]
+    conditions: tuple[Condition, ...]
+    selection: Selection
+    local_as: int = 0
+    router_id: str = ""
+    #: Pod addresses whose route is missing.
+    missing: frozenset[str] = frozenset()
+    #: When time alone will make the plan another one.
+    wake_at: float | None = None
+
+
+class Notes:
+    """What people should know: messages by condition type."""
+
+    def __init__(self) -> None:
+        self._messages: dict[str, list[str]] = {}
+
+    def add(self, kind: str, message: str) -> None:
+        self._messages.setdefault(kind, []).append(message)
+
+    def conditions(self) -> tuple[Condition, ...]:
+        return tuple(
+            Condition(type=kind, status="True", reason=kind, message="; ".join(_some(sorted(messages))))
+            for kind, messages in sorted(self._messages.items())
+        )
+
+
+def plan(snapshot: Snapshot) -> Plan:
+    """The whole plan for this snapshot. Equal snapshots give equal plans."""
+    notes = Notes()
+    kernel, cluster = snapshot.kernel, snapshot.cluster
+    me = identify(snapshot, notes)
+    pools = [pool for pool in cluster.pools if usable(pool, notes)]
+
+    wanted = wanted_sessions(me, snapshot, notes) if me.local_as else []
+    peers = tuple(sorted((peer for _, peer in wanted), key=lambda p: p.address))
+    sessions = [session for session, peer in wanted if below_maximum(peer, snapshot.rib, notes)]
+
+    held = {prefix for prefix, protocol, _ in kernel.routes if protocol == PROTO_BLOCKS}
+    standing = standing_blocks(snapshot, held)
+    blackholes = standing | {cidr for cidr in held - standing if still_announced(cidr, snapshot)}
+    # R9: install, then announce.
+    announcements = announce(standing & held, sessions, pools)
+
+    policy = import_policy(me, peers, pools, blackholes, snapshot)
+    selection = snapshot.rib.select(policy)
+    missing = missing_pod_routes(snapshot)
+
+    routes: dict[RouteKey, Route] = {}
+    for route in (
+        *(blackhole(cidr) for cidr in blackholes),
+        *(route for address, route in missing.items() if overdue(address, snapshot)),
+        *imports(selection, me, kernel.links),
+    ):
+        routes[route.key] = route
+
+    note_speaker(snapshot, sessions, notes)
+    note_refused_routes(peers, selection, notes)
+    note_forwarding(kernel, standing, notes)
+    return Plan(
+        routes=routes,
+        deletable=deletable(snapshot, me, peers),
+        sysctls=uplink_sysctls(uplinks(routes.values(), peers), kernel),
+        sessions=frozenset(sessions) if me.local_as else None,
+        announcements=frozenset(announcements) if me.local_as else None,
+        peers=peers,
+        conditions=notes.conditions(),
+        selection=selection,
+        local_as=me.local_as,
+        router_id=me.router_id,
+        missing=frozenset(missing),
+        wake_at=wake_at(snapshot, held - standing, missing),
+    )
+
+
+# -- who we are ----------------------------------------------------------------------------------------------------
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """This node as its peers know it. ``local_as`` 0: the store does not say, so that nothing is to be changed."""
+
+    name: str
+    local_as: int
+    router_id: str
+    #: Where the node is reached, by family; and where the kernel lets us use it as a source.
+    addresses: Mapping[Family, str]
+    sources: Mapping[Family, str]
+
+
+def identify(snapshot: Snapshot, notes: Notes) -> Identity:
+    """Node, AS number and router id. A node that cannot be read leaves its sessions as they are (R13)."""
+    node = snapshot.cluster.node
+    if node is None:
+        notes.add("NodeNotUsable", f"the store has no Node {snapshot.node}: create it; sessions stay as they are")
+        return Identity(snapshot.node, 0, "", {}, {})
+    addresses = node_addresses(node)
+    own = {a.address for a in snapshot.kernel.addresses if a.usable}
+    for address in addresses.values():
+        if address not in own:
+            message = f"InternalIP {address} of Node {node.name} is on no interface: imports come without a source"
+            notes.add("NodeAddressNotLocal", message)
+    local_as = node_as(node, snapshot.cluster.configuration)
+    why = as_number_problem(local_as)
+    if why:
+        notes.add(
+            "NodeNotUsable", f"AS number of Node {node.name} ({ANNOTATION_ASN}): {why}; sessions stay as they are"
+        )
+        local_as = 0
+    return Identity(
+        name=node.name,
+        local_as=local_as,
+        router_id=router_id(node.name, addresses),
+        addresses=addresses,
+        sources={family: address for family, address in addresses.items() if address in own},
+    )
+
+
+def node_addresses(node: Node) -> dict[Family, str]:
+    """The node's first InternalIP of each family."""
+    found: dict[Family, str] = {}
+    for entry in node.status.addresses:
+        if entry.type == "InternalIP":
+            found.setdefault(family_of(entry.address), entry.address)
+    return found
+
+
+def node_as(node: Node, configuration: BGPConfiguration | None) -> int:
+    """The node's annotation, else the cluster's AS number; -1 for an annotation that is no number."""
+    text = node.metadata.annotations.get(ANNOTATION_ASN)
+    if text is None:
+        return (configuration.spec if configuration else BGPConfigurationSpec()).as_number
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else -1
+
+
+def router_id(name: str, addresses: Mapping[Family, str]) -> str:
+    """The IPv4 address; without one, 32 bits of the name's hash (RFC 6286 asks only that they be unique in the AS)."""
+    return addresses.get("ipv4 unicast") or str(IPv4Address(zlib.crc32(name.encode()) or 1))
+
+
+def usable(obj: BGPPeer | IPPool, notes: Notes) -> bool:
+    """R13: what cannot be read takes down only itself."""
+    problems = validate(obj)
+    if problems:
+        notes.add("ObjectNotUsable", f"{obj.kind()} {obj.name}: {problems[0]}")
+    return not problems
+
+
+# -- sessions ------------------------------------------------------------------------------------------------------
+
+
+def wanted_sessions(me: Identity, snapshot: Snapshot, notes: Notes) -> list[tuple[Session, Peer]]:
+    """One session per BGPPeer that names this node, and per other node and family where the mesh is on. An address has
+    one session: the first BGPPeer by name, before the mesh."""
+    found: dict[str, tuple[Session, Peer]] = {}
+    own = {a.address for a in snapshot.kernel.addresses} | set(me.addresses.values())
+    for peer in sorted(snapshot.cluster.peers, key=lambda p: p.name):
+        if not usable(peer, notes) or not selects(peer, snapshot.cluster.node):
+            continue
+        address, port = peer_address(peer.spec.peer_ip)
+        if address in own:
+            notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {address} is an address of this node itself")
+        elif address in found:
+            notes.add(
+                "PeerNotUsable", f"BGPPeer {peer.name}: {address} is the peer of {found[address][0].name} already"
+            )
+        else:
+            pair = peer_session(peer, address, port, me, snapshot.kernel)
+            if pair is None:
+                notes.add("PeerNotUsable", f"BGPPeer {peer.name}: this node has no address of the family of {address}")
+            else:
+                found[address] = pair
+    if mesh_enabled(snapshot.cluster.configuration):
+        if len(snapshot.cluster.nodes) >= MESH_LIMIT:
+            count = len(snapshot.cluster.nodes) + 1
+            notes.add("MeshTooLarge", f"a full mesh of {count} nodes: peer with the ToRs or with route reflectors")
+        for node in sorted(snapshot.cluster.nodes, key=lambda n: n.name):
+            for session, mesh_peer in mesh_sessions(node, me, snapshot):
+                if session.address not in own:
+                    found.setdefault(session.address, (session, mesh_peer))
+    return list(found.values())
+
+
+def selects(peer: BGPPeer, node: Node | None) -> bool:
+    """By name, by selector, or every node."""
+    if node is None:
+        return False
+    if peer.spec.node:
+        return peer.spec.node == node.name
+    return not peer.spec.node_selector or parse_selector(peer.spec.node_selector).matches(node.metadata.labels)
+
+
+def mesh_enabled(configuration: BGPConfiguration | None) -> bool:
+    return (configuration.spec if configuration else BGPConfigurationSpec()).node_to_node_mesh_enabled
+
+
+def peer_session(
+    peer: BGPPeer, address: str, port: int, me: Identity, kernel: KernelState
+) -> tuple[Session, Peer] | None:
+    """The session that a BGPPeer asks for, and what its routes are judged by; None without an address of ours."""
+    local, interface = local_end(address, me, kernel)
+    if not local:
+        return None
+    family = family_of(address)
+    session = Session(
+        name=peer.name,
+        address=address,
+        port=port,
+        local_address=local,
+        local_as=me.local_as,
+        peer_as=peer.spec.as_number,
+        router_id=me.router_id,
+        hold_time=peer.spec.hold_time,
+        families=(family,),
+    )
+    return session, Peer(
+        address=address,
+        name=peer.name,
+        peer_as=peer.spec.as_number,
+        local_as=me.local_as,
+        families=(family,),
+        interface=interface,
+        allowed_own_as=peer.spec.num_allowed_local_as_numbers,
+        max_prefixes=peer.spec.max_prefixes,
+        max_restart_time=duration(peer.spec.max_restart_time),
+        import_cidrs=peer.spec.import_cidrs,
+        default_route=peer.spec.default_route == "Fallback",
+    )
+
+
+def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[tuple[Session, Peer]]:
+    """Sessions to another node. Of two nodes the one whose name sorts first connects, the other waits."""
+    peer_as = node_as(node, snapshot.cluster.configuration)
+    if as_number_problem(peer_as):
+        return
+    name = f"mesh-{node.name}"
+    for family, address in node_addresses(node).items():
+        local = me.addresses.get(family)
+        if local is None:
+            continue
+        _, interface = local_end(address, me, snapshot.kernel)
+        yield (
+            Session(
+                name=name,
+                address=address,
+                local_address=local,
+                local_as=me.local_as,
+                peer_as=peer_as,
+                router_id=me.router_id,
+                families=(family,),
+                passive=me.name > node.name,
+            ),
+            Peer(
+                address=address,
+                name=name,
+                peer_as=peer_as,
+                local_as=me.local_as,
+                families=(family,),
+                interface=interface,
+            ),
+        )
+
+
+def local_end(peer: str, me: Identity, kernel: KernelState) -> tuple[str, int]:
+    """Our address and interface towards a peer: on the subnet that both are on, else the node's address. ("", 0) if
+    there is neither."""
+    node_address = me.addresses.get(family_of(peer), "")
+    shared = [a for a in kernel.addresses if _inside(peer, a.subnet)]
+    if not shared:
+        return node_address, 0
+    best = max(shared, key=lambda a: (_length(a.subnet), a.address == node_address, a.address))
+    return best.address, best.interface
+
+
+def below_maximum(peer: Peer, rib: Rib, notes: Notes) -> bool:
+    """R11: a peer with more prefixes than its maximum is removed, until it is configured anew."""
+    count = rib.exceeded(peer)
+    if count:
+        notes.add(
+            "MaxPrefixesExceeded",
+            f"{peer.name} sent {count} prefixes, {peer.max_prefixes} are allowed: it is removed; "
+            f"raise maxPrefixes, or have the peer send less and change its BGPPeer",
+        )
+    return not count
+
+
+# -- blocks and announcements --------------------------------------------------------------------------------------
+
+
+def standing_blocks(snapshot: Snapshot, held: set[str]) -> set[str]:
+    """The blocks that are to be announced: our own that are not on their way out, and any with live pods (R14)."""
+    blocks = [b for b in snapshot.cluster.blocks if _is_prefix(b.spec.cidr)]
+    own, leaving = {b.spec.cidr for b in blocks}, {b.spec.cidr for b in blocks if is_leaving(b)}
+    if not snapshot.cluster.live:
+        own |= held  # claimed since the view was written, perhaps
+    in_question = (held | leaving) - (own - leaving)
+    return (own - leaving) | (with_live_pods(in_question, snapshot.kernel) - snapshot.cluster.taken)
+
+
+def is_leaving(block: IPAMBlock) -> bool:
+    """The owner gives it back (R4), or somebody deleted it (R5)."""
+    return block.status.releasing or bool(block.metadata.deletion_timestamp)
+
+
+def with_live_pods(cidrs: set[str], kernel: KernelState) -> set[str]:
+    """Those in which a pod has its route."""
+    lengths = {(family_of(cidr), _length(cidr)) for cidr in cidrs}
+    populated = set()
+    for prefix, protocol, _ in kernel.routes:
+        if protocol == PROTO_PODS:
+            address = prefix.partition("/")[0]
+            populated |= {subnet(address, length) for family, length in lengths if family == family_of(address)}
+    return cidrs & populated
+
+
+def still_announced(cidr: str, snapshot: Snapshot) -> bool:
+    """R9: withdrawn means that every peer that is up was told, and a second passed."""
+    speaker = snapshot.speaker
+    if not speaker.known or any(prefix == cidr for _, prefix in speaker.sent):
+        return True
+    at = speaker.withdrawn_at.get(cidr)
+    return at is not None and snapshot.now < at + SETTLE
+
+
+def blackhole(cidr: str) -> Route:
+    """What is in no pod's route goes nowhere, instead of back to the ToR."""
+    return Route(prefix=cidr, protocol=PROTO_BLOCKS, metric=METRIC_BLOCKS, kind="blackhole")
+
+
+def announce(blocks: set[str], sessions: Iterable[Session], pools: Iterable[IPPool]) -> list[Announcement]:
+    """Each block to each peer of its family, next hop our end of the session; not those of disableBGPExport pools."""
+    private = PrefixSet(pool.spec.cidr for pool in pools if pool.spec.disable_bgp_export)
+    exported = [cidr for cidr in blocks if not private.covers(parse(cidr))]
+    return [
+        Announcement(peer=session.address, prefix=cidr, next_hop=session.local_address)
+        for session in sessions
+        for cidr in exported
+        if family_of(cidr) in session.families
+    ]
+
+
+# -- imports (what is refused is in agent/rib.py) --------------------------------------------------------------------
+
+
+def import_policy(
+    me: Identity, peers: tuple[Peer, ...], pools: Iterable[IPPool], blocks: set[str], snapshot: Snapshot
+) -> Policy:
+    """Only prefixes inside pools, disabled ones too, and the importCIDRs; never what is in an own block; only next hops
+    on a subnet of an interface that is up (R11)."""
+    configuration, kernel = snapshot.cluster.configuration, snapshot.kernel
+    extra = configuration.spec.import_cidrs if configuration else ()
+    return Policy(
+        peers=peers,
+        allowed=frozenset(pool.spec.cidr for pool in pools) | {cidr for cidr in extra if _is_prefix(cidr)},
+        own_blocks=frozenset(blocks),
+        own_addresses=frozenset(a.address for a in kernel.addresses) | frozenset(me.addresses.values()),
+        router_id=me.router_id,
+        on_link=frozenset((a.subnet, a.interface) for a in kernel.addresses if _is_up(a.interface, kernel.links)),
+    )
+
+
+def imports(selection: Selection, me: Identity, links: Mapping[int, Link]) -> Iterable[Route]:
+    """One route per prefix that is let in, with the node's address as its source."""
+    ready: dict[int, tuple[NextHop, ...]] = {}  # by the id of the set: the RIB keeps equal sets as one object
+    sources = me.sources
+    for prefix, hops in selection.best.items():
+        nexthops = ready.get(id(hops))
+        if nexthops is None:
+            nexthops = ready[id(hops)] = alive(hops, links)
+        yield Route(
+            prefix=prefix,
+            protocol=PROTO_IMPORTS,
+            metric=METRIC_FALLBACK if prefix.endswith("/0") else METRIC_IMPORTS,
+            nexthops=nexthops,
+            src=sources.get(family_of(prefix), ""),
+        )
+
+
+def alive(hops: Sequence[NextHop], links: Mapping[int, Link]) -> tuple[NextHop, ...]:
+    """The next hops with carrier: the kernel refuses others in a group. Without any, the first stays as a plain route,
+    which the kernel passes over (ignore_routes_with_linkdown) and takes up again by itself."""
+    ready = tuple(hop for hop in hops if hop.interface in links and links[hop.interface].carrier)
+    return ready or tuple(hops[:1])
+
+
+# -- pods (R10: the CNI server writes their routes; here they are only repaired) ---------------------------------------
+
+
+def missing_pod_routes(snapshot: Snapshot) -> dict[str, Route]:
+    """Routes that the store says and the kernel lacks, of pods whose veth is there and not about to be deleted."""
+    kernel = snapshot.kernel
+    veths = {link.name: link.index for link in kernel.links.values() if link.group == LINK_GROUP}
+    found: dict[str, Route] = {}
+    for block in snapshot.cluster.blocks if veths else ():
+        for allocation in block.status.allocations:
+            address = allocation.address
+            prefix = f"{address}/{128 if ':' in address else 32}"
+            if (prefix, PROTO_PODS, METRIC_PODS) in kernel.routes:
+                continue
+            index = veths.get(snapshot.link_name(allocation.container, allocation.interface))
+            if index is not None:
+                found[address] = Route(
+                    prefix=prefix, protocol=PROTO_PODS, metric=METRIC_PODS, nexthops=(NextHop("", index),)
+                )
+    return found
+
+
+def overdue(address: str, snapshot: Snapshot) -> bool:
+    """Missing for long enough that nobody else can be about to write it."""
+    return snapshot.now >= snapshot.missing.get(address, snapshot.now) + REPAIR_AFTER
+
+
+# -- sysctls -------------------------------------------------------------------------------------------------------
+
+
+def uplinks(routes: Iterable[Route], peers: Iterable[Peer]) -> set[int]:
+    """Interfaces that packets of imports go through, now or soon."""
+    found = {hop.interface for route in routes if route.protocol == PROTO_IMPORTS for hop in route.nexthops}
+    return found | {peer.interface for peer in peers if peer.interface}
+
+
+def uplink_sysctls(interfaces: Iterable[int], kernel: KernelState) -> dict[str, str]:
+    """A dead link's routes are passed over, and packets may come in by one uplink and leave by another (R11)."""
+    wanted: dict[str, str] = {}
+    for index in interfaces:
+        link = kernel.links.get(index)
+        if link is None:
+            continue
+        name = sysctl_name(link.name)
+        for version in ("ipv4", "ipv6"):
+            key = f"net.{version}.conf.{name}.ignore_routes_with_linkdown"
+            if key in kernel.sysctls:  # IPv6 may be switched off
+                wanted[key] = "1"
+        # The kernel takes the larger of the two: 1 is strict, 2 loose (ip-sysctl.rst).
+        mine = f"net.ipv4.conf.{name}.rp_filter"
+        if max(kernel.sysctls.get(mine, "0"), kernel.sysctls.get("net.ipv4.conf.all.rp_filter", "0")) == "1":
+            wanted[mine] = "2"
+    return wanted
+
+
+def sysctl_name(interface: str) -> str:
+    """An interface's name inside a sysctl's, as sysctl(8) writes it."""
+    return interface.replace(".", "/")
+
+
+# -- when ----------------------------------------------------------------------------------------------------------
+
+
+def deletable(snapshot: Snapshot, me: Identity, peers: Iterable[Peer]) -> frozenset[tuple[int, Family]]:
+    """R8: nothing is deleted before every source has reported once. For blocks the sources are the store and the
+    speaker; for imports also each peer of the family. Pod routes are the CNI server's to delete (R10)."""
+    if not (snapshot.cluster.live and snapshot.speaker.known):
+        return frozenset()
+    blocks = {(PROTO_BLOCKS, family) for family in FAMILIES}
+    if not me.local_as:
+        return frozenset(blocks)
+    peers = tuple(peers)
+    return frozenset(blocks) | {
+        (PROTO_IMPORTS, family)
+        for family in FAMILIES
+        if all(snapshot.rib.reported(p, family, snapshot.now) for p in peers if family in p.families)
+    }
+
+
+def wake_at(snapshot: Snapshot, going: Iterable[str], missing: Iterable[str]) -> float | None:
+    """The first moment from now on at which time alone changes the plan."""
+    at = [snapshot.rib.deadline(snapshot.now)]
+    at += [t + SETTLE for cidr in going if (t := snapshot.speaker.withdrawn_at.get(cidr)) is not None]
+    at += [snapshot.missing.get(address, snapshot.now) + REPAIR_AFTER for address in missing]
+    return min((t for t in at if t is not None and t > snapshot.now), default=None)
+
+
+# -- what people should know -----------------------------------------------------------------------------------------
+
+
+def note_speaker(snapshot: Snapshot, sessions: Iterable[Session], notes: Notes) -> None:
+    """Sessions that are refused, and peers that would drop our routes when the speaker restarts (R14)."""
+    if not snapshot.cluster.live:
+        notes.add(
+            "StoreUnreachable", "the store cannot be reached: working from the last good view; nothing is deleted"
+        )
+    if not snapshot.speaker.known:
+        notes.add("SpeakerUnreachable", "the speaker has not told its table: is underlay-speaker running?")
+    for session in sessions:
+        if session.address in snapshot.speaker.refused:
+            notes.add("SessionRefused", f"{session.name}: {snapshot.speaker.refused[session.address]}")
+        known = snapshot.rib.peers.get(session.address)
+        if known and known.up:
+            lacking = [f for f in session.families if f in known.families and f not in known.graceful]
+            if lacking:
+                message = f"{session.name}: not for {', '.join(lacking)}: a restart of the speaker loses packets there"
+                notes.add("GracefulRestartNotNegotiated", message)
+
+
+#: Refusals that are worth a look; the others are what the policy is for.
+_TELLING: Final = (
+    Refusal.InvalidPrefix,
+    Refusal.FirstASNotPeer,
+    Refusal.OwnOriginator,
+    Refusal.OwnClusterList,
+    Refusal.NextHopInvalid,
+    Refusal.NextHopFamily,
+    Refusal.NextHopIsSelf,
+)
+
+
+def note_refused_routes(peers: Iterable[Peer], selection: Selection, notes: Notes) -> None:
+    for peer in peers:
+        counts = count_refusals(selection.refused.get(peer.address, {}))
+        if not counts:
+            continue
+        for refusal, count in counts.items():
+            if refusal is Refusal.NextHopNotOnLink:
+                notes.add("NextHopNotOnLink", f"{peer.name}: {count} prefixes: {refusal.value}")
+            elif refusal in _TELLING:
+                notes.add("RoutesRefused", f"{peer.name}: {count} prefixes, {refusal.name}: {refusal.value}")
+
+
+def note_forwarding(kernel: KernelState, blocks: Iterable[str], notes: Notes) -> None:
+    """A node that does not forward has pods that nobody reaches."""
+    families = {family_of(cidr) for cidr in blocks}
+    for family, key in (("ipv4 unicast", "net.ipv4.ip_forward"), ("ipv6 unicast", "net.ipv6.conf.all.forwarding")):
+        if family in families and kernel.sysctls.get(key) == "0":
+            notes.add("ForwardingOff", f"{key} is 0: pods are reached by this node alone; set it to 1")
+
+
+def _some(messages: list[str], limit: int = 8) -> list[str]:
+    return messages if len(messages) <= limit else [*messages[:limit], f"and {len(messages) - limit} more"]
+
+
+def _is_up(interface: int, links: Mapping[int, Link]) -> bool:
+    return interface in links and links[interface].up
+
+
+def _inside(address: str, cidr: str) -> bool:
+    return subnet(address, _length(cidr)) == cidr if family_of(address) == family_of(cidr) else False
+
+
+def _length(cidr: str) -> int:
+    return int(cidr.partition("/")[2])
+
+
+def _is_prefix(text: str) -> bool:
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True

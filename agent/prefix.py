@@ -1,0 +1,71 @@
+"""Prefixes as numbers, and sets of them that answer "equal to or inside?" quickly. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address
+from typing import NamedTuple
+
+
+class Prefix(NamedTuple):
+    """``bits`` is the family's width (32, 128), ``network`` the address as a number, ``length`` the mask's."""
+
+    bits: int
+    network: int
+    length: int
+
+
+def parse(text: str) -> Prefix:
+    """The prefix that ``text`` says, as ``10.1.0.0/16``. Raises ValueError, also for bits outside the mask."""
+    address, _, mask = text.partition("/")
+    bits, number = address_number(address)
+    length = int(mask) if mask.isascii() and mask.isdigit() else -1
+    if not 0 <= length <= bits:
+        raise ValueError(f"{text!r}: expected an address, '/' and a length up to {bits}")
+    if number & ((1 << (bits - length)) - 1):
+        raise ValueError(f"{text!r}: bits are set outside its mask")
+    return Prefix(bits, number, length)
+
+
+def address_number(text: str) -> tuple[int, int]:
+    """An address as (width of its family, number). Raises ValueError."""
+    if ":" in text:
+        return 128, int(IPv6Address(text))
+    return 32, int(IPv4Address(text))
+
+
+@lru_cache(maxsize=4096)
+def subnet(address: str, length: int) -> str:
+    """The prefix of that length that holds the address, in canonical text."""
+    bits, number = address_number(address)
+    network = number >> (bits - length) << (bits - length)
+    return f"{IPv4Address(network) if bits == 32 else IPv6Address(network)}/{length}"
+
+
+class PrefixSet:
+    """A set that knows whether a prefix is equal to or inside one of its own: one look-up per length in the set."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        """``texts`` are prefixes; raises ValueError as ``parse``."""
+        tables: dict[tuple[int, int], set[int]] = {}
+        for text in texts:
+            bits, network, length = parse(text)
+            tables.setdefault((bits, length), set()).add(network >> (bits - length))
+        self._tables: dict[int, list[tuple[int, set[int]]]] = {32: [], 128: []}
+        for bits, length in sorted(tables):
+            self._tables[bits].append((length, tables[bits, length]))
+
+    def covers(self, prefix: Prefix) -> bool:
+        bits, network, length = prefix
+        for own, table in self._tables[bits]:
+            if own > length:
+                return False
+            if network >> (bits - own) in table:
+                return True
+        return False
+
+    def covers_address(self, text: str) -> bool:
+        """Whether the address is inside. Raises ValueError."""
+        bits, number = address_number(text)
+        return self.covers(Prefix(bits, number, bits))

@@ -1,0 +1,424 @@
+"""The RIB of a leaf: what peers told, what of it is let in, and which paths win. Pure.
+
+A route goes down this page: ``AdjRibIn`` (agent/adjrib.py) holds it as the peer told it, ``RULES`` refuse it or let it
+in (R11), ``DECISION`` picks the best paths of its prefix, and ``ecmp`` makes them one set of next hops. ``Rib`` joins
+the parts and looks again only at what changed. Time is an argument: seconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import ip_address
+from typing import Final, NamedTuple
+
+import msgspec
+
+from agent.adjrib import SPEAKER_RESTART, AdjRibIn
+from agent.bgp.model import (
+    EndOfRib,
+    Event,
+    Family,
+    Received,
+    Resync,
+    SessionDown,
+    SessionUp,
+    SpeakerLost,
+    Update,
+)
+from agent.fib import NextHop
+from agent.prefix import Prefix, PrefixSet, parse
+
+#: Members of one ECMP route at most.
+ECMP_LIMIT: Final = 16
+#: What a path without LOCAL_PREF, or from an external peer, is worth (RFC 4271, 5.1.5).
+LOCAL_PREF: Final = 100
+
+IPv6_LINK_LOCAL: Final = PrefixSet(["fe80::/10"])
+
+_ORIGINS: Final = {"igp": 0, "egp": 1, "incomplete": 2}
+
+
+class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """What the RIB needs to know of a peer that is configured. ``address`` is the key, as in ``Session``."""
+
+    address: str
+    name: str
+    peer_as: int
+    local_as: int
+    families: tuple[Family, ...]
+    #: Interface that the peer is on, for link-local next hops; 0 where it is on none.
+    interface: int = 0
+    allowed_own_as: int = 0
+    max_prefixes: int = 100_000
+    #: Seconds that its routes may outlive its session, whatever it asks for itself.
+    max_restart_time: float = 120.0
+    import_cidrs: tuple[str, ...] = ()
+    #: Whether a default route is let in, as a fallback.
+    default_route: bool = False
+
+    @property
+    def external(self) -> bool:
+        return self.peer_as != self.local_as
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """All that import depends on, besides the route."""
+
+    peers: tuple[Peer, ...] = ()
+    #: Pools (disabled ones too) and the cluster's importCIDRs.
+    allowed: frozenset[str] = frozenset()
+    own_blocks: frozenset[str] = frozenset()
+    own_addresses: frozenset[str] = frozenset()
+    router_id: str = ""
+    #: Connected subnets, and the interface that each is on.
+    on_link: frozenset[tuple[str, int]] = frozenset()
+
+
+# -- import: one function per reason to refuse (R11) --------------------------------------------------------------
+
+
+class Refusal(enum.Enum):
+    """Why a route is not let in. The name is the rule, the value what it means for people."""
+
+    InvalidPrefix = "the prefix is not one"
+    DefaultRouteRefused = "a default route comes in only from a peer with defaultRoute: Fallback"
+    OutsidePools = "the prefix is inside no pool and no importCIDRs"
+    OwnBlock = "the prefix is equal to or inside a block of this node"
+    ASSet = "the AS_PATH has an AS_SET (RFC 9774)"
+    OwnASInPath = "our AS is in the AS_PATH more often than numAllowedLocalASNumbers"
+    FirstASNotPeer = "the AS_PATH does not begin with the peer's AS"
+    OwnOriginator = "ORIGINATOR_ID is our router id: the route is our own"
+    OwnClusterList = "our router id is in CLUSTER_LIST: the route went in a circle"
+    NextHopInvalid = "the next hop is no address that a packet can be sent to"
+    NextHopFamily = "an IPv6 prefix with an IPv4 next hop"
+    NextHopIsSelf = "the next hop is an address of this node"
+    NextHopNotOnLink = "the next hop is on no connected subnet of this node"
+
+
+class Context:
+    """A peer and what its routes are judged by, prepared for many look-ups."""
+
+    def __init__(self, peer: Peer, policy: Policy, allowed: PrefixSet, own: PrefixSet) -> None:
+        self.peer = peer
+        self.router_id = policy.router_id
+        self.own_addresses = policy.own_addresses
+        self.allowed = allowed
+        self.own = own
+        # The most specific subnet first: it is where the kernel would send.
+        self._on_link = [(PrefixSet([cidr]), interface) for cidr, interface in sorted(policy.on_link, key=_by_length)]
+        self._hops: dict[str, NextHop | Refusal] = {}
+
+    def hop(self, next_hop: str) -> NextHop | Refusal:
+        """Where that next hop is, or why it is refused; each is worked out once."""
+        found = self._hops.get(next_hop)
+        if found is None:
+            found = self._hops[next_hop] = self._find_hop(next_hop)
+        return found
+
+    def _find_hop(self, next_hop: str) -> NextHop | Refusal:
+        if is_martian(next_hop):
+            return Refusal.NextHopInvalid
+        if next_hop in self.own_addresses:
+            return Refusal.NextHopIsSelf
+        if IPv6_LINK_LOCAL.covers_address(next_hop):
+            return NextHop(next_hop, self.peer.interface) if self.peer.interface else Refusal.NextHopNotOnLink
+        for subnets, interface in self._on_link:
+            if subnets.covers_address(next_hop):
+                return NextHop(next_hop, interface)
+        return Refusal.NextHopNotOnLink
+
+
+def contexts(policy: Policy) -> dict[str, Context]:
+    """One context per peer, by address."""
+    allowed, own = PrefixSet(policy.allowed), PrefixSet(policy.own_blocks)
+    return {
+        p.address: Context(
+            p, policy, PrefixSet(policy.allowed | set(p.import_cidrs)) if p.import_cidrs else allowed, own
+        )
+        for p in policy.peers
+    }
+
+
+def _by_length(item: tuple[str, int]) -> tuple[int, str, int]:
+    return -int(item[0].partition("/")[2]), *item
+
+
+def is_martian(address: str) -> bool:
+    """Not an address that a packet can be sent to (RFC 6890): unspecified, loopback, multicast, IPv4's class E."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return True
+    never = parsed.is_unspecified or parsed.is_loopback or parsed.is_multicast
+    return never or (parsed.version == 4 and parsed.is_reserved) or "%" in address
+
+
+def _is_v4(address: str) -> bool:
+    return ":" not in address
+
+
+def is_default(prefix: Prefix) -> bool:
+    return prefix.length == 0
+
+
+def refused_default(route: Received, prefix: Prefix, context: Context) -> bool:
+    return is_default(prefix) and not context.peer.default_route
+
+
+def outside_pools(route: Received, prefix: Prefix, context: Context) -> bool:
+    # A default route has a switch of its own.
+    return not is_default(prefix) and not context.allowed.covers(prefix)
+
+
+def own_block(route: Received, prefix: Prefix, context: Context) -> bool:
+    return context.own.covers(prefix)
+
+
+def has_as_set(route: Received, prefix: Prefix, context: Context) -> bool:
+    return bool(route.attributes.as_set)
+
+
+def own_as_in_path(route: Received, prefix: Prefix, context: Context) -> bool:
+    return route.attributes.as_path.count(context.peer.local_as) > context.peer.allowed_own_as
+
+
+def first_as_not_peer(route: Received, prefix: Prefix, context: Context) -> bool:
+    peer, path = context.peer, route.attributes.as_path
+    return peer.external and path[:1] != (peer.peer_as,)
+
+
+def own_originator(route: Received, prefix: Prefix, context: Context) -> bool:
+    return route.attributes.originator_id == context.router_id != ""
+
+
+def own_cluster_list(route: Received, prefix: Prefix, context: Context) -> bool:
+    return context.router_id in route.attributes.cluster_list
+
+
+def next_hop_family(route: Received, prefix: Prefix, context: Context) -> bool:
+    return prefix.bits == 128 and _is_v4(route.next_hop)  # the other way round is RFC 8950
+
+
+Rule = Callable[[Received, Prefix, Context], bool]
+
+#: In this order; the first that says yes is the reason.
+RULES: Final[tuple[tuple[Refusal, Rule], ...]] = (
+    (Refusal.DefaultRouteRefused, refused_default),
+    (Refusal.OutsidePools, outside_pools),
+    (Refusal.OwnBlock, own_block),
+    (Refusal.ASSet, has_as_set),
+    (Refusal.OwnASInPath, own_as_in_path),
+    (Refusal.FirstASNotPeer, first_as_not_peer),
+    (Refusal.OwnOriginator, own_originator),
+    (Refusal.OwnClusterList, own_cluster_list),
+    (Refusal.NextHopFamily, next_hop_family),
+)
+
+
+def judge(route: Received, prefix: Prefix, context: Context) -> NextHop | Refusal:
+    """Where the route leads if it may come in, else why not."""
+    for refusal, applies in RULES:
+        if applies(route, prefix, context):
+            return refusal
+    return context.hop(route.next_hop)
+
+
+# -- best path (RFC 4271, 9.1.2.2): each step keeps the better ones ------------------------------------------------
+
+
+class Path(NamedTuple):
+    """A route that was let in, and the peer that told it."""
+
+    route: Received
+    hop: NextHop
+    external: bool
+
+
+def local_pref(path: Path) -> int:
+    # From an external peer it is to be ignored (RFC 4271, 5.1.5).
+    value = None if path.external else path.route.attributes.local_pref
+    return LOCAL_PREF if value is None else value
+
+
+def highest_local_pref(paths: list[Path]) -> list[Path]:
+    best = max(map(local_pref, paths))
+    return [p for p in paths if local_pref(p) == best]
+
+
+def shortest_as_path(paths: list[Path]) -> list[Path]:
+    best = min(len(p.route.attributes.as_path) for p in paths)
+    return [p for p in paths if len(p.route.attributes.as_path) == best]
+
+
+def lowest_origin(paths: list[Path]) -> list[Path]:
+    best = min(_ORIGINS[p.route.attributes.origin] for p in paths)
+    return [p for p in paths if _ORIGINS[p.route.attributes.origin] == best]
+
+
+def lowest_med(paths: list[Path]) -> list[Path]:
+    """MED compares only paths through the same neighbouring AS."""
+    best: dict[tuple[int, ...], int] = {}
+    for path in paths:
+        neighbour, med = path.route.attributes.as_path[:1], path.route.attributes.med
+        best[neighbour] = min(best.get(neighbour, med), med)
+    return [p for p in paths if p.route.attributes.med == best[p.route.attributes.as_path[:1]]]
+
+
+def external_over_internal(paths: list[Path]) -> list[Path]:
+    return [p for p in paths if p.external] or paths
+
+
+#: What is equal after the last step is ECMP.
+DECISION: Final = (highest_local_pref, shortest_as_path, lowest_origin, lowest_med, external_over_internal)
+
+
+def best_paths(paths: list[Path]) -> list[Path]:
+    """The paths that are equally good and better than the others."""
+    for step in DECISION:
+        if len(paths) == 1:
+            break
+        paths = step(paths)
+    return paths
+
+
+def ecmp(paths: Iterable[Path]) -> tuple[NextHop, ...]:
+    """The next hops of these paths, each once, in an order that does not depend on who came first."""
+    return tuple(sorted({p.hop for p in paths})[:ECMP_LIMIT])
+
+
+# -- the whole -----------------------------------------------------------------------------------------------------
+
+
+class Selection(msgspec.Struct, frozen=True):
+    """What is let in. ``best``: prefix -> next hops. ``refused``: peer's address -> prefix -> why.
+
+    Both are the RIB's own, and good until the next event.
+    """
+
+    best: Mapping[str, tuple[NextHop, ...]]
+    refused: Mapping[str, Mapping[str, Refusal]]
+
+
+class Rib:
+    """All peers' routes and the choice among them.
+
+    ``apply`` takes the speaker's events, ``advance`` the time, ``configure`` the peers that are wanted; ``select``
+    gives what a policy lets in, which depends on nothing but these: only the work is saved from one call to the next.
+    """
+
+    def __init__(self) -> None:
+        self.peers: dict[str, AdjRibIn] = {}
+        self._configured: dict[str, Peer] = {}
+        self._changed: set[str] = set()
+        self._policy = Policy()
+        self._contexts: dict[str, Context] = {}
+        self._best: dict[str, tuple[NextHop, ...]] = {}
+        self._refused: dict[str, dict[str, Refusal]] = {}
+        self._sets: dict[tuple[NextHop, ...], tuple[NextHop, ...]] = {}
+
+    def apply(self, event: Event, now: float) -> None:
+        """Takes one event in. One of a session that has ended since changes nothing."""
+        if isinstance(event, SpeakerLost):
+            for peer in self.peers.values():
+                self._changed |= peer.speaker_lost(event.reason, now)
+            return
+        known = self.peers.get(event.peer)
+        if known is None:  # told before the configuration is read: kept, and judged when it is
+            known = self.peers[event.peer] = AdjRibIn(now)
+        config = self._configured.get(event.peer)
+        match event:
+            case SessionUp():
+                self._changed |= known.session_up(event, now)
+            case SessionDown():
+                limit = config.max_restart_time if config else SPEAKER_RESTART
+                self._changed |= known.session_down(event, now, limit)
+            case Update():
+                self._changed |= known.update(event, config.max_prefixes if config else 1 << 32)
+            case EndOfRib():
+                self._changed |= known.end_of_rib(event)
+            case Resync():
+                known.resync(event)
+
+    def advance(self, now: float) -> None:
+        """Lets time pass: what is stale for too long is swept."""
+        for peer in self.peers.values():
+            self._changed |= peer.advance(now)
+
+    def configure(self, peers: Iterable[Peer], now: float) -> None:
+        """The whole set of peers that are wanted. Others are forgotten; one whose configuration changed and that had
+        exceeded its maximum may try again."""
+        wanted = {p.address: p for p in peers}
+        for address in self.peers.keys() - wanted.keys():
+            self._changed |= self.peers.pop(address).routes.keys()
+        for address, peer in wanted.items():
+            known = self.peers.get(address)
+            if known is None:
+                known = self.peers[address] = AdjRibIn(now)
+            if not _same(self._configured.get(address), peer):
+                known.exceeded = 0
+                known.expect(peer.max_restart_time)
+                self._changed |= known.enforce(peer.max_prefixes)
+        self._configured = wanted
+
+    def reported(self, peer: Peer, family: Family, now: float) -> bool:
+        """Whether the peer has told all it has for the family, or never will (R8)."""
+        known = self.peers.get(peer.address)
+        return known is not None and known.reported(family, now)
+
+    def exceeded(self, peer: Peer) -> int:
+        """With how many prefixes the peer, as it is configured, exceeded its maximum; 0 if it did not."""
+        known = self.peers.get(peer.address)
+        return known.exceeded if known and _same(self._configured.get(peer.address), peer) else 0
+
+    def deadline(self, now: float) -> float | None:
+        """The next moment at which ``advance`` or ``reported`` may say something new."""
+        return min((at for p in self.peers.values() for at in p.deadlines(now)), default=None)
+
+    def select(self, policy: Policy) -> Selection:
+        """What comes in under this policy."""
+        if policy != self._policy:
+            self._policy = policy
+            self._contexts = contexts(policy)
+            self._best, self._refused, self._sets = {}, {a: {} for a in self._contexts}, {}
+            self._changed = {prefix for a in self._contexts if a in self.peers for prefix in self.peers[a].routes}
+        for prefix in self._changed:
+            self._decide(prefix)
+        self._changed = set()
+        return Selection(self._best, self._refused)
+
+    def _decide(self, prefix: str) -> None:
+        try:
+            parsed: Prefix | None = parse(prefix)
+        except ValueError:
+            parsed = None
+        paths: list[Path] = []
+        for address, context in self._contexts.items():
+            known = self.peers.get(address)
+            route = known.routes.get(prefix) if known else None
+            refused = self._refused[address]
+            if route is None:
+                refused.pop(prefix, None)
+                continue
+            verdict = judge(route, parsed, context) if parsed else Refusal.InvalidPrefix
+            if isinstance(verdict, Refusal):
+                refused[prefix] = verdict
+            else:
+                refused.pop(prefix, None)
+                paths.append(Path(route, verdict, context.peer.external))
+        if paths:
+            hops = ecmp(best_paths(paths))
+            self._best[prefix] = self._sets.setdefault(hops, hops)  # equal sets are one object
+        else:
+            self._best.pop(prefix, None)
+
+
+def _same(a: Peer | None, b: Peer) -> bool:
+    """Configured alike: which interface the peer is on is the kernel's news, not the administrator's."""
+    return a is not None and msgspec.structs.replace(a, interface=b.interface) == b
+
+
+def count_refusals(refused: Mapping[str, Refusal]) -> Counter[Refusal]:
+    """How many prefixes each rule refuses."""
+    return Counter(refused.values())
