@@ -1,0 +1,218 @@
+"""``underlayctl``: what people type. Each command imports what it needs when it runs, so that a bare ``get`` is quick.
+
+Exit codes: 0 done, 1 refused or not found, 2 wrong command line, 3 the store cannot be reached.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ctl.failures import OK, USAGE, Failure, Usage, code_of, explain
+from store.errors import StoreError, Unavailable
+
+if TYPE_CHECKING:
+    from ctl.documents import Mode
+    from store.base import Store
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+NO_STORE = (
+    "no store is named: give --store URL or set UNDERLAY_STORE (sqlite:/path/store.db)."
+    " In a lab, 'underlay-lab status' prints the line to type"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code. Problems are on stderr, a line each."""
+    try:
+        code = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="underlayctl", standalone_mode=False
+        )
+    except click.ClickException as e:
+        e.show()
+        return USAGE
+    except click.Abort:
+        return 130
+    except Failure as e:
+        return _complain(e.lines, e.code)
+    except StoreError as e:
+        return _complain(explain(e), code_of(e))
+    return code if isinstance(code, int) else OK
+
+
+def store_option(command: F) -> F:
+    """``--store``, on ``underlayctl`` and on each command, so that it may stand before or after the command's name."""
+    return click.option(
+        "--store", "url", metavar="URL", help="Where the objects live, as sqlite:/path/store.db [env: UNDERLAY_STORE]."
+    )(command)
+
+
+def file_option(command: F, *, required: bool = True) -> F:
+    return click.option(
+        "-f",
+        "--filename",
+        "files",
+        multiple=True,
+        required=required,
+        metavar="FILE",
+        help="YAML or JSON, several documents allowed; - is stdin. May be given more than once.",
+    )(command)
+
+
+def dry_run_option(command: F) -> F:
+    return click.option("--dry-run", is_flag=True, help="Check and say what would happen; write nothing.")(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@store_option
+@click.pass_context
+def cli(ctx: click.Context, url: str | None) -> None:
+    """Shows and changes what Underlay keeps in its store."""
+    ctx.obj = url or os.environ.get("UNDERLAY_STORE", "")
+
+
+@cli.command()
+@click.argument("kind")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("-o", "--output", "form", type=click.Choice(["table", "wide", "name", "yaml", "json"]), default="table")
+@click.option("-l", "--selector", "selector", default="", help="Only objects with these labels: rack == 'rack-1'.")
+@store_option
+@click.pass_context
+def get(ctx: click.Context, kind: str, names: tuple[str, ...], form: str, selector: str, url: str | None) -> int:
+    """Shows objects. KIND may be several, as ippools,bgppeers."""
+    from ctl.show import get_objects
+
+    return _on_store(ctx, url, lambda store: get_objects(store, kind, names, form=form, selector=selector))
+
+
+def _edit_command(mode: Mode, help_text: str) -> None:
+    @cli.command(mode, help=help_text)
+    @file_option
+    @dry_run_option
+    @store_option
+    @click.pass_context
+    def command(ctx: click.Context, files: tuple[str, ...], dry_run: bool, url: str | None) -> int:
+        from ctl.documents import read_all, write_all
+
+        documents = read_all(files)
+        may_make = mode != "replace" and not dry_run
+        return _on_store(ctx, url, lambda store: write_all(store, documents, mode, dry_run=dry_run), may_make=may_make)
+
+
+_edit_command("apply", "Creates the objects of the files, or changes those that exist.")
+_edit_command("create", "Creates the objects of the files; those that exist are refused.")
+_edit_command("replace", "Makes existing objects exactly those of the files.")
+
+
+@cli.command()
+@click.argument("kind", required=False)
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@lambda command: file_option(command, required=False)
+@click.option("--ignore-not-found", is_flag=True, help="What is gone already is no error.")
+@click.option("--force", is_flag=True, help="Also pools and blocks of which pods hold addresses.")
+@store_option
+@click.pass_context
+def delete(
+    ctx: click.Context,
+    kind: str | None,
+    names: tuple[str, ...],
+    files: tuple[str, ...],
+    ignore_not_found: bool,
+    force: bool,
+    url: str | None,
+) -> int:
+    """Deletes objects by KIND and NAME, or those of the files."""
+    from ctl.documents import delete_all, to_delete
+
+    targets = to_delete(kind, names, files)
+    return _on_store(ctx, url, lambda store: delete_all(store, targets, ignore_not_found=ignore_not_found, force=force))
+
+
+@cli.group()
+def node() -> None:
+    """What nodes say of themselves."""
+
+
+@node.command("status")
+@click.argument("name", required=False, metavar="[NODE]", envvar="UNDERLAY_NODE")
+@click.option("--all-nodes", is_flag=True, help="Every node that has an agent.")
+@store_option
+@click.pass_context
+def node_status(ctx: click.Context, name: str | None, all_nodes: bool, url: str | None) -> int:
+    """Sessions and conditions of NODE (default: UNDERLAY_NODE, else this machine's name)."""
+    from ctl.show import show_node_status
+
+    return _on_store(ctx, url, lambda store: show_node_status(store, name or "", all_nodes=all_nodes))
+
+
+@cli.group()
+def ipam() -> None:
+    """Addresses: pools, blocks, who holds what."""
+
+
+@ipam.command("show")
+@click.option("--show-blocks", is_flag=True, help="Also each block with its node.")
+@click.option("--ip", "address", metavar="ADDRESS", help="Who holds this address.")
+@store_option
+@click.pass_context
+def ipam_show(ctx: click.Context, show_blocks: bool, address: str | None, url: str | None) -> int:
+    """Pools with their use, blocks, or one address."""
+    from ctl.show import show_address, show_ipam
+
+    if address is not None and show_blocks:
+        raise Usage(["--ip and --show-blocks are two questions: ask one"])
+    if address is not None:
+        return _on_store(ctx, url, lambda store: show_address(store, address))
+    return _on_store(ctx, url, lambda store: show_ipam(store, show_blocks=show_blocks))
+
+
+@cli.command()
+@store_option
+@click.pass_context
+def version(ctx: click.Context, url: str | None) -> int:
+    """Versions of this client and of the store."""
+    from ctl.show import show_store, show_version
+
+    show_version()
+    if not (url or ctx.find_root().obj):
+        click.echo(f"store   none ({NO_STORE})")
+        return OK
+    return _on_store(ctx, url, show_store)
+
+
+def _on_store(
+    ctx: click.Context, url: str | None, work: Callable[[Store], Awaitable[int]], *, may_make: bool = False
+) -> int:
+    import asyncio
+
+    from store.clock import SystemClock
+    from store.open import open_store
+
+    where = url or ctx.find_root().obj
+    if not where:
+        raise Usage([NO_STORE])
+    path = where.removeprefix("sqlite:")
+    if path != where and not may_make and not Path(path).exists():
+        # opening would make an empty store there, and a slip of the pen would look like a cluster without objects
+        raise Unavailable(f"store {where}: there is no such file: is the path right? 'apply' and 'create' make it")
+
+    async def run() -> int:
+        store = open_store(where, clock=SystemClock())
+        try:
+            return await work(store)
+        finally:
+            await store.close()
+
+    return asyncio.run(run())
+
+
+def _complain(lines: Sequence[str], code: int) -> int:
+    for line in lines:
+        click.echo(f"underlayctl: {line}", err=True)
+    return code

@@ -1,0 +1,214 @@
+"""The commands that only read: get, node status, ipam show, version. Each writes to stdout and returns an exit code."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import msgspec
+
+from ctl.failures import OK, REFUSED, Failure, Usage
+from ctl.kinds import UnknownKind, find_kinds, reference, reference_to
+from ctl.tables import Table, table
+from store.base import Store
+from store.clock import SystemClock
+from store.errors import BadSelector, NotFound
+from store.model import BGPNodeStatus, BGPPeer, IPAMBlock, IPPool, IPReservation, Node, Resource
+
+_KUBECTL_TERM = re.compile(r"\s*([A-Za-z0-9_./-]+)\s*(=|==|!=)\s*([A-Za-z0-9_.-]*)\s*")
+
+
+async def get_objects(store: Store, kind: str, names: Sequence[str], *, form: str, selector: str) -> int:
+    """Prints objects of one kind or several; names that are missing are said on stderr and make the exit code 1."""
+    try:
+        kinds = find_kinds(kind)
+    except UnknownKind as e:
+        raise Usage([str(e)]) from None
+    if names and selector:
+        raise Usage(["names and a selector are two ways to choose: give one"])
+    found: list[Resource] = []
+    missing: list[str] = []
+    for wanted in kinds:
+        objects, gone = await _chosen(store, wanted, names, selector)
+        found += objects
+        missing += gone
+    if form in ("yaml", "json"):
+        _print_documents(found, form, single=len(kinds) == 1 and len(names) == 1)
+    elif form == "name":
+        for obj in found:
+            click.echo(reference(obj))
+    elif found:
+        _print_tables(found, wide=form == "wide", full_names=len(kinds) > 1)
+    elif not missing:
+        click.echo("nothing found: there is no " + " and no ".join(k.kind() for k in kinds), err=True)
+    for name in missing:
+        click.echo(f"underlayctl: {name}: not found", err=True)
+    return REFUSED if missing else OK
+
+
+async def show_node_status(store: Store, name: str, *, all_nodes: bool) -> int:
+    """Prints sessions and conditions of one node or of all."""
+    from ctl.sessions import conditions, headline, sessions_table
+
+    if all_nodes:
+        known = {s.name: s for s in (await store.list(BGPNodeStatus)).items}
+        nodes = [n.name for n in (await store.list(Node)).items]
+        wanted = sorted({*known, *nodes})
+        if not wanted:
+            raise Failure(["the store knows no node"])
+    else:
+        wanted = [name or socket.gethostname()]
+        known = {}
+        try:
+            known[wanted[0]] = await store.get(BGPNodeStatus, wanted[0])
+        except NotFound:
+            await _refuse_unknown_node(store, wanted[0], given=bool(name))
+    silent = False
+    for i, node in enumerate(wanted):
+        if i:
+            click.echo()
+        status = known.get(node)
+        if status is None:
+            silent = True
+            click.echo(f"{node}: its agent has not said anything yet: is it running?")
+            continue
+        click.echo(headline(status))
+        if status.status.sessions:
+            _print_table(sessions_table(status, now=SystemClock().now()))
+        for line in conditions(status):
+            click.echo(f"  {line}")
+    return REFUSED if silent else OK
+
+
+async def show_ipam(store: Store, *, show_blocks: bool) -> int:
+    """Prints the pools with what is used of them; with ``show_blocks`` every block too."""
+    from ctl.addresses import blocks_table, pools_table
+
+    pools = (await store.list(IPPool)).items
+    blocks = (await store.list(IPAMBlock)).items
+    reservations = (await store.list(IPReservation)).items
+    if not pools and not blocks:
+        click.echo("nothing found: there is no IPPool", err=True)
+        return OK
+    _print_table(pools_table(pools, blocks, reservations))
+    if show_blocks:
+        click.echo()
+        _print_table(blocks_table(blocks))
+    orphans = sorted({b.spec.pool for b in blocks} - {p.name for p in pools})
+    for pool in orphans:
+        click.echo(f"blocks of ippool/{pool} are left, but the pool no longer exists", err=True)
+    return OK
+
+
+async def show_address(store: Store, text: str) -> int:
+    """Prints what the store knows of one address."""
+    from ipaddress import ip_address
+
+    from ctl.addresses import describe
+
+    try:
+        address = ip_address(text)
+    except ValueError:
+        raise Usage(
+            [f"--ip: {text!r} is no address: write it as 10.244.3.65 or fd00:10:244::5, without a prefix"]
+        ) from None
+    pools = (await store.list(IPPool)).items
+    blocks = (await store.list(IPAMBlock)).items
+    reservations = (await store.list(IPReservation)).items
+    nodes = (await store.list(Node)).items
+    for line in describe(address, pools, blocks, reservations, nodes):
+        click.echo(line)
+    return OK
+
+
+def show_version() -> None:
+    """Prints the version of this client."""
+    from importlib.metadata import version
+
+    click.echo(f"client  underlay {version('underlay')}")
+
+
+async def show_store(store: Store) -> int:
+    """Prints what the store is: reached, and at which version of its contents."""
+    listing = await store.list(BGPPeer)
+    click.echo(f"store   {type(store).__name__}, answers, at version {listing.version}")
+    return OK
+
+
+async def _chosen(
+    store: Store, kind: type[Resource], names: Sequence[str], selector: str
+) -> tuple[list[Resource], list[str]]:
+    """The objects, and references of those that there are not."""
+    if not names:
+        matches = _label_selector(selector)
+        return [obj for obj in (await store.list(kind)).items if matches.matches(obj.metadata.labels)], []
+    found: list[Resource] = []
+    missing = []
+    for name in names:
+        try:
+            found.append(await store.get(kind, name))
+        except NotFound:
+            missing.append(reference_to(kind, name))
+    return found, missing
+
+
+def _label_selector(text: str) -> Any:
+    """Calico's selector language, or kubectl's ``rack=rack-1,tier!=edge``. Raises Usage."""
+    from store.selector import parse
+
+    terms = [_KUBECTL_TERM.fullmatch(term) for term in text.split(",")]
+    if text and all(terms):
+        text = " && ".join(f'{t[1]} {"!=" if t[2] == "!=" else "=="} "{t[3]}"' for t in terms if t)
+    try:
+        return parse(text)
+    except BadSelector as e:
+        raise Usage([f"--selector: {e}"]) from None
+
+
+async def _refuse_unknown_node(store: Store, name: str, *, given: bool) -> None:
+    try:
+        await store.get(Node, name)
+    except NotFound:
+        names = [n.name for n in (await store.list(Node)).items]
+        hint = f"; there are {', '.join(names)}" if names else "; the store knows no node"
+        lead = (
+            f"there is no node {name!r}" if given else f"this machine, {name!r}, is no node of the store: say which one"
+        )
+        raise Failure([f"{lead}{hint}"]) from None
+
+
+def _print_documents(objects: Sequence[Resource], form: str, *, single: bool) -> None:
+    from store.files import dump_json, dump_yaml
+
+    if form == "json":
+        click.echo(dump_json(objects, always_list=not single), nl=False)
+    elif objects:
+        click.echo(dump_yaml(_without_stamps(obj) for obj in objects), nl=False)
+
+
+def _without_stamps(obj: Resource) -> Resource:
+    """The object without what the store sets in ``metadata``, so that it can be applied, here or elsewhere."""
+    meta = msgspec.structs.replace(
+        obj.metadata, uid="", resource_version="", generation=0, creation_timestamp="", deletion_timestamp=""
+    )
+    return msgspec.structs.replace(obj, metadata=meta)
+
+
+def _print_tables(objects: Sequence[Resource], *, wide: bool, full_names: bool) -> None:
+    now = SystemClock().now()
+    kinds = list(dict.fromkeys(type(obj) for obj in objects))
+    for i, kind in enumerate(kinds):
+        if i:
+            click.echo()
+        of_kind = [obj for obj in objects if type(obj) is kind]
+        _print_table(table(kind, of_kind, now=now, wide=wide, full_names=full_names))
+
+
+def _print_table(page: Table) -> None:
+    from tabulate import tabulate
+
+    text = tabulate(page.rows, headers=page.titles, tablefmt="plain", disable_numparse=True)
+    click.echo("\n".join(line.rstrip() for line in text.splitlines()))

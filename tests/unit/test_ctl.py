@@ -1,0 +1,744 @@
+"""underlayctl as people use it: whole command lines on a SQLite store, and the pure parts alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctl import edit
+from ctl.addresses import blocks_table, describe, pools_table
+from ctl.kinds import UnknownKind, find_kind, find_kinds, names_of
+from ctl.main import main
+from ctl.sessions import conditions, headline, sessions_table
+from ctl.tables import COLUMNS, table
+from ctl.words import age, count, share
+from store.base import Store
+from store.clock import SystemClock
+from store.errors import Conflict
+from store.memory import MemoryStore
+from store.model import (
+    KINDS,
+    Allocation,
+    BGPNodeStatus,
+    BGPNodeStatusStatus,
+    BGPPeer,
+    BGPPeerSpec,
+    Condition,
+    IPAMBlock,
+    IPAMBlockSpec,
+    IPAMBlockStatus,
+    IPPool,
+    IPPoolSpec,
+    IPReservation,
+    IPReservationSpec,
+    Meta,
+    Node,
+    NodeAddress,
+    NodeStatus,
+    Resource,
+    SessionStatus,
+    Writer,
+)
+from store.open import open_store
+
+NOW = "2026-11-24T12:00:00Z"
+
+POOL = """
+apiVersion: underlay.network/v1
+kind: IPPool
+metadata:
+  name: pods-v4
+spec:
+  cidr: 10.244.0.0/16
+"""
+PEER = """
+apiVersion: underlay.network/v1
+kind: BGPPeer
+metadata:
+  name: tor
+  labels:
+    rack: rack-1
+spec:
+  peerIP: 10.0.0.1
+  asNumber: 65001
+"""
+
+
+class Ctl:
+    """Runs command lines on one store, and looks at the store by itself."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self.url = f"sqlite:{folder}/store.db"
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        code = main(["--store", self.url, *arguments])
+        captured = self._capsys.readouterr()
+        return code, captured.out, captured.err
+
+    def ok(self, *arguments: str) -> str:
+        code, out, err = self(*arguments)
+        assert (code, err) == (0, ""), (code, out, err)
+        return out
+
+    def file(self, text: str, name: str = "a.yaml") -> str:
+        path = self.folder / name
+        path.write_text(text)
+        return str(path)
+
+    def on_store(self, work: Callable[[Store], Awaitable[Any]]) -> Any:
+        async def run() -> Any:
+            store = open_store(self.url, clock=SystemClock())
+            try:
+                return await work(store)
+            finally:
+                await store.close()
+
+        return asyncio.run(run())
+
+    def put(self, *objects: Resource) -> None:
+        async def work(store: Store) -> None:
+            for obj in objects:
+                made = await store.create(obj)
+                if hasattr(obj, "status"):
+                    await store.update_status(msgspec.structs.replace(made, status=obj.status))
+
+        self.on_store(work)
+
+    def all(self, kind: type[Resource]) -> tuple[Resource, ...]:
+        return tuple(self.on_store(lambda store: store.list(kind)).items)
+
+
+@pytest.fixture
+def ctl(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Ctl:
+    monkeypatch.delenv("UNDERLAY_STORE", raising=False)
+    monkeypatch.delenv("UNDERLAY_NODE", raising=False)
+    made = Ctl(tmp_path, capsys)
+    made.on_store(lambda store: store.list(IPPool))
+    return made
+
+
+def pool(name: str = "pods-v4", cidr: str = "10.244.0.0/16", **spec: Any) -> IPPool:
+    return IPPool(metadata=Meta(name=name), spec=IPPoolSpec(cidr=cidr, **spec))
+
+
+def block(
+    cidr: str = "10.244.0.0/26", name: str = "10-244-0-0-26", node: str = "node-1", *addresses: str, **status: Any
+) -> IPAMBlock:
+    held = tuple(
+        Allocation(address=a, network="underlay", container=f"c{i}", interface="eth0", pod=f"default/p{i}", since=NOW)
+        for i, a in enumerate(addresses)
+    )
+    said = IPAMBlockStatus(
+        allocations=held, used=len(held), free=64 - len(held), writer=Writer(boot_id="b" * 36, start=2), **status
+    )
+    return IPAMBlock(metadata=Meta(name=name), spec=IPAMBlockSpec(cidr=cidr, pool="pods-v4", node=node), status=said)
+
+
+# -- words, kinds, tables --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_answers_to_each_of_its_words(kind: type[Resource]) -> None:
+    for word in (kind.kind(), kind.PLURAL, *kind.SHORT):
+        assert find_kind(word) is kind
+        assert find_kind(word.upper()) is kind
+
+
+def test_no_word_means_two_kinds() -> None:
+    words = [word for kind in KINDS for word in names_of(kind)]
+    assert len(words) == len(set(words))
+
+
+def test_several_kinds_are_taken_once_each_in_order() -> None:
+    assert find_kinds("peers,ippool,bgppeer") == (BGPPeer, IPPool)
+    with pytest.raises(UnknownKind, match=r"'pols'.*ippools"):
+        find_kinds("ippools,pols")
+
+
+@pytest.mark.parametrize(
+    ("since", "text"),
+    [
+        ("", ""),
+        ("2026-11-24T12:00:00Z", "0s"),
+        ("2026-11-24T11:58:57Z", "1m3s"),
+        ("2026-11-24T08:59:00Z", "3h1m"),
+        ("2026-11-21T08:00:00Z", "3d4h"),
+        ("2026-11-24T12:00:05Z", "0s"),  # another machine's clock is ahead
+    ],
+)
+def test_age(since: str, text: str) -> None:
+    assert age(since, NOW) == text
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "text"),
+    [
+        (0, 64, "0 (0%)"),
+        (5, 64, "5 (8%)"),
+        (1, 65536, "1 (<1%)"),
+        (65535, 65536, "65535 (>99%)"),
+        (64, 64, "64 (100%)"),
+        (0, 0, "0"),
+    ],
+)
+def test_share(part: int, whole: int, text: str) -> None:
+    assert share(part, whole) == text
+
+
+def test_count_of_a_large_pool_is_readable() -> None:
+    assert count(2**80) == "2^80"
+    assert count(2**80 - 12) == "1.21e+24"
+    assert count(999_999_999) == "999999999"
+
+
+@given(st.integers(0, 2**128), st.integers(1, 2**128))
+def test_words_take_any_number(part: int, whole: int) -> None:
+    assert count(part)
+    assert share(min(part, whole), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_table(kind: type[Resource]) -> None:
+    specs: dict[type[Resource], dict[str, Any]] = {
+        IPPool: {"spec": IPPoolSpec(cidr="10.244.0.0/16")},
+        IPReservation: {"spec": IPReservationSpec(reserved_cidrs=("10.244.0.0/29", "10.244.1.1"))},
+        IPAMBlock: {"spec": IPAMBlockSpec(cidr="10.244.0.0/26", pool="p", node="n")},
+        BGPPeer: {"spec": BGPPeerSpec(peer_ip="10.0.0.1", as_number=65001)},
+    }
+    obj = kind(metadata=Meta(name="x", creation_timestamp="2026-11-24T11:00:00Z"), **specs.get(kind, {}))
+    narrow, wide = table(kind, [obj], now=NOW), table(kind, [obj], now=NOW, wide=True, full_names=True)
+    assert narrow.titles[0], narrow.rows[0][0] == ("NAME", "x")
+    assert (narrow.titles[-1], narrow.rows[0][-1]) == ("AGE", "1h0m")
+    assert wide.rows[0][0] == f"{kind.kind().lower()}/x"
+    assert set(narrow.titles) <= set(wide.titles)
+    assert len(wide.titles) == len(wide.rows[0]) == len(COLUMNS[kind]) + 2
+
+
+def test_table_says_what_a_pool_and_a_block_are_up_to() -> None:
+    leaving = msgspec.structs.replace(pool(disabled=True), metadata=Meta(name="x", deletion_timestamp=NOW))
+    assert "disabled,deleting" in table(IPPool, [leaving], now=NOW).rows[0]
+    assert "/122" in table(IPPool, [pool(cidr="fd00::/48")], now=NOW).rows[0]
+    assert "releasing" in table(IPAMBlock, [block(releasing=True)], now=NOW).rows[0]
+
+
+# -- get -------------------------------------------------------------------------------------------------------------
+
+
+def test_get_shows_objects_of_several_kinds(ctl: Ctl) -> None:
+    ctl.put(pool(), pool("pods-v6", "fd00:10:244::/48"))
+    ctl.ok("apply", "-f", ctl.file(PEER))
+    lines = ctl.ok("get", "IPPools,peer").splitlines()
+    assert lines[0].split()[:2] == ["NAME", "CIDR"]
+    assert [line.split()[:2] for line in lines[1:3]] == [
+        ["ippool/pods-v4", "10.244.0.0/16"],
+        ["ippool/pods-v6", "fd00:10:244::/48"],
+    ]
+    assert lines[5].split()[:3] == ["bgppeer/tor", "10.0.0.1", "65001"]
+
+
+def test_get_by_name_says_which_are_missing_and_shows_the_others(ctl: Ctl) -> None:
+    ctl.put(pool())
+    code, out, err = ctl("get", "ippool", "pods-v4", "nope", "-o", "name")
+    assert (code, out, err) == (1, "ippool/pods-v4\n", "underlayctl: ippool/nope: not found\n")
+
+
+@pytest.mark.parametrize("selector", ["rack == 'rack-1'", "rack=rack-1", "rack==rack-1,zone!=b", "has(rack)"])
+def test_get_by_label(ctl: Ctl, selector: str) -> None:
+    other = PEER.replace("rack: rack-1", "row: '7'").replace("name: tor", "name: other")
+    ctl.ok("apply", "-f", ctl.file(PEER + "---" + other))
+    assert ctl.ok("get", "peers", "-o", "name", "-l", selector) == "bgppeer/tor\n"
+
+
+def test_a_wrong_selector_or_kind_is_a_usage_error(ctl: Ctl) -> None:
+    assert ctl("get", "peers", "-l", "rack == 'x")[0] == 2
+    assert ctl("get", "peers", "tor", "-l", "a=b")[0] == 2
+    code, _, err = ctl("get", "pods")
+    assert code == 2
+    assert "'pods'" in err
+    assert "ippools" in err
+    assert ctl("get")[0] == 2
+    assert ctl("got", "peers")[0] == 2
+
+
+def test_nothing_there_is_no_error(ctl: Ctl) -> None:
+    assert ctl("get", "ippools") == (0, "", "nothing found: there is no IPPool\n")
+    assert ctl("get", "ippools", "-o", "yaml") == (0, "", "")
+    assert json.loads(ctl.ok("get", "ippools", "-o", "json"))["items"] == []
+
+
+def test_json_is_one_object_for_one_name_and_a_list_else(ctl: Ctl) -> None:
+    ctl.put(pool())
+    one = json.loads(ctl.ok("get", "ippool", "pods-v4", "-o", "json"))
+    assert (one["kind"], one["spec"]) == ("IPPool", {"cidr": "10.244.0.0/16"})
+    assert one["metadata"]["uid"]
+    listing = json.loads(ctl.ok("get", "ippools", "-o", "json"))
+    assert (listing["kind"], listing["items"]) == ("List", [one])
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+def test_what_get_prints_can_be_applied_and_changes_nothing(ctl: Ctl, form: str) -> None:
+    ctl.put(
+        pool(),
+        block(),
+        Node(
+            metadata=Meta(name="node-1", labels={"rack": "rack-1"}),
+            status=NodeStatus(addresses=(NodeAddress(type="InternalIP", address="10.0.0.5"),)),
+        ),
+        IPReservation(metadata=Meta(name="r"), spec=IPReservationSpec(reserved_cidrs=("10.244.0.0/29",))),
+    )
+    text = ctl.ok("get", "ippools,nodes,ipamblocks,ipreservations", "-o", form)
+    before = ctl.all(IPPool), ctl.all(Node), ctl.all(IPAMBlock)
+    out = ctl.ok("apply", "-f", ctl.file(text))
+    assert sorted(out.splitlines()) == [
+        "ipamblock/10-244-0-0-26 unchanged",
+        "ippool/pods-v4 unchanged",
+        "ipreservation/r unchanged",
+        "node/node-1 unchanged",
+    ]
+    assert (ctl.all(IPPool), ctl.all(Node), ctl.all(IPAMBlock)) == before
+
+
+def test_yaml_leaves_out_what_the_store_sets_and_restores_into_an_empty_store(ctl: Ctl, tmp_path: Path) -> None:
+    ctl.put(pool())
+    text = ctl.ok("get", "ippool", "pods-v4", "-o", "yaml")
+    assert yaml.safe_load(text)["metadata"] == {"name": "pods-v4"}
+    ctl.url = f"sqlite:{tmp_path}/other.db"
+    assert ctl.ok("apply", "-f", ctl.file(text)) == "ippool/pods-v4 created\n"
+
+
+# -- apply, create, replace ------------------------------------------------------------------------------------------
+
+
+def test_apply_creates_then_changes_then_leaves_alone(ctl: Ctl) -> None:
+    file = ctl.file(POOL)
+    assert ctl.ok("apply", "-f", file) == "ippool/pods-v4 created\n"
+    assert ctl.ok("apply", "-f", file) == "ippool/pods-v4 unchanged\n"
+    version = ctl.all(IPPool)[0].metadata.resource_version
+    ctl.file(POOL + "  disabled: true\n")
+    assert ctl.ok("apply", "-f", file) == "ippool/pods-v4 configured\n"
+    (now,) = ctl.all(IPPool)
+    assert isinstance(now, IPPool)
+    assert now.spec.disabled
+    assert now.metadata.resource_version != version
+
+
+def test_apply_sets_its_labels_and_leaves_others_but_replace_is_exact(ctl: Ctl) -> None:
+    ctl.put(Node(metadata=Meta(name="node-1", labels={"kubernetes.io/hostname": "n", "rack": "old"})))
+    node = "apiVersion: v1\nkind: Node\nmetadata:\n  name: node-1\n  labels:\n    rack: new\n"
+    assert ctl.ok("apply", "-f", ctl.file(node)) == "node/node-1 configured\n"
+    assert ctl.all(Node)[0].metadata.labels == {"kubernetes.io/hostname": "n", "rack": "new"}
+    assert ctl.ok("replace", "-f", ctl.file(node)) == "node/node-1 replaced\n"
+    assert ctl.all(Node)[0].metadata.labels == {"rack": "new"}
+    assert ctl.ok("replace", "-f", ctl.file(node)) == "node/node-1 unchanged\n"
+
+
+def test_apply_never_writes_status(ctl: Ctl) -> None:
+    ctl.put(pool(), block("10.244.0.0/26", "10-244-0-0-26", "node-1", "10.244.0.1"))
+    text = ctl.ok("get", "block", "10-244-0-0-26", "-o", "yaml").replace("10.244.0.1", "10.244.0.2")
+    assert ctl.ok("apply", "-f", ctl.file(text)) == "ipamblock/10-244-0-0-26 unchanged\n"
+    assert ctl.all(IPAMBlock)[0].status.allocations[0].address == "10.244.0.1"  # type: ignore[attr-defined]
+
+
+def test_nothing_is_written_if_any_document_is_refused(ctl: Ctl) -> None:
+    bad = POOL.replace("pods-v4", "bad").replace("10.244.0.0/16", "10.245.0.0/16") + "  ipipMode: Always\n"
+    code, out, err = ctl("apply", "-f", ctl.file(POOL + "---" + bad, "two.yaml"))
+    assert (code, out) == (1, "")
+    (line,) = err.splitlines()
+    for part in ("two.yaml", "document 2", "bad", "spec.ipipMode", "'Always'", "no overlay"):
+        assert part in line
+    assert ctl.all(IPPool) == ()
+
+
+def test_every_problem_of_every_file_is_a_line(ctl: Ctl) -> None:
+    one = ctl.file(POOL.replace("10.244.0.0/16", "10.244.0.1/16") + "  blockSize: 99\n", "one.yaml")
+    two = ctl.file(PEER + "  holdtime: 9\n", "two.yaml")
+    three = ctl.file("kind: [", "three.yaml")
+    code, _, err = ctl("apply", "-f", one, "-f", two, "-f", three)
+    assert code == 1
+    lines = err.splitlines()
+    assert [sum(name in line for line in lines) for name in ("one.yaml", "two.yaml", "three.yaml")] == [2, 1, 1]
+    assert any("holdTime" in line for line in lines)
+
+
+@pytest.mark.parametrize("mode", ["apply", "create"])
+def test_pools_that_overlap_are_refused_in_one_file_and_beside_the_store(ctl: Ctl, mode: str) -> None:
+    other = POOL.replace("pods-v4", "other").replace("10.244.0.0/16", "10.244.128.0/17")
+    code, _, err = ctl(mode, "-f", ctl.file(POOL + "---" + other))
+    assert code == 1
+    assert "object 2 (IPPool other): spec.cidr: '10.244.128.0/17'" in err
+    assert ctl.all(IPPool) == ()
+    ctl.put(pool())
+    code, _, err = ctl(mode, "-f", ctl.file(other))
+    assert code == 1
+    assert "overlaps IPPool pods-v4" in err
+
+
+def test_what_never_changes_is_refused_before_anything_is_written(ctl: Ctl) -> None:
+    ctl.put(pool())
+    changed = POOL.replace("10.244.0.0/16", "10.99.0.0/16")
+    code, out, err = ctl("apply", "-f", ctl.file(PEER + "---" + changed))
+    assert (code, out) == (1, "")
+    assert "spec.cidr: '10.99.0.0/16': it stays '10.244.0.0/16'" in err
+    assert ctl.all(BGPPeer) == ()
+
+
+def test_one_object_in_two_documents_is_refused(ctl: Ctl) -> None:
+    code, _, err = ctl("apply", "-f", ctl.file(POOL), "-f", ctl.file(POOL + "  disabled: true\n", "b.yaml"))
+    assert code == 1
+    assert "b.yaml: object 1" in err
+    assert "a.yaml: object 1" in err
+    assert ctl.all(IPPool) == ()
+
+
+def test_create_refuses_what_exists_and_replace_what_does_not(ctl: Ctl) -> None:
+    file = ctl.file(POOL)
+    code, _, err = ctl("replace", "-f", file)
+    assert (code, "does not exist" in err) == (1, True)
+    assert ctl.ok("create", "-f", file) == "ippool/pods-v4 created\n"
+    code, _, err = ctl("create", "-f", file)
+    assert (code, "exists already" in err) == (1, True)
+
+
+def test_replace_with_an_old_version_is_a_conflict(ctl: Ctl) -> None:
+    ctl.put(pool())
+    text = ctl.ok("get", "ippool", "pods-v4", "-o", "json")
+    ctl.ok("apply", "-f", ctl.file(POOL + "  disabled: true\n"))
+    code, out, err = ctl("replace", "-f", ctl.file(text, "old.json"))
+    assert (code, out) == (1, "")
+    assert "old.json" in err
+    assert "decide again" in err
+    assert ctl.all(IPPool)[0].spec.disabled  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("mode", "line"), [("apply", "ippool/pods-v4 created"), ("create", "ippool/pods-v4 created")])
+def test_dry_run_says_and_writes_nothing(ctl: Ctl, mode: str, line: str) -> None:
+    assert ctl.ok(mode, "--dry-run", "-f", ctl.file(POOL)) == f"{line} (dry run)\n"
+    assert ctl.all(IPPool) == ()
+    ctl.put(pool())
+    file = ctl.file(POOL + "  disabled: true\n")
+    before = ctl.all(IPPool)
+    assert ctl.ok("apply", "--dry-run", "-f", file) == "ippool/pods-v4 configured (dry run)\n"
+    assert ctl.ok("replace", "--dry-run", "-f", file) == "ippool/pods-v4 replaced (dry run)\n"
+    assert ctl.all(IPPool) == before
+
+
+def test_stdin_is_a_file(ctl: Ctl) -> None:
+    argv = [sys.executable, "-c", "import sys; from ctl.main import main; sys.exit(main())"]
+    done = subprocess.run(
+        [*argv, "apply", "-f", "-", "--store", ctl.url],
+        input=POOL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (0, "ippool/pods-v4 created\n"), done.stderr
+
+
+def test_an_unreadable_or_empty_file(ctl: Ctl) -> None:
+    code, _, err = ctl("apply", "-f", str(ctl.folder / "nope.yaml"))
+    assert (code, "nope.yaml: cannot be read: No such file" in err) == (2, True)
+    code, _, err = ctl("apply", "-f", ctl.file(""))
+    assert (code, "no object in" in err) == (1, True)
+
+
+def test_apply_decides_again_when_somebody_else_writes() -> None:
+    """A writer in between (the store says Conflict) must not undo, nor be undone."""
+
+    class Busy(MemoryStore):
+        interrupted = False
+
+        async def update(self, obj: Any) -> Any:
+            if not self.interrupted:
+                self.interrupted = True
+                current = await self.get(type(obj), obj.name)
+                meta = msgspec.structs.replace(current.metadata, labels={"theirs": "yes"})
+                await super().update(msgspec.structs.replace(current, metadata=meta))
+            return await super().update(obj)
+
+    async def run() -> IPPool:
+        store = Busy(SystemClock())
+        await store.create(pool())
+        assert await edit.apply(store, pool(disabled=True)) == "configured"
+        return await store.get(IPPool, "pods-v4")
+
+    after = asyncio.run(run())
+    assert after.spec.disabled
+    assert after.metadata.labels == {"theirs": "yes"}
+
+
+def test_apply_changes_what_somebody_else_just_created() -> None:
+    class Quick(MemoryStore):
+        async def create(self, obj: Any) -> Any:
+            await super().create(pool())
+            return await super().create(obj)
+
+    async def run() -> None:
+        store = Quick(SystemClock())
+        assert await edit.apply(store, pool(disabled=True)) == "configured"
+        assert (await store.get(IPPool, "pods-v4")).spec.disabled
+
+    asyncio.run(run())
+
+
+# -- delete ----------------------------------------------------------------------------------------------------------
+
+
+def test_delete_by_name_and_by_file(ctl: Ctl) -> None:
+    both = ctl.file(POOL + "---" + PEER)
+    ctl.ok("apply", "-f", both)
+    assert ctl.ok("delete", "peer", "tor") == "bgppeer/tor deleted\n"
+    code, out, err = ctl("delete", "-f", both)
+    assert (code, out, err) == (1, "ippool/pods-v4 deleted\n", "underlayctl: bgppeer/tor: not found\n")
+    assert ctl.ok("delete", "-f", both, "--ignore-not-found") == ""
+    assert ctl("delete", "ippool")[0] == 2
+    assert ctl("delete")[0] == 2
+    assert ctl("delete", "ippool", "x", "-f", both)[0] == 2
+
+
+def test_delete_refuses_a_pool_or_block_in_use_unless_forced(ctl: Ctl) -> None:
+    ctl.put(pool(), block("10.244.0.0/26", "10-244-0-0-26", "node-1", "10.244.0.1"))
+    for target in (("ippool", "pods-v4"), ("block", "10-244-0-0-26")):
+        code, out, err = ctl("delete", *target)
+        assert (code, out) == (1, "")
+        assert "pods hold 1 of its addresses (on node-1)" in err
+        assert "--force" in err
+    assert (len(ctl.all(IPPool)), len(ctl.all(IPAMBlock))) == (1, 1)
+    assert ctl.ok("delete", "--force", "ippool", "pods-v4") == "ippool/pods-v4 deleted\n"
+    assert ctl.ok("delete", "--force", "block", "10-244-0-0-26") == "ipamblock/10-244-0-0-26 deleted\n"
+
+
+def test_delete_does_not_take_an_object_that_was_created_anew() -> None:
+    class Swapped(MemoryStore):
+        async def delete(self, kind: Any, name: str, *, uid: str = "", resource_version: str = "") -> None:
+            await super().delete(kind, name)
+            await self.create(pool())
+            await super().delete(kind, name, uid=uid, resource_version=resource_version)
+
+    async def run() -> None:
+        store = Swapped(SystemClock())
+        await store.create(pool())
+        with pytest.raises(Conflict):
+            await edit.delete(store, IPPool, "pods-v4")
+        assert await store.get(IPPool, "pods-v4")
+
+    asyncio.run(run())
+
+
+# -- stores ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_store_the_message_says_what_to_type(capsys: pytest.CaptureFixture[str], ctl: Ctl) -> None:
+    assert main(["get", "ippools"]) == 2
+    err = capsys.readouterr().err
+    assert "--store" in err
+    assert "UNDERLAY_STORE" in err
+    assert "underlay-lab" in err
+
+
+def test_the_store_may_be_named_before_after_or_in_the_environment(
+    ctl: Ctl, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctl.put(pool())
+    assert main(["get", "ippools", "-o", "name", "--store", ctl.url]) == 0
+    monkeypatch.setenv("UNDERLAY_STORE", "sqlite:/nonexistent/store.db")
+    assert main(["--store", ctl.url, "get", "ippools", "-o", "name"]) == 0
+    monkeypatch.setenv("UNDERLAY_STORE", ctl.url)
+    assert main(["get", "ippools", "-o", "name"]) == 0
+    assert capsys.readouterr().out == "ippool/pods-v4\n" * 3
+
+
+def test_a_store_that_is_not_there_is_exit_3_and_is_not_made(ctl: Ctl, tmp_path: Path) -> None:
+    ctl.url = f"sqlite:{tmp_path}/typo.db"
+    code, _, err = ctl("get", "ippools")
+    assert (code, "typo.db" in err) == (3, True)
+    assert not (tmp_path / "typo.db").exists()
+    ctl.url = "carrier-pigeon:x"
+    assert ctl("get", "ippools")[0] == 3
+
+
+def test_a_broken_store_is_exit_3_with_one_line(ctl: Ctl, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.db"
+    broken.write_bytes(b"this is not a database" * 100)
+    ctl.url = f"sqlite:{broken}"
+    for command in (["get", "ippools"], ["apply", "-f", ctl.file(POOL)], ["delete", "peer", "x"], ["ipam", "show"]):
+        code, _, err = ctl(*command)
+        assert (code, len(err.splitlines())) == (3, 1), err
+
+
+def test_version(ctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ctl.ok("version")
+    assert out.startswith("client  underlay ")
+    assert "SqliteStore" in out
+    assert main(["version"]) == 0
+    assert "none" in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away_hears_no_complaint(ctl: Ctl) -> None:
+    ctl.put(pool())
+    argv = (
+        f"{sys.executable} -c 'import sys; from ctl.main import main; sys.exit(main())' get ippools --store {ctl.url}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {argv} | true"], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.stderr == ""
+
+
+# -- node status -----------------------------------------------------------------------------------------------------
+
+
+def said(name: str = "node-1", **changes: Any) -> BGPNodeStatus:
+    session = SessionStatus(
+        peer="tor", address="10.0.0.1", as_number=65001, state="Established", since="2026-11-24T11:00:00Z",
+        received=5, accepted=4, wanted=2, sent=1, graceful_restart=True,
+    )  # fmt: skip
+    down = SessionStatus(peer="tor6", address="fd00::1", as_number=65001, state="Connecting", reason="refused")
+    status = BGPNodeStatusStatus(as_number=65101, router_id="10.0.0.5", sessions=(session, down), **changes)
+    return BGPNodeStatus(metadata=Meta(name=name), status=status)
+
+
+def test_sessions_of_a_node() -> None:
+    assert headline(said()) == "node-1: AS 65101, router id 10.0.0.5, 1 of 2 sessions established"
+    page = sessions_table(said(), now=NOW)
+    up = dict(zip(page.titles, page.rows[0], strict=True))
+    assert up == {
+        "PEER": "tor", "ADDRESS": "10.0.0.1", "AS": "65001", "STATE": "Established", "SINCE": "1h0m", "RECEIVED": "5",
+        "ACCEPTED": "4", "WANTED": "2", "SENT": "1", "GRACEFUL-RESTART": "yes", "REASON": "",
+    }  # fmt: skip
+    down = dict(zip(page.titles, page.rows[1], strict=True))
+    assert (down["STATE"], down["GRACEFUL-RESTART"], down["REASON"]) == ("Connecting", "", "refused")
+
+
+def test_conditions_that_hold_are_said_in_words() -> None:
+    some = (
+        Condition(
+            type="NextHopNotOnLink", status="True", reason="tor", message="set next hop self", last_transition_time=NOW
+        ),
+        Condition(type="Fine", status="False"),
+        Condition(type="Odd", status="Unknown"),
+    )
+    assert conditions(said(conditions=some)) == [
+        f"NextHopNotOnLink: (tor) set next hop self [since {NOW}]",
+        "Odd (not known for sure)",
+    ]
+
+
+def test_node_status_of_one_of_all_of_none(ctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctl.put(Node(metadata=Meta(name="node-1")), Node(metadata=Meta(name="node-2")), said())
+    out = ctl.ok("node", "status", "node-1")
+    assert out.splitlines()[0].startswith("node-1: AS 65101")
+    assert "Established" in out
+    code, out, _ = ctl("node", "status", "--all-nodes")
+    assert code == 1
+    assert "node-2: its agent has not said anything yet" in out
+    code, _, err = ctl("node", "status", "node-9")
+    assert (code, "no node 'node-9'; there are node-1, node-2" in err) == (1, True)
+    monkeypatch.setenv("UNDERLAY_NODE", "node-1")
+    assert ctl.ok("node", "status").startswith("node-1:")
+
+
+# -- ipam show -------------------------------------------------------------------------------------------------------
+
+
+def test_pools_count_used_reserved_and_free_once() -> None:
+    reservation = IPReservation(
+        metadata=Meta(name="r"),
+        # the /29 twice over, one of the other family, one outside, one that is larger than the second pool
+        spec=IPReservationSpec(
+            reserved_cidrs=("10.244.0.0/29", "10.244.0.4/30", "fd00::/64", "10.9.0.0/16", "10.245.0.0/16")
+        ),
+    )
+    blocks = [block("10.244.0.0/26", "10-244-0-0-26", "node-1", "10.244.0.1", "10.244.0.9")]
+    pools = [pool(), pool("small", "10.245.0.0/30")]
+    page = pools_table(pools, blocks, [reservation])
+    first = dict(zip(page.titles, page.rows[0], strict=True))
+    assert (first["BLOCKS"], first["ADDRESSES"], first["RESERVED"]) == ("1", "65536", "8")
+    assert first["USED"] == "2 (<1%)"
+    assert first["FREE"].split()[0] == str(65536 - 8 - 1)  # 10.244.0.1 is both held and reserved
+    second = dict(zip(page.titles, page.rows[1], strict=True))
+    assert (second["RESERVED"], second["FREE"]) == ("4", "0 (0%)")
+
+
+def test_blocks_stand_in_order_of_address() -> None:
+    later = block("10.244.10.0/26", "10-244-10-0-26", "node-2")
+    silent = IPAMBlock(
+        metadata=Meta(name="10-244-9-0-26"), spec=IPAMBlockSpec(cidr="10.244.9.0/26", pool="p", node="n")
+    )
+    page = blocks_table([later, block(releasing=True), silent])
+    assert [row[0] for row in page.rows] == ["10.244.0.0/26", "10.244.9.0/26", "10.244.10.0/26"]
+    assert page.rows[0][-1] == "releasing"
+    assert "not said yet" in page.rows[1]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("10.244.0.1", ["held by pod default/p0 on node node-1 since", "container c0", "block 10.244.0.0/26"]),
+        ("10.244.0.5", ["held by nobody", "rests", "block 10.244.0.0/26 of node node-1"]),
+        ("10.244.0.60", ["reserved by ipreservation/r", "block 10.244.0.0/26"]),
+        ("10.244.7.7", ["in ippool/pods-v4", "in no block"]),
+        ("192.0.2.1", ["outside every pool"]),
+        ("10.0.0.5", ["an address of node node-1 itself", "outside every pool"]),
+        ("fd00::1", ["outside every pool"]),
+    ],
+)
+def test_one_address(address: str, words: list[str]) -> None:
+    node = Node(
+        metadata=Meta(name="node-1"),
+        status=NodeStatus(
+            addresses=(NodeAddress(type="InternalIP", address="10.0.0.5"), NodeAddress(type="Hostname", address="n1"))
+        ),
+    )
+    reservation = IPReservation(metadata=Meta(name="r"), spec=IPReservationSpec(reserved_cidrs=("10.244.0.60",)))
+    blocks = [block("10.244.0.0/26", "10-244-0-0-26", "node-1", "10.244.0.1")]
+    text = "\n".join(describe(ip_address(address), [pool()], blocks, [reservation], [node]))
+    for word in words:
+        assert word in text
+
+
+def test_ipam_show(ctl: Ctl) -> None:
+    code, out, err = ctl("ipam", "show")
+    assert (code, out, "nothing found" in err) == (0, "", True)
+    ctl.put(pool(), block("10.244.0.0/26", "10-244-0-0-26", "node-1", "10.244.0.1"))
+    assert "10.244.0.0/26" not in ctl.ok("ipam", "show")
+    out = ctl.ok("ipam", "show", "--show-blocks")
+    assert "pods-v4" in out.splitlines()[1]
+    assert out.splitlines()[-1].split()[:6] == ["10.244.0.0/26", "pods-v4", "node-1", "64", "1", "(2%)"]
+    assert "default/p0" in ctl.ok("ipam", "show", "--ip", "10.244.0.1")
+    assert "default/p0" in ctl.ok("ipam", "show", "--ip=10.244.0.1")
+    assert ctl("ipam", "show", "--ip", "10.244.0.0/26")[0] == 2
+    assert ctl("ipam", "show", "--ip", "10.244.0.1", "--show-blocks")[0] == 2
+    ctl.ok("delete", "--force", "ippool", "pods-v4")
+    code, _, err = ctl("ipam", "show")
+    assert (code, "ippool/pods-v4" in err) == (0, True)
+
+
+# -- start-up --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bare_get_loads_nothing_that_it_does_not_need(ctl: Ctl) -> None:
+    """Its time is a figure of the bench (ctl.get_s); what makes it quick is what it does not import."""
+    ctl.put(pool())
+    program = (
+        "import sys\nfrom ctl.main import main\n"
+        f"code = main(['--store', {ctl.url!r}, 'get', 'ippools'])\n"
+        "heavy = {'pyroute2', 'yaml', 'exabgp', 'agent', 'cni', 'lab'} & set(sys.modules)\n"
+        "sys.exit(f'{code} {sorted(heavy)}' if heavy or code else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 0, done.stderr
