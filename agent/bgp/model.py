@@ -76,6 +76,8 @@ class SessionUp(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     graceful_restart: tuple[Family, ...] = ()
     #: Seconds that the peer asked for in its own capability: how long its routes outlive it.
     restart_time: int = 0
+    #: The peer keeps *our* routes while our speaker restarts (RFC 4724, 4.2); if not: GracefulRestartNotNegotiated.
+    helper: bool = False
 
 
 class SessionDown(msgspec.Struct, frozen=True, kw_only=True, tag=True):

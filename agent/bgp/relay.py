@@ -1,0 +1,608 @@
+"""The relay: ExaBGP's helper process, which outlives the agent and remembers what is announced (R14).
+
+ExaBGP runs it as ``python -ISEs relay.py FOLDER CONFIGURATION``: no site packages, standard library only, so that it
+starts in 40 ms and cannot be broken by an installation. It always drains its standard input (a helper that does not
+read blocks ExaBGP whole, exabgp.md fault 5), never blocks on its output (both pipes full would be a deadlock), and
+serves the agent over FOLDER/relay.sock. See ``wire`` for the words on that socket.
+
+It ends when ExaBGP closes its input. A relay that finds that ExaBGP had another before it kills ExaBGP: what was on its
+way died with the other one, and a restart of the speaker, which graceful restart covers, is the way back to the truth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# The folder that holds the packages goes to the end: nothing in it may stand before the standard library.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from agent.bgp import table as tables
+from agent.bgp import wire
+from agent.bgp.ledger import Command, Ledger
+
+#: Bytes read from a pipe or socket at once.
+CHUNK = 1 << 18
+#: Seconds between looks at what is late while something is on its way, and while nothing is.
+TICK, REST = 0.05, 1.0
+#: Seconds between looks whether ExaBGP still runs its peers (fault 4), and for which a command may stay unanswered.
+WATCH, PATIENCE = 5.0, 60.0
+#: Seconds for one reload to be confirmed, and how many are tried before ExaBGP is restarted (fault 2, fault 3).
+RELOAD_TIME, RELOADS = 3.0, 5
+#: Seconds that a reload waits for what is on its way.
+RELOAD_WAIT = 10.0
+#: Seconds without an UPDATE after which a peer that does not bracket its route refresh is taken to be through.
+QUIET = 2.0
+#: Connections that have not said who they are: how many, and for how many seconds.
+STRANGERS, STRANGER_TIME = 8, 5.0
+
+
+@dataclass(eq=False)
+class Client:
+    """A connection on relay.sock; ``greeted`` makes it the agent's."""
+
+    socket: socket.socket
+    since: float
+    greeted: bool = False
+    buffer: bytearray = field(default_factory=bytearray)
+    queue: deque[bytes] = field(default_factory=deque)
+    queued: int = 0
+    number: int = 0
+    #: Lines were dropped because it was slow: it is told everything again once it has taken what is queued.
+    overflowed: bool = False
+
+
+@dataclass(eq=False)
+class Session:
+    """A session that is up."""
+
+    generation: int
+    peering: wire.Peering
+    #: Families that are told again, and when the last UPDATE of one came.
+    resyncing: dict[str, float] = field(default_factory=dict)
+
+
+Answer = Callable[[bool, list[str]], None]
+
+
+class Relay:
+    def __init__(self, folder: Path, configuration: Path, *, buffer: int, assert_every: float) -> None:
+        self._folder, self._configuration = folder, configuration
+        self._limit, self._assert_every = buffer, assert_every
+        self._selector = selectors.DefaultSelector()
+        self._input = bytearray()
+        self._output: deque[bytes] = deque()
+        self._answers: deque[tuple[Answer, list[str], float]] = deque()
+        self._ledger = Ledger()
+        self._table: tables.Table | None = None
+        self._problem = ""
+        self._sessions: dict[str, Session] = {}
+        self._opens: dict[str, dict[str, Any]] = {}
+        self._clients: dict[int, Client] = {}
+        self._agent: Client | None = None
+        self._base = int(time.monotonic() * 1000)
+        self._loaded: str | None = None
+        self._reload: Reload | None = None
+        self._watch_at = self._assert_at = time.monotonic()
+        self._missed = 0
+        self._ended = False
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        self._replaces_another()
+        try:
+            self._table = tables.load(self._table_path)
+            if self._table is not None:
+                self._ledger.want(self._table.routes, self._table.retired)
+            else:
+                self._problem = "no table was ever given: no End-of-RIB is sent"
+        except tables.TableError as e:
+            self._problem = str(e)
+        if self._problem:
+            log(self._problem)
+        for descriptor in (0, 1):
+            os.set_blocking(descriptor, False)
+        self._selector.register(0, selectors.EVENT_READ, self._read_speaker)
+        self._listen()
+        self._ask_loaded()
+        self._assert_at = time.monotonic() + self._assert_every
+        while not self._ended:
+            waiting = self._answers or self._reload or self._resyncing() or not self._ledger.idle()
+            for key, _ in self._selector.select(TICK if waiting else REST):
+                key.data()
+            self._work()
+
+    @property
+    def _table_path(self) -> Path:
+        return self._folder / "table.json"
+
+    def _replaces_another(self) -> None:
+        """Records which ExaBGP this relay serves; kills it if a relay served it before."""
+        parent = os.getppid()
+        # Field 22 of proc(5) stat: the start time, with the pid a name that is not used twice.
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        record, me = self._folder / "relay.parent", f"{parent} {started}"
+        with contextlib.suppress(FileNotFoundError):
+            if record.read_text() == me:
+                self._restart("a relay of this ExaBGP died before")
+        record.write_text(me)
+
+    def _restart(self, reason: str) -> None:
+        """Ends ExaBGP without a word to the peers, so that those in graceful restart keep our routes."""
+        log(f"restarting ExaBGP: {reason}")
+        os.kill(os.getppid(), signal.SIGKILL)
+        self._ended = True
+
+    def _work(self) -> None:
+        now = time.monotonic()
+        if self._answers and now - self._answers[0][2] > PATIENCE:
+            self._restart(f"no answer for {PATIENCE:.0f} s")
+        if self._reload is None:
+            if now >= self._assert_at:
+                self._assert_at = now + self._assert_every
+                self._ledger.assert_all()
+            self._command(now)
+        else:
+            self._reload_step(now)
+        if now >= self._watch_at:
+            self._watch_at = now + WATCH
+            self._watch()
+        self._tell_changes()
+        for address, session in self._sessions.items():
+            for family, last in list(session.resyncing.items()):
+                if not session.peering.enhanced and now - last > QUIET:
+                    self._resynced(address, session, family)
+        for client in list(self._clients.values()):
+            if not client.greeted and now - client.since > STRANGER_TIME:
+                self._drop(client, "said nothing")
+        if self._agent is not None and self._agent.overflowed and not self._agent.queue:
+            self._agent.overflowed = False
+            self._hello(self._agent)
+
+    # -- ExaBGP ---------------------------------------------------------------------------------------------------
+
+    def _read_speaker(self) -> None:
+        while True:
+            try:
+                data = os.read(0, CHUNK)
+            except BlockingIOError:
+                return
+            if not data:
+                self._ended = True
+                return
+            self._input += data
+            lines = self._input.split(b"\n")
+            self._input = lines.pop()
+            for line in lines:
+                if line.startswith(b"{"):
+                    self._event(bytes(line))
+                else:
+                    self._reply(bytes(line).decode("ascii", "replace").strip())
+
+    def _say(self, line: str, answer: Answer) -> None:
+        self._answers.append((answer, [], time.monotonic()))
+        self._output.append(line.encode("ascii") + b"\n")
+        self._write_speaker()
+
+    def _write_speaker(self) -> None:
+        while self._output:
+            try:
+                done = os.write(1, self._output[0])
+            except BlockingIOError:
+                break
+            except BrokenPipeError:
+                self._ended = True
+                return
+            if done < len(self._output[0]):
+                self._output[0] = self._output[0][done:]
+            else:
+                self._output.popleft()
+        if self._output and 1 not in self._selector.get_map():
+            self._selector.register(1, selectors.EVENT_WRITE, self._write_speaker)
+        elif not self._output and 1 in self._selector.get_map():
+            self._selector.unregister(1)
+
+    def _reply(self, line: str) -> None:
+        if not self._answers:
+            if line:
+                log(f"unexpected answer {line[:100]!r}")
+            return
+        answer, lines, _ = self._answers[0]
+        if line not in ("done", "error"):
+            lines.append(line)
+            return
+        self._answers.popleft()
+        answer(line == "done", lines)
+
+    def _command(self, now: float) -> None:
+        for command in self._ledger.commands(now):
+            self._tell_speaker(command)
+
+    def _tell_speaker(self, command: Command) -> None:
+        def answer(ok: bool, lines: list[str]) -> None:
+            if not ok and command.generation >= 0:
+                log(f"ExaBGP refused {str(command.line)[:200]!r} {' '.join(lines)[:200]}")
+            self._ledger.answered(command, ok, time.monotonic())
+
+        self._say(command.line, answer)
+
+    def _event(self, line: bytes) -> None:
+        head = wire.head(line)
+        if head is None:
+            if b'"shutdown"' not in line[:400]:
+                log(f"a line of ExaBGP was not understood: {line[:200]!r}")
+            return
+        if head.kind == "update" and head.direction == "receive":
+            self._received(head.peer, line)
+            return
+        try:
+            neighbor = json.loads(line)["neighbor"]
+        except (ValueError, KeyError, TypeError):
+            log(f"a line of ExaBGP was not understood: {line[:200]!r}")
+            return
+        match head.kind:
+            case "state":
+                self._state(head.peer, neighbor.get("state"), neighbor.get("reason", ""))
+            case "open":
+                self._opens.setdefault(head.peer, {})[head.direction] = neighbor.get("open")
+            case "update":
+                self._sent(head.peer, neighbor.get("message"))
+            case "refresh" if head.direction == "receive":
+                self._refresh(head.peer, neighbor.get("route-refresh"))
+            case _:
+                return
+
+    def _state(self, address: str, state: str, reason: str) -> None:
+        match state:
+            case "connected":
+                self._opens.pop(address, None)
+                for command in self._ledger.connected(address):
+                    self._tell_speaker(command)
+            case "up":
+                opens = self._opens.get(address, {})
+                peering = wire.peering(opens.get("send"), opens.get("receive"))
+                self._base += 1
+                self._sessions[address] = Session(self._base, peering)
+                self._ledger.up(address, self._base, peering.families)
+                self._tell(wire.KIND_UP, {"peer": address, **self._about(self._sessions[address])})
+            case "down":
+                session = self._sessions.pop(address, None)
+                if session is not None:
+                    self._ledger.down(address)
+                    self._tell(
+                        wire.KIND_DOWN, {"peer": address, "generation": session.generation, "reason": str(reason)}
+                    )
+
+    def _received(self, address: str, line: bytes) -> None:
+        session = self._sessions.get(address)
+        if session is None:
+            return
+        if session.resyncing:
+            for family in session.resyncing:
+                session.resyncing[family] = time.monotonic()
+            if wire.is_end_of_rib(line):
+                # The end of the session's first telling, which began before the resynchronisation did: what came
+                # before it may never have reached the agent. The end of the second telling is the one that counts.
+                return
+        if self._agent is not None:
+            self._send(self._agent, wire.KIND_UPDATE, b"%d %s" % (session.generation, line))
+
+    def _sent(self, address: str, message: Any) -> None:
+        if not isinstance(message, dict):
+            return
+        end = message.get("eor")
+        if isinstance(end, dict):
+            self._ledger.reported_end(address, f"{end.get('afi')} {end.get('safi')}")
+            return
+        update = message.get("update") or {}
+        announced = [
+            route["nlri"]
+            for hops in update.get("announce", {}).values()
+            for routes in hops.values()
+            for route in routes
+        ]
+        withdrawn = [route["nlri"] for routes in update.get("withdraw", {}).values() for route in routes]
+        self._ledger.reported(address, announced, withdrawn)
+
+    # -- watchdog -------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Fault 4: peers are configured and ExaBGP runs none of them."""
+
+        def answer(ok: bool, lines: list[str]) -> None:
+            running = [line for line in lines if line and not line.startswith("Peer ")]
+            self._missed = self._missed + 1 if ok and not running and self._configured() else 0
+            if self._missed > 1:
+                self._restart("its peers are configured and it runs none")
+
+        if self._reload is None and not self._answers:
+            self._say("show neighbor summary", answer)
+
+    def _configured(self) -> list[str]:
+        try:
+            return re.findall(r"^neighbor (\S+) \{$", self._configuration.read_text(), re.MULTILINE)
+        except OSError:
+            return []
+
+    # -- reload ---------------------------------------------------------------------------------------------------
+
+    def _ask_loaded(self) -> None:
+        """Which configuration runs: the mark in the descriptions; empty when there is no neighbor."""
+
+        def answer(ok: bool, lines: list[str]) -> None:
+            if ok:
+                marks = set(re.findall(rf'description "{wire.MARK}([0-9a-f]*)', "\n".join(lines)))
+                self._loaded = marks.pop() if len(marks) == 1 else "" if not marks else "mixed"
+
+        self._say("show neighbor configuration", answer)
+
+    def _reload_step(self, now: float) -> None:
+        reload = self._reload
+        assert reload is not None
+        if self._answers:
+            return
+        if reload.signalled == 0:
+            # Nothing may be on its way: ExaBGP would forget the signal without a word (fault 2).
+            if reload.tries == 0 and not self._ledger.idle() and now < reload.since + RELOAD_WAIT:
+                self._command(now)
+                return
+            reload.signalled, reload.tries = now, reload.tries + 1
+            os.kill(os.getppid(), signal.SIGUSR1)
+        elif self._loaded == reload.mark and reload.asked:
+            self._reload = None
+            self._ledger.forget(self._configured())
+            self._tell(wire.KIND_CONF, {"mark": reload.mark, "problem": ""})
+        elif now < reload.signalled + RELOAD_TIME:
+            reload.asked = True
+            self._ask_loaded()
+        elif reload.tries < RELOADS:
+            reload.signalled, reload.asked = 0, False
+        else:
+            self._tell(wire.KIND_CONF, {"mark": reload.mark, "problem": f"not loaded in {RELOADS} tries: restarting"})
+            self._restart(f"{RELOADS} reloads were not taken")
+
+    # -- route refresh --------------------------------------------------------------------------------------------
+
+    def _resyncing(self) -> bool:
+        return any(session.resyncing for session in self._sessions.values())
+
+    def _resync(self, address: str) -> None:
+        """Has a peer tell all its routes again. By route refresh, not from ExaBGP's Adj-RIB-In: that one keeps only the
+        link-local of two next hops (fault 14), needs a second parser, and costs ExaBGP a copy of every route."""
+        session = self._sessions[address]
+        for family in session.peering.families:
+            self._tell(wire.KIND_RESYNC, {"peer": address, "generation": session.generation, "family": family})
+            session.resyncing[family] = time.monotonic()
+            if session.peering.refresh:
+                self._say(f"neighbor {address} announce route-refresh {family}", lambda ok, lines: None)
+        if not session.peering.refresh:
+            # No other way to hear them again. Graceful restart, where there is any, covers it.
+            log(f"peer {address} has no route refresh (RFC 2918): its session is restarted to hear its routes again")
+            self._say(f"neighbor {address} teardown 4", lambda ok, lines: None)
+
+    def _refresh(self, address: str, message: Any) -> None:
+        session = self._sessions.get(address)
+        if session is None or not isinstance(message, dict) or message.get("subtype") != "end":
+            return
+        family = f"{message.get('afi')} {message.get('safi')}"
+        if family in session.resyncing:
+            self._resynced(address, session, family)
+
+    def _resynced(self, address: str, session: Session, family: str) -> None:
+        del session.resyncing[family]
+        self._tell(wire.KIND_END, {"peer": address, "generation": session.generation, "family": family})
+
+    # -- the agent ------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        path = self._folder / "relay.sock"
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(8)
+        listener.setblocking(False)
+
+        def accept() -> None:
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                connection, _ = listener.accept()
+                connection.setblocking(False)
+                client = Client(connection, time.monotonic())
+                self._clients[connection.fileno()] = client
+                self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(client))
+                if len(self._clients) > STRANGERS:
+                    self._drop(next(c for c in self._clients.values() if not c.greeted), "too many connections")
+
+        self._selector.register(listener, selectors.EVENT_READ, accept)
+
+    def _serve(self, client: Client) -> None:
+        """Readable, or writable again."""
+        self._flush(client)
+        if client.socket.fileno() not in self._clients:
+            return
+        try:
+            data = client.socket.recv(CHUNK)
+        except BlockingIOError:
+            return
+        except OSError as e:
+            self._drop(client, str(e))
+            return
+        client.buffer += data
+        while (end := client.buffer.find(b"\n")) >= 0:
+            line = bytes(client.buffer[:end])
+            del client.buffer[: end + 1]
+            try:
+                self._request(client, json.loads(line))
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                if not client.greeted:
+                    self._drop(client, f"not a request: {line[:60]!r}")
+                    return
+                self._tell(wire.KIND_ERROR, {"problem": f"not a request: {line[:60]!r} ({e})"})
+        if not data or len(client.buffer) > (wire.MAX_LINE if client.greeted else 4096):
+            self._drop(client, "closed" if not data else "line too long")
+
+    def _request(self, client: Client, request: Any) -> None:
+        if request["do"] == "hello":
+            if request["version"] != wire.VERSION:
+                raise ValueError(f"version {request['version']!r}, this relay speaks {wire.VERSION}")
+            if self._agent is not None and self._agent is not client:
+                self._drop(self._agent, "another agent came")
+            client.greeted, self._agent = True, client
+            self._hello(client)
+            return
+        if not client.greeted:
+            raise ValueError("hello comes first")
+        match request["do"]:
+            case "table":
+                self._take(tables.parse(request["generation"], request["routes"]))
+            case "reload":
+                self._reload = Reload(str(request["mark"]), time.monotonic())
+            case "restart":
+                self._restart("the agent asked for it")
+            case "resync":
+                if request["peer"] in self._sessions:
+                    self._resync(request["peer"])
+            case other:
+                raise ValueError(f"unknown request {other!r}")
+
+    def _take(self, given: tables.Table) -> None:
+        self._ledger.want(given.routes)
+        self._table = given._replace(retired=tuple(self._ledger.lingering()))
+        try:
+            tables.save(self._table_path, self._table)
+            self._problem = ""
+        except OSError as e:
+            # Announced all the same: a full disk must not stop routing; the next table tries again.
+            self._problem = f"{self._table_path} cannot be written ({e}): the speaker would restart with an old table"
+            log(self._problem)
+        self._tell(wire.KIND_TABLE, {"generation": given.generation, "problem": self._problem})
+
+    def _hello(self, client: Client) -> None:
+        """Tells all there is to know, and has every peer tell its routes again."""
+        table = None if self._table is None else self._table.generation
+        hello = {
+            "version": wire.VERSION,
+            "mark": self._loaded,
+            "table": table,
+            "problem": self._problem,
+            "peers": {address: self._about(session) for address, session in self._sessions.items()},
+            "held": self._ledger.held(),
+            "confirmed": self._ledger.confirmed(),
+        }
+        self._ledger.changes()
+        self._send(client, wire.KIND_HELLO, wire.pack(hello))
+        for address in self._sessions:
+            self._resync(address)
+
+    @staticmethod
+    def _about(session: Session) -> dict[str, object]:
+        agreed = session.peering
+        return {
+            "generation": session.generation,
+            "families": agreed.families,
+            "graceful": agreed.graceful,
+            "restart_time": agreed.restart_time,
+            "helper": agreed.helper,
+        }
+
+    def _tell_changes(self) -> None:
+        for change in self._ledger.changes():
+            if change.states:
+                self._tell(wire.KIND_SENT, {"peer": change.peer, "states": change.states})
+            if change.refused:
+                self._tell(wire.KIND_REFUSED, {"peer": change.peer, "prefixes": change.refused})
+
+    def _tell(self, kind: str, payload: object) -> None:
+        if self._agent is not None:
+            self._send(self._agent, kind, wire.pack(payload))
+
+    def _send(self, client: Client, kind: str, payload: bytes) -> None:
+        if client.overflowed:
+            return
+        line = wire.frame(client.number, kind, payload)
+        if client.queued + len(line) > self._limit:
+            # All but a line half sent goes; a hello, which tells everything again, follows when the rest was taken.
+            log(f"the agent is {client.queued} bytes behind: it will be told everything again")
+            client.overflowed = True
+            return
+        client.number += 1
+        client.queue.append(line)
+        client.queued += len(line)
+        self._flush(client)
+
+    def _flush(self, client: Client) -> None:
+        while client.queue:
+            try:
+                done = client.socket.send(client.queue[0])
+            except BlockingIOError:
+                break
+            except OSError as e:
+                self._drop(client, str(e))
+                return
+            client.queued -= done
+            if done < len(client.queue[0]):
+                client.queue[0] = client.queue[0][done:]
+            else:
+                client.queue.popleft()
+        if client.socket.fileno() in self._clients:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.queue else 0)
+            self._selector.modify(client.socket, events, lambda: self._serve(client))
+
+    def _drop(self, client: Client, reason: str) -> None:
+        descriptor = client.socket.fileno()
+        if self._clients.pop(descriptor, None) is None:
+            return
+        self._selector.unregister(client.socket)
+        client.socket.close()
+        if client is self._agent:
+            self._agent = None
+            for session in self._sessions.values():
+                session.resyncing.clear()
+        log(f"{'the agent' if client.greeted else 'a stranger'} is gone: {reason}")
+
+
+@dataclass(eq=False)
+class Reload:
+    mark: str
+    since: float
+    tries: int = 0
+    signalled: float = 0
+    asked: bool = False
+
+
+def log(message: str) -> None:
+    sys.stderr.write(f"relay: {message}\n")
+    sys.stderr.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Relay between ExaBGP and the Underlay agent; run by ExaBGP.")
+    parser.add_argument("folder", type=Path, help="where table.json and relay.sock are")
+    parser.add_argument("configuration", type=Path, help="ExaBGP's configuration file")
+    parser.add_argument("--buffer", type=int, default=32 << 20, help="bytes that the agent may be behind")
+    parser.add_argument("--assert-every", type=float, default=300, help="seconds between repetitions of the table")
+    options = parser.parse_args()
+    os.umask(0o077)
+    # The signals that mean something to ExaBGP may reach its whole group: it speaks to us by closing our input.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    Relay(options.folder, options.configuration, buffer=options.buffer, assert_every=options.assert_every).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The other end of the sessions: a BIRD or an FRR in a namespace of its own, asked for what it holds of us."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from cni import netns
+from lab.net import Net
+
+NODE4, TOR4 = "10.0.1.1", "10.0.1.2"
+NODE6, TOR6 = "fd00:1::1", "fd00:1::2"
+NODE_AS, TOR_AS = 65100, 65001
+
+
+def wire(net: Net) -> None:
+    """Namespaces ``node`` and ``tor`` with one link, dual stack."""
+    for name in ("node", "tor"):
+        net.add(name, forwarding=True)
+    net.link("node", "up0", "tor", "down0")
+    net.address("node", "up0", [f"{NODE4}/24", f"{NODE6}/64"])
+    net.address("tor", "down0", [f"{TOR4}/24", f"{TOR6}/64"])
+
+
+class Router:
+    """What a test wants to know of a router, whichever it is. ``restart`` is its restart time as helper in seconds."""
+
+    kind: str
+
+    def __init__(self, net: Net, folder: Path, name: str = "tor") -> None:
+        self._net, self._name = net, name
+        self.folder = folder / f"{self.kind}-{name}"
+        self.folder.mkdir()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(
+        self,
+        routes: Iterable[str] = (),
+        *,
+        graceful: bool = True,
+        families: Iterable[str] = ("4", "6"),
+        passive: bool = False,
+    ) -> None:
+        raise NotImplementedError
+
+    def table(self) -> dict[str, set[str]]:
+        """Prefix -> communities and MED of what it holds from us, as texts; stale ones too."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+
+class Bird(Router):
+    kind = "bird"
+
+    def start(
+        self,
+        routes: Iterable[str] = (),
+        *,
+        graceful: bool = True,
+        families: Iterable[str] = ("4", "6"),
+        passive: bool = False,
+    ) -> None:
+        """Announces ``routes``; both families on both sessions."""
+        routes = list(routes)
+        four = "".join(f"  route {r} blackhole;\n" for r in routes if ":" not in r)
+        six = "".join(f"  route {r} blackhole;\n" for r in routes if ":" in r)
+        restart = "graceful restart on; graceful restart time 60;" if graceful else "graceful restart aware;"
+        restart = restart if graceful else "graceful restart off;"
+        channels = "".join(f"  ipv{f} {{ import all; export where source = RTS_STATIC; next hop self; }};\n" for f in "46")
+        sessions = "".join(
+            f"protocol bgp node{f} {{\n  local {local} as {TOR_AS};\n  neighbor {peer} as {NODE_AS};\n  direct;\n"
+            f"  hold time 9;\n  connect delay time 1; connect retry time 1; error wait time 1,2;\n"
+            f"  {'passive on;' if passive else ''} {restart}\n{channels}}}\n"
+            for f, local, peer in (("4", TOR4, NODE4), ("6", TOR6, NODE6))
+            if f in families
+        )
+        config = self.folder / "bird.conf"
+        config.write_text(
+            f"log stderr all;\nrouter id {TOR4};\nprotocol device {{ scan time 1; }}\n"
+            "protocol kernel { ipv4 { export where source = RTS_BGP; import none; }; }\n"
+            "protocol kernel { ipv6 { export where source = RTS_BGP; import none; }; }\n"
+            f"protocol static s4 {{ ipv4;\n{four}}}\nprotocol static s6 {{ ipv6;\n{six}}}\n{sessions}"
+        )
+        self._control = self.folder / "bird.ctl"
+        self.process = self._net.spawn(
+            self._name, ["bird", "-f", "-c", str(config), "-s", str(self._control)], log=self.folder / "log"
+        )
+
+    def ask(self, *words: str) -> str:
+        done = self._net.run(self._name, ["birdc", "-s", str(self._control), *words], check=False)
+        return done.stdout
+
+    def table(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for protocol in ("node4", "node6"):
+            prefix = ""
+            for line in self.ask("show", "route", "protocol", protocol, "all").splitlines():
+                head = re.match(r"([0-9a-f:.]+/\d+)\s", line)
+                if head:
+                    prefix = head[1]
+                    found.setdefault(prefix, set())
+                    if "s)" in line or re.search(r"\[node\d [^]]*\] .*\(.*s\b", line):
+                        found[prefix].add("stale")
+                if "BGP.med:" in line:
+                    found[prefix].add("med " + line.split()[-1])
+                if "BGP.community:" in line:
+                    found[prefix].update(re.findall(r"\((\d+,\d+)\)", line))
+                if "BGP.large_community:" in line:
+                    found[prefix].update("".join(x.split()) for x in re.findall(r"\((\d+, \d+, \d+)\)", line))
+        return found
+
+    def stop(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+
+class Frr(Router):
+    kind = "frr"
+    _folder = Path("/usr/lib/frr")
+
+    def start(
+        self,
+        routes: Iterable[str] = (),
+        *,
+        graceful: bool = True,
+        families: Iterable[str] = ("4", "6"),
+        passive: bool = False,
+    ) -> None:
+        routes = list(routes)
+        lines = ["log file " + str(self.folder / "frr.log"), f"router bgp {TOR_AS}", f" bgp router-id {TOR4}"]
+        lines += [" no bgp ebgp-requires-policy", " no bgp default ipv4-unicast", " no bgp network import-check"]
+        lines += [" bgp graceful-restart restart-time 60", " bgp graceful-restart stalepath-time 60"]
+        lines += [" bgp graceful-restart"] if graceful else [" bgp graceful-restart-disable"]
+        peers = [p for f, p in (("4", NODE4), ("6", NODE6)) if f in families]
+        for peer in peers:
+            lines += [f" neighbor {peer} remote-as {NODE_AS}", f" neighbor {peer} timers 3 9"]
+            lines += [f" neighbor {peer} timers connect 1", f" neighbor {peer} advertisement-interval 0"]
+            lines += [f" neighbor {peer} passive"] if passive else []
+        for family in "46":
+            lines += [f" address-family ipv{family} unicast"]
+            lines += [f"  network {r}" for r in routes if (":" in r) == (family == "6")]
+            lines += [f"  neighbor {peer} activate" for peer in peers]
+            lines += [" exit-address-family"]
+        _let_root_run_frr(self.folder.parent)
+        config = self.folder / "frr.conf"
+        config.write_text("\n".join(lines) + "\n")
+        common = ["-f", str(config), "-i", str(self.folder / "bgpd.pid"), "-z", str(self.folder / "zserv")]
+        common += ["--vty_socket", str(self.folder), "-u", "root", "-g", "root", "-p", "179"]
+        common += ["-l", TOR4, "-l", TOR6]
+        zebra = self.folder / "zebra.conf"
+        zebra.write_text("")
+        self._zebra = self._net.spawn(
+            self._name,
+            [str(self._folder / "zebra"), "-f", str(zebra), "-i", str(self.folder / "zebra.pid")]
+            + ["-z", str(self.folder / "zserv"), "--vty_socket", str(self.folder), "-u", "root", "-g", "root"],
+            log=self.folder / "log",
+        )
+        self.process = self._net.spawn(self._name, [str(self._folder / "bgpd"), *common], log=self.folder / "log")
+
+    def ask(self, command: str) -> str:
+        done = self._net.run(
+            self._name, ["vtysh", "--vty_socket", str(self.folder), "-d", "bgpd", "-c", command], check=False
+        )
+        return done.stdout
+
+    def table(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for family in ("ipv4", "ipv6"):
+            try:
+                routes = json.loads(self.ask(f"show bgp {family} unicast detail json"))["routes"]
+            except (ValueError, KeyError):
+                continue
+            for prefix, paths in routes.items():
+                for path in paths if isinstance(paths, list) else paths.get("paths", []):
+                    if path.get("peer", {}).get("peerId") not in (NODE4, NODE6):
+                        continue
+                    marks = found.setdefault(prefix, set())
+                    if "metric" in path or "med" in path:
+                        marks.add(f"med {path.get('metric', path.get('med'))}")
+                    if path.get("stale"):
+                        marks.add("stale")
+                    text = path.get("community", {}).get("string", "")
+                    marks.update(word.replace(":", ",") for word in text.split())
+                    text = path.get("largeCommunity", {}).get("string", "")
+                    marks.update(word.replace(":", ",") for word in text.split())
+        return found
+
+    def stop(self) -> None:
+        assert self.process is not None
+        for process in (self.process, self._zebra):
+            process.kill()
+            process.wait()
+
+
+def _let_root_run_frr(folder: Path) -> None:
+    """FRR starts only as a member of ``frrvty``: in our mount namespace, root is one (and it has a mapped group id)."""
+    groups = Path("/etc/group")
+    text = groups.read_text()
+    if re.search(r"^frrvty:x:0:root$", text, re.MULTILINE):
+        return
+    changed = folder / "group"
+    changed.write_text(re.sub(r"^frrvty:.*$", "frrvty:x:0:root", text, flags=re.MULTILINE))
+    netns.mount(str(changed), groups, flags=netns.MS_BIND)
+
+
+KINDS = {"bird": Bird, "frr": Frr}
