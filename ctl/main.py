@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 refused or not found, 2 wrong command line, 3 the store ca
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar

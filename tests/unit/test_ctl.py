@@ -221,7 +221,7 @@ def test_every_kind_has_a_table(kind: type[Resource]) -> None:
     }
     obj = kind(metadata=Meta(name="x", creation_timestamp="2026-11-24T11:00:00Z"), **specs.get(kind, {}))
     narrow, wide = table(kind, [obj], now=NOW), table(kind, [obj], now=NOW, wide=True, full_names=True)
-    assert narrow.titles[0], narrow.rows[0][0] == ("NAME", "x")
+    assert (narrow.titles[0], narrow.rows[0][0]) == ("NAME", "x")
     assert (narrow.titles[-1], narrow.rows[0][-1]) == ("AGE", "1h0m")
     assert wide.rows[0][0] == f"{kind.kind().lower()}/x"
     assert set(narrow.titles) <= set(wide.titles)
