@@ -63,15 +63,15 @@ def combine(news: Iterable[News]) -> News:
 
 def classify(message: Message) -> News:
     """Pods come and go by the CNI server's hand, hundreds in a burst: that alone wakes nobody, but for a pod's route
-    that goes, which may be one to repair. Foreign routes are none of our business."""
+    that goes, which may be one to repair. Foreign routes are none of our business. An uplink that goes takes nexthops
+    and routes along, as an address does routes, and a nexthop its routes; the kernel says nothing of those."""
     match message.type:
         case links.RTM_NEWLINK | links.RTM_DELLINK:
             ours = links.parse_link(message.body).group in (LINK_GROUP, LINK_GROUP_DOOMED)
-            return News(frozenset({LINKS}), urgent=not ours)
+            return News(frozenset({LINKS})) if ours else News(ALL, urgent=True)
         case _t if _t in (_RTM_NEWADDR, _RTM_DELADDR):
-            return News(frozenset({LINKS}), urgent=True)
+            return News(ALL, urgent=True)
         case nexthops.RTM_NEWNEXTHOP | nexthops.RTM_DELNEXTHOP:
-            # A group that goes takes its routes along without another word.
             return News(frozenset({NEXTHOPS, ROUTES}), urgent=True)
         case routes.RTM_NEWROUTE | routes.RTM_DELROUTE:
             protocol = routes.HEADER.unpack_from(message.body)[5]
