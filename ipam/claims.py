@@ -61,7 +61,7 @@ class Claims:
             pools = await self._store.list(IPPool)
             blocks = await self._store.list(IPAMBlock)
         seen = next((b for b in blocks.items if b.metadata.uid == obj.metadata.uid), None)
-        if seen is None:
+        if seen is None or seen.metadata.deletion_timestamp:
             self.pending.pop(cidr, None)
             return None
         problem = _problem(seen, pools.items, blocks.items)
@@ -71,7 +71,9 @@ class Claims:
             self.pending.pop(cidr, None)
             return None
         self.pending.pop(cidr, None)
-        return self._ledger.adopt(seen, Phase.NEW, self._clock.monotonic())
+        own = self._ledger.adopt(seen, Phase.NEW, self._clock.monotonic())
+        self._check(own, seen)
+        return own
 
     async def recreate(self, pool: str, cidr: str) -> IPAMBlock | None:
         """Our block anew, after somebody deleted it; None if another node holds it by now (R5)."""
@@ -82,6 +84,18 @@ class Claims:
             async with asyncio.timeout(self._settings.store_limit):
                 present = await self._store.get(IPAMBlock, block_name(cidr))
             return present if present.spec.node == self._node else None
+
+    async def is_there(self, own: Own) -> bool:
+        """The block's object is in the store as we know it; read uncached."""
+        try:
+            async with asyncio.timeout(self._settings.store_limit):
+                seen = await self._store.get(IPAMBlock, own.obj.name)
+        except NotFound:
+            return False
+        if seen.metadata.uid != own.obj.metadata.uid:
+            return False
+        self._check(own, seen)
+        return True
 
     async def end(self, own: Own) -> bool:
         """Deletes a block that is withdrawn, if it still is as we know it. False: try again later."""

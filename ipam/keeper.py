@@ -99,15 +99,29 @@ class Keeper:
         self._vanished[own.cidr] = None
         self._news.set()
 
+    def mark(self, own: Own, seen: IPAMBlock) -> None:
+        """Notes that the block's object is being deleted, if it is: it hands out nothing more (R5)."""
+        if seen.metadata.deletion_timestamp and own.phase not in (Phase.MARKED, Phase.LOST, Phase.DELETING):
+            log.warning("block %s is marked for deletion: nothing more is handed out of it", own.cidr)
+            own.enter(Phase.MARKED, self._clock.monotonic())
+
+    def lost(self, cidr: str, what: str) -> None:
+        """A block of ours belongs to another node by now; ``what`` lives in it here."""
+        self._say(
+            "BlockLost",
+            "OwnedByAnotherNode",
+            f"block {cidr} belongs to another node, but {what}: delete these pods, or the other node's block",
+        )
+
     def found(self, obj: IPAMBlock) -> None:
         """The store shows a block of ours that we may not know: an answer to a create was lost."""
-        if obj.spec.cidr not in self._ledger.blocks:
+        if obj.spec.cidr not in self._ledger.blocks and not obj.metadata.deletion_timestamp:
             self._claims.pending.setdefault(obj.spec.cidr, obj)
             self._news.set()
 
     def is_short(self, pool: str) -> bool:
         """The pool's next block is to be claimed now (R4). Cheap enough to ask after every take."""
-        if pool in self.pools.single:
+        if pool not in self.pools.ahead:
             return False
         used = free = 0
         for own in self._ledger.of_pool(pool):
@@ -157,13 +171,19 @@ class Keeper:
         self.moved.ring()
 
     def _next_look(self) -> float:
+        """Seconds until something may be due without anybody calling."""
         now = self._clock.monotonic()
-        pending = [own for own in self._ledger.blocks.values() if own.phase in (Phase.NEW, Phase.RELEASING)]
-        if any(own.gone_at is not None or now - own.since < PATIENCE for own in pending):
-            return self._settings.poll
-        if any(own.phase is Phase.DELETING for own in self._ledger.blocks.values()) or self._claims.pending:
-            return max(self._away_until - now, self._settings.poll)
-        return 1.0 if pending or self._vanished else IDLE
+        blocks = self._ledger.blocks.values()
+        pending = [own for own in blocks if own.phase in (Phase.NEW, Phase.RELEASING)]
+        looks = [IDLE]
+        if pending:
+            lively = any(own.gone_at is not None or now - own.since < PATIENCE for own in pending)
+            looks.append(self._settings.poll if lively else 1.0)
+        if self._vanished or self._claims.pending or any(own.phase is Phase.DELETING for own in blocks):
+            looks.append(self._settings.poll)
+        if now < self._away_until:
+            looks = [min(self._away_until - now, *looks[:2])]
+        return min(looks)
 
     # -- new blocks become ready, released ones may go ---------------------------------------------------------------
 
@@ -227,8 +247,8 @@ class Keeper:
         """One more block of the pool, or exactly this one: one that is on its way, one taken back from its release, or
         a claimed one."""
         mine = [own for own in self._ledger.of_pool(pool) if cidr in ("", own.cidr)]
-        if any(own.phase is Phase.LOST and cidr for own in mine):
-            raise Exhausted(f"block {cidr} belongs to another node by now")
+        if cidr and any(own.phase in (Phase.MARKED, Phase.LOST) for own in mine):
+            raise Exhausted(f"block {cidr} is being deleted, or belongs to another node by now")
         if any(own.phase is Phase.NEW and (cidr or own.block.free) for own in mine):
             return
         if any(
@@ -256,15 +276,17 @@ class Keeper:
         self._refused.pop(key, None)
 
     async def _claim_ahead(self) -> None:
-        for names in self.pools.automatic.values():
-            for name in names:
-                if self.is_short(name):
-                    try:
-                        await self._more(name)
-                    except Exhausted as e:
-                        self._say("PoolExhausted", "NoFreeBlock", str(e))
-                    else:
-                        self._ledger.unsay("PoolExhausted")
+        problems = []
+        for name in self.pools.ahead:
+            if self.is_short(name):
+                try:
+                    await self._more(name)
+                except Exhausted as e:
+                    problems.append(str(e))
+        if problems:
+            self._say("PoolExhausted", "NoFreeBlock", "; ".join(problems))
+        else:
+            self._ledger.unsay("PoolExhausted")
 
     async def _more(self, pool: str, cidr: str = "") -> None:
         """Takes a block back from its release, or claims one."""
@@ -312,6 +334,8 @@ class Keeper:
             self._vanished.pop(cidr, None)
 
     async def _recover_one(self, own: Own) -> None:
+        if await self._claims.is_there(own):
+            return
         now = self._clock.monotonic()
         if own.phase is Phase.DELETING or not own.block.used:
             self._ledger.drop(own)
@@ -319,12 +343,7 @@ class Keeper:
         obj = await self._claims.recreate(own.pool, own.cidr)
         if obj is None:
             own.enter(Phase.LOST, now)
-            self._say(
-                "BlockLost",
-                "OwnedByAnotherNode",
-                f"block {own.cidr} belongs to another node, but {own.block.used} addresses of it are in use here: "
-                f"delete these pods, or the other node's block",
-            )
+            self.lost(own.cidr, f"{own.block.used} addresses of it are in use here")
             return
         log.warning("block %s was deleted while in use, and is there again", own.cidr)
         own.obj, own.written = obj, False

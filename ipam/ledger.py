@@ -26,7 +26,8 @@ class Phase(enum.Enum):
     READY = "ready"
     RELEASING = "releasing"  # empty; the agent is to withdraw it (R9); can still go back to NEW
     DELETING = "deleting"  # the delete is under way: no way back
-    LOST = "lost"  # another node's by now, or marked: what it holds stays held, nothing is added
+    MARKED = "marked"  # being deleted by somebody (R5): nothing is added, the mirror goes on
+    LOST = "lost"  # another node's by now: what it holds stays held, nothing is added
 
 
 class Own:
@@ -39,6 +40,7 @@ class Own:
         self.since = now  # monotonic, of the phase
         self.gone_at: float | None = None  # RELEASING: since when the blackhole is seen to be gone
         self.written = False  # this process has written its status
+        self.void_boots: set[str] = set()  # boots whose entries were there before we wrote
 
     @property
     def cidr(self) -> str:

@@ -51,6 +51,7 @@ class Mirror:
         self._step = step
         self._dirty: dict[str, None] = {}  # CIDRs, in order of their change
         self._news = asyncio.Event()
+        self._stopped = False
 
     def touch(self, own: Own) -> None:
         self._dirty[own.cidr] = None
@@ -77,6 +78,8 @@ class Mirror:
     async def flush(self) -> bool:
         """Writes every block that has changed, once. False if something is left to be tried again. Superseded."""
         for cidr in tuple(self._dirty):
+            if self._stopped:
+                raise Superseded("a newer server writes these blocks")
             own = self.ledger.blocks.get(cidr)
             self._dirty.pop(cidr, None)  # a change while we write counts for the next round
             if own is None or own.phase in (Phase.DELETING, Phase.LOST):
@@ -94,14 +97,20 @@ class Mirror:
     def check(self, own: Own, seen: IPAMBlock) -> None:
         """Raises Superseded if a newer server than this has written the block (R2).
 
-        Within a boot the start counter says who is newer. Another boot is an older one, until we have written the
-        block ourselves: who writes after us is newer.
+        Within a boot the start counter says who is newer. A boot that had written the block before we did is an older
+        one; one that appears after that is newer.
         """
         writer = seen.status.writer
         if writer is None or writer == self._writer:
             return
-        same_boot = writer.boot_id == self._writer.boot_id
-        if writer.start > self._writer.start if same_boot else own.written:
+        if writer.boot_id == self._writer.boot_id:
+            newer = writer.start > self._writer.start
+        else:
+            if not own.written:
+                own.void_boots.add(writer.boot_id)
+            newer = writer.boot_id not in own.void_boots
+        if newer:
+            self._stopped = True
             reason = (
                 f"block {own.cidr} was written by a newer CNI server (boot {writer.boot_id}, start {writer.start}; "
                 f"this one: boot {self._writer.boot_id}, start {self._writer.start}): is there another machine with "

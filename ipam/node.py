@@ -1,23 +1,45 @@
-"""NodeIPAM: the blocks of this node, and the only code that hands out their addresses (R2)."""
+"""NodeIPAM: the blocks of this node, and the only code that hands out their addresses (R2).
+
+The way of an ADD is ``take``, from memory, with one write to the journal; everything else here is behind it:
+
+    truth    what is handed out, at start          ledger   what is in memory
+    keeper   how many blocks, and which            claims   makes one ours, or ends it
+    mirror   memory into the blocks' status        sweep    what leaked
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from ipam.errors import NotReady
+import msgspec
+
+from ipam import truth
+from ipam.claims import Claims
+from ipam.errors import Deleted, Exhausted, JournalError, NotReady
+from ipam.journal import Bound, GivenBack, History, Journal
+from ipam.keeper import IDLE, Keeper
+from ipam.ledger import Ledger, Own, Phase
+from ipam.mirror import Mirror, Superseded
 from ipam.model import Attachment, BlockView, KernelView, Lease, Request, Settings
+from ipam.pool import Pools, Want, block_at, family_of
+from ipam.sweep import Sweep
 from store.base import Store
 from store.clock import Clock
-from store.model import Condition
-
-if TYPE_CHECKING:
-    from ipam.journal import Journal
+from store.errors import NotFound, StoreError
+from store.informer import Informer
+from store.model import Condition, IPAMBlock, IPPool, IPReservation, Node, Writer
 
 __all__ = ["Attachment", "BlockView", "KernelView", "Lease", "NodeIPAM", "Request", "Settings"]
 
+log = logging.getLogger(__name__)
+
 
 class NodeIPAM:
+    """``start`` counts the starts of this server in this boot; ``link_name`` is the host veth's name for an attachment.
+    ``step`` is called with the name of each point at which a crash leaves a different state behind."""
+
     def __init__(
         self,
         *,
@@ -31,53 +53,467 @@ class NodeIPAM:
         link_name: Callable[[Attachment], str],
         settings: Settings | None = None,
         step: Callable[[str], None] = lambda _: None,
-    ) -> None: ...
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._journal = journal
+        self._kernel = kernel
+        self._clock = clock
+        self._link_name = link_name
+        self._settings = settings or Settings()
+        self._step = step
+        self._writer = Writer(boot_id=boot_id, start=start)
+        self._history = History()
+        self._why_not = "this server has not started yet"
+        self._loaded = False
+        self._deleted: dict[Attachment, float] = {}  # since when, oldest first
+        self._taken: dict[Attachment, float] = {}  # when, for those not wired yet
+        self._seen: dict[str, str] = {}  # own blocks that the informer has shown: name -> uid
+
+        self._mirror = Mirror(
+            store,
+            self._writer,
+            clock,
+            self._settings,
+            vanished=lambda own: self._keeper.vanished(own),
+            superseded=self._stop,
+            step=step,
+        )
+        self._ledger = Ledger(rest=self._settings.rest, changed=self._mirror.touch)
+        self._mirror.ledger = self._ledger
+        self._claims = Claims(node, store, self._ledger, clock, self._settings, check=self._mirror.check, step=step)
+        self._sweep = Sweep(
+            self._ledger,
+            kernel,
+            clock,
+            self._settings,
+            link_name=link_name,
+            release=lambda lease: self._end(lease.attachment, lease, swept=True),
+            taken=self._taken,
+        )
+        self._keeper = Keeper(
+            self._ledger,
+            self._claims,
+            kernel,
+            self._writer,
+            clock,
+            self._settings,
+            add_strays=self._sweep.add_strays,
+        )
+        self._pools = Informer(store, IPPool, clock, on_change=self._configure)
+        self._reservations = Informer(store, IPReservation, clock, on_change=self._configure)
+        self._nodes = Informer(store, Node, clock, {"metadata.name": node}, on_change=self._configure)
+        self._blocks = Informer(store, IPAMBlock, clock, {"spec.node": node}, on_change=self._blocks_moved)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Finds out what is handed out (union of journal, mirror and pod routes) and claims a first block per family.
 
         With the store away it returns all the same: leases are known, DEL works, and ``take`` of something new raises
         NotReady until ``run`` has read the blocks. KernelUnavailable, JournalError."""
+        self._remember()
+        self._why_not = "the blocks have not been read from the store yet"
+        try:
+            await self._load()
+        except (StoreError, TimeoutError) as e:
+            self._away(e)
+        else:
+            await self._keeper.step()
 
     async def run(self) -> None:
         """Mirror, claims, give-back, sweeps, watches. Runs until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._sweep.run())
+            group.create_task(self._tend_journal())
+            await self._load_at_last()
+            for informer in (self._pools, self._reservations, self._nodes, self._blocks):
+                group.create_task(informer.run())
+            group.create_task(self._mirror.run())
+            group.create_task(self._keeper.run())
+            group.create_task(self._check_ownership())
+
+    # -- the way of an ADD and a DEL ---------------------------------------------------------------------------------
 
     async def take(self, request: Request) -> Lease:
         """The attachment's addresses, the same ones if it has them. The journal is written before this returns.
 
+        Waits only when no block has an address for it, at most ``settings.take_limit``.
         Deleted, Exhausted, JournalError, NotReady, WrongPool; nothing is changed then."""
-        raise NotReady("not built yet")
+        outcome = self._take_now(request)
+        return outcome if isinstance(outcome, Lease) else await self._wait_and_take(request, outcome)
 
     def bind(self, attachment: Attachment, index: int) -> Lease:
         """Notes the host veth's index, after the link exists. Deleted if the attachment has no lease. JournalError."""
-        raise NotReady("not built yet")
-
-    def lease(self, attachment: Attachment) -> Lease | None:
-        raise NotReady("not built yet")
-
-    def leases(self) -> tuple[Lease, ...]:
-        raise NotReady("not built yet")
+        lease = self._ledger.leases.get(attachment)
+        if lease is None:
+            raise Deleted(f"{attachment} has no addresses any more: a DEL or a sweep came before its link")
+        if lease.index == index:
+            return lease
+        self._journal.append(Bound(attachment, index))
+        lease = self._ledger.leases[attachment] = msgspec.structs.replace(lease, index=index)
+        self._taken.pop(attachment, None)
+        return lease
 
     def give_back(self, attachment: Attachment) -> Lease | None:
         """To be called when the link is gone. The addresses rest; a later ``take`` of the attachment is refused (also
         when it had no lease: None). JournalError: nothing is changed; the sweep will find what the DEL could not."""
-        raise NotReady("not built yet")
+        lease = self._ledger.leases.get(attachment)
+        if lease is None and self._was_deleted(attachment):
+            return None
+        self._end(attachment, lease, swept=False)
+        return lease
+
+    def lease(self, attachment: Attachment) -> Lease | None:
+        return self._ledger.leases.get(attachment)
+
+    def leases(self) -> tuple[Lease, ...]:
+        return tuple(self._ledger.leases.values())
 
     def retain(self, network: str, keep: frozenset[Attachment]) -> tuple[Lease, ...]:
         """Leases of that network that are not in ``keep`` (GC); the caller unwires them and gives them back."""
-        raise NotReady("not built yet")
+        leases = self._ledger.leases.values()
+        return tuple(each for each in leases if each.attachment.network == network and each.attachment not in keep)
+
+    # -- for STATUS and people ---------------------------------------------------------------------------------------
 
     def free(self) -> int:
         """How many attachments could have addresses now, without a claim: free addresses of the scarcest family."""
-        raise NotReady("not built yet")
+        families = [names for names in self._keeper.pools.automatic.values() if names]
+        phases = (Phase.NEW, Phase.READY)
+        counts = [
+            sum(own.block.free for name in names for own in self._ledger.of_pool(name) if own.phase in phases)
+            for names in families
+        ]
+        return min(counts, default=0)
 
     def blocks(self) -> tuple[BlockView, ...]:
-        raise NotReady("not built yet")
+        return self._ledger.views()
 
     def conditions(self) -> tuple[Condition, ...]:
         """What is wrong at present, for STATUS and people; each message says what to do."""
-        raise NotReady("not built yet")
+        return tuple(self._ledger.conditions.values())
 
     def refusal(self) -> str:
         """Why ``take`` refuses everything new at present (STATUS: not available); empty if it does not."""
-        raise NotReady("not built yet")
+        return self._why_not
+
+    # -- taking -------------------------------------------------------------------------------------------------------
+
+    def _take_now(self, request: Request) -> Lease | tuple[Want, ...]:
+        """The lease, or what no block has an address for."""
+        attachment = request.attachment
+        ledger = self._ledger
+        lease = ledger.leases.get(attachment)
+        if lease is not None:
+            return lease
+        if self._why_not:
+            raise NotReady(f"no new addresses: {self._why_not}")
+        if self._deleted and self._was_deleted(attachment):
+            raise Deleted(f"{attachment} was deleted before: a container id is not used twice")
+        now = self._clock.monotonic()
+        # A live link of this attachment whose lease was lost keeps its addresses.
+        inherited = ledger.strays_behind(self._link_name(attachment))
+        addresses, missing = [], []
+        for want in self._keeper.pools.wants(request):
+            address = self._inherit(want, inherited) or self._place(want, now)
+            if address is None:
+                missing.append(want)
+            else:
+                addresses.append(address)
+        if missing:
+            return tuple(missing)
+        lease = Lease(attachment, request.pod, tuple(addresses), since=self._clock.now())
+        self._journal.append(truth.taken(lease, ledger))
+        for address in inherited:
+            if address in addresses:
+                ledger.end_stray(address, None)
+        ledger.put(lease)
+        self._taken[attachment] = now
+        self._deleted.pop(attachment, None)
+        self._claim_ahead(lease)
+        return lease
+
+    def _inherit(self, want: Want, inherited: tuple[str, ...]) -> str | None:
+        if not inherited:
+            return None
+        if want.address:
+            return want.address if want.address in inherited else None
+        family = family_of(self._keeper.pools.all[want.pools[0]].spec.cidr)
+        return next((a for a in inherited if family_of(a) == family), None)
+
+    def _place(self, want: Want, now: float) -> str | None:
+        """An address for the want, from a block that is ready: a fresh one, then one that rests."""
+        if want.address:
+            return self._fixed(want.address)
+        for resting in (False, True):
+            for pool in want.pools:
+                for own in self._ledger.of_pool(pool):
+                    if own.phase is Phase.READY:
+                        offset = own.block.choose(now, resting=resting)
+                        if offset is not None:
+                            return own.block.address(offset)
+        return None
+
+    def _fixed(self, address: str) -> str | None:
+        found = self._ledger.find(address)
+        if found is None:
+            return None
+        own, offset = found
+        owner = own.block.owners.get(offset)
+        if owner is not None:
+            raise Exhausted(f"address {address} is in use by {owner}: delete that pod first")
+        if own.phase is Phase.LOST:
+            raise Exhausted(f"address {address} is in block {own.cidr}, which belongs to another node by now")
+        return address if own.phase is Phase.READY else None
+
+    async def _wait_and_take(self, request: Request, missing: tuple[Want, ...]) -> Lease:
+        end = self._clock.monotonic() + self._settings.take_limit
+        before: dict[Want, int] = {}
+        while True:
+            for want in missing:
+                verdict = self._keeper.verdict(want)
+                if verdict.error is not None and verdict.attempts > before.get(want, verdict.attempts):
+                    raise type(verdict.error)(str(verdict.error))
+                before.setdefault(want, verdict.attempts)
+            left = end - self._clock.monotonic()
+            if left <= 0:
+                names = ", ".join(want.address or "/".join(want.pools) for want in missing)
+                raise Exhausted(f"no block of {names} was ready within {self._settings.take_limit:g} s: try again")
+            self._keeper.want(missing)
+            await self._keeper.moved.wait(self._clock, left)
+            outcome = self._take_now(request)
+            if isinstance(outcome, Lease):
+                return outcome
+            missing = outcome
+
+    def _claim_ahead(self, lease: Lease) -> None:
+        for address in lease.addresses:
+            found = self._ledger.find(address)
+            if found and self._keeper.is_short(found[0].pool):
+                self._keeper.poke()
+
+    # -- ending -------------------------------------------------------------------------------------------------------
+
+    def _end(self, attachment: Attachment, lease: Lease | None, *, swept: bool) -> None:
+        now = self._clock.monotonic()
+        addresses = lease.addresses if lease else ()
+        self._journal.append(GivenBack(attachment, now, addresses, swept))
+        self._ledger.remove(attachment, now)
+        self._taken.pop(attachment, None)
+        if not swept:
+            self._note_deleted(attachment, now)
+        if any(found and not found[0].block.used for found in map(self._ledger.find, addresses)):
+            self._keeper.poke()
+
+    def _note_deleted(self, attachment: Attachment, at: float) -> None:
+        self._deleted.pop(attachment, None)
+        self._deleted[attachment] = at
+        for old, then in tuple(self._deleted.items()):
+            if len(self._deleted) <= self._settings.deleted_limit and at - then < self._settings.remember_deleted:
+                break
+            del self._deleted[old]
+
+    def _was_deleted(self, attachment: Attachment) -> bool:
+        at = self._deleted.get(attachment)
+        return at is not None and self._clock.monotonic() - at < self._settings.remember_deleted
+
+    # -- at start -----------------------------------------------------------------------------------------------------
+
+    def _remember(self) -> None:
+        """What needs no store: the journal's leases and rests, and the kernel's routes."""
+        history = self._history = self._journal.history()
+        now = self._clock.monotonic()
+        for lease in history.leases.values():
+            self._ledger.put(lease)
+        leased = {address for lease in history.leases.values() for address in lease.addresses}
+        for record in history.freed:
+            at = min(record.at, now)
+            for address in record.addresses:
+                if address not in leased:
+                    self._ledger.rest(address, at)
+            if not record.swept and record.attachment not in history.leases:
+                self._note_deleted(record.attachment, at)
+        self._sweep.netns = self._kernel.netns() if history.netns is None else history.netns
+        self._sweep.add_strays()
+        try:
+            self._rewrite_journal()
+        except JournalError:
+            if history.netns is None:
+                raise
+            log.exception("the journal stays as it is for now")
+
+    async def _load(self) -> None:
+        """Reads, uncached, what the store says of this node and its blocks. Superseded counts as loaded."""
+        async with asyncio.timeout(self._settings.store_limit):
+            pools = await self._store.list(IPPool)
+            reservations = await self._store.list(IPReservation)
+            try:
+                labels = (await self._store.get(Node, self._node)).metadata.labels
+            except NotFound:
+                labels = {}
+            listing = await self._store.list(IPAMBlock, where={"spec.node": self._node})
+        self._set_wishes(Pools(pools.items, labels), _reserved(reservations.items))
+        self._adopt_all(listing.items)
+        if not self._keeper.stopped:
+            self._add_mirrored(listing.items)
+            await self._restore_missing()
+            self._why_not = ""
+        self._loaded = True
+
+    def _adopt_all(self, blocks: tuple[IPAMBlock, ...]) -> None:
+        """Takes up the blocks that are ours already. One that was never mirrored and holds nothing has perhaps not been
+        looked at for overlaps."""
+        now = self._clock.monotonic()
+        known = {*self._ledger.strays, *(a for lease in self._ledger.leases.values() for a in lease.addresses)}
+        cidrs = {block_at(pool, a) for a in known if (pool := self._keeper.pools.of(a))}
+        for obj in blocks:
+            if obj.spec.cidr in self._ledger.blocks:
+                continue
+            if obj.status.writer is None and obj.spec.cidr not in cidrs:
+                self._keeper.found(obj)
+                continue
+            own = self._ledger.adopt(obj, Phase.NEW, now)
+            self._keeper.mark(own, obj)
+            if own.phase is Phase.NEW and obj.status.releasing and not own.block.used:
+                own.enter(Phase.RELEASING, now)
+            try:
+                self._mirror.check(own, obj)
+            except Superseded:
+                return
+
+    def _add_mirrored(self, blocks: tuple[IPAMBlock, ...]) -> None:
+        found = truth.mirrored(blocks, self._writer.boot_id)
+        added = truth.add_mirrored(self._ledger, found, self._history, self._kernel.links(), self._link_name)
+        for own in self._ledger.blocks.values():
+            if own.phase is Phase.RELEASING and own.block.used:
+                own.enter(Phase.NEW, self._clock.monotonic())
+        if added:
+            self._rewrite_journal()
+
+    async def _restore_missing(self) -> None:
+        """Blocks in which something of ours lives and which the store no longer has are created again (R5)."""
+        living = [a for lease in self._ledger.leases.values() for a in lease.addresses] + list(self._ledger.strays)
+        for address in living:
+            pool = self._keeper.pools.of(address)
+            if pool is None or self._ledger.find(address):
+                continue
+            cidr = block_at(pool, address)
+            obj = await self._claims.recreate(pool.name, cidr)
+            if obj is not None:
+                log.warning("block %s was gone from the store though %s lives in it: created again", cidr, address)
+                self._ledger.adopt(obj, Phase.NEW, self._clock.monotonic())
+                continue
+            self._keeper.lost(cidr, f"{address} of it is in use here")
+
+    async def _load_at_last(self) -> None:
+        pause = self._settings.backoff_min
+        while not self._loaded:
+            await self._clock.sleep(pause)
+            pause = min(2 * pause, self._settings.backoff_max)
+            try:
+                await self._load()
+            except (StoreError, TimeoutError) as e:
+                self._away(e)
+            self._keeper.poke()
+
+    def _away(self, e: Exception) -> None:
+        self._why_not = f"the blocks cannot be read from the store: {e or 'no answer'}"
+        log.warning("%s", self._why_not)
+
+    # -- while it runs ------------------------------------------------------------------------------------------------
+
+    def _stop(self, reason: str) -> None:
+        """A newer server writes our blocks: nothing new from here on (R2)."""
+        self._why_not = reason
+        self._keeper.stopped = True
+        self._ledger.say(
+            Condition(
+                type="Superseded",
+                status="True",
+                reason="NewerWriter",
+                message=reason,
+                last_transition_time=self._clock.now(),
+            )
+        )
+        self._keeper.moved.ring()
+        log.error("%s", reason)
+
+    def _configure(self) -> None:
+        """Called by the informers. Nothing is concluded before all three have the whole state."""
+        if not (self._pools.synced and self._reservations.synced and self._nodes.synced):
+            return
+        node = self._nodes.items.get(self._node)
+        labels = node.metadata.labels if node else {}
+        self._set_wishes(Pools(self._pools.items.values(), labels), _reserved(tuple(self._reservations.items.values())))
+
+    def _set_wishes(self, pools: Pools, reserved: tuple[str, ...]) -> None:
+        self._keeper.pools = pools
+        if reserved != self._keeper.reserved:
+            self._keeper.reserved = reserved
+            self._ledger.reserve(reserved)
+        self._keeper.poke()
+
+    def _blocks_moved(self) -> None:
+        """Called by the informer of our own blocks. It may lag behind our own writes, so a block that it has never
+        shown is not missing, and the status that it shows is not taken for the newest."""
+        if not self._blocks.synced:
+            return
+        shown = {name: obj.metadata.uid for name, obj in self._blocks.items.items()}
+        known = {own.obj.name: own for own in self._ledger.blocks.values()}
+        for name, uid in self._seen.items():
+            own = known.get(name)
+            if shown.get(name) != uid and own is not None and own.obj.metadata.uid == uid:
+                self._keeper.vanished(own)
+        for name, obj in self._blocks.items.items():
+            own = known.get(name)
+            if own is None:
+                self._keeper.found(obj)
+            elif own.obj.metadata.uid == obj.metadata.uid:
+                if self._superseded(own, obj):
+                    return
+                self._keeper.mark(own, obj)
+        self._seen = shown
+
+    def _superseded(self, own: Own, obj: IPAMBlock) -> bool:
+        try:
+            self._mirror.check(own, obj)
+        except Superseded:
+            return True
+        return False
+
+    async def _check_ownership(self) -> None:
+        """Reads our blocks uncached every 5 min: a store restored from a backup sends no events (R5)."""
+        while not self._keeper.stopped:
+            await self._clock.sleep(self._settings.recheck)
+            try:
+                async with asyncio.timeout(self._settings.store_limit):
+                    listing = await self._store.list(IPAMBlock, where={"spec.node": self._node})
+            except (StoreError, TimeoutError) as e:
+                log.warning("ownership of the blocks is not checked this time: %s", e or "no answer from the store")
+                continue
+            there = {obj.metadata.uid: obj for obj in listing.items}
+            for own in tuple(self._ledger.blocks.values()):
+                seen = there.get(own.obj.metadata.uid)
+                if seen is None:
+                    self._keeper.vanished(own)  # which reads it once more
+                elif self._superseded(own, seen):
+                    return
+            for obj in listing.items:
+                self._keeper.found(obj)
+
+    async def _tend_journal(self) -> None:
+        while True:
+            await self._clock.sleep(IDLE)
+            if self._journal.wants_rewrite:
+                try:
+                    self._rewrite_journal()
+                except JournalError as e:
+                    log.warning("%s", e)
+
+    def _rewrite_journal(self) -> None:
+        self._journal.rewrite(truth.records(self._ledger, self._sweep.netns, self._deleted))
+
+
+def _reserved(reservations: tuple[IPReservation, ...]) -> tuple[str, ...]:
+    return tuple(cidr for reservation in reservations for cidr in reservation.spec.reserved_cidrs)

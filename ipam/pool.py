@@ -42,6 +42,8 @@ class Pools:
         self.single = frozenset(
             p.name for p in self.all.values() if block_size(p) == ip_network(p.spec.cidr).max_prefixlen
         )
+        #: Pools of which a block is claimed before it is needed.
+        self.ahead = tuple(n for names in self.automatic.values() for n in names if n not in self.single)
         self._default = tuple(Want(names) for names in self.automatic.values() if names)
 
     def serves(self, name: str) -> bool:

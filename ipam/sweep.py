@@ -58,7 +58,7 @@ class Sweep:
                 self._stop(
                     "WrongNamespace",
                     f"this server runs in network namespace {here}, but the journal's addresses are wired "
-                    f"in {self.netns}: nothing is swept; if that namespace is gone, stop the server and remove the journal",
+                    f"in {self.netns}: nothing is swept; if that one is gone, stop the server and remove the journal",
                 )
                 return ()
             # Routes first: a pod that is wired between the two dumps then has its link in the second.
