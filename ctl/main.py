@@ -23,7 +23,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 NO_STORE = (
     "no store is named: give --store URL or set UNDERLAY_STORE (sqlite:/path/store.db)."
-    " In a lab, 'underlay-lab status' prints the line to type"
+    " For the lab: export UNDERLAY_STORE=sqlite:/run/underlay-lab/store.db"
+    " ('underlay-lab up' prints the line with its own path)"
 )
 
 

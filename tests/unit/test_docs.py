@@ -1,0 +1,216 @@
+"""Documentation that cannot rot: commands, options, numbers, paths and links in it are compared with the program."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from cni import marks
+from ctl.kinds import names_of
+from ctl.main import cli as underlayctl
+from lab.cli import main as underlay_lab
+from store.model import KINDS
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PROGRAMS: dict[str, tuple[click.Command, str]] = {
+    "underlayctl": (underlayctl, "docs/underlayctl.md"),
+    "underlay-lab": (underlay_lab, "docs/lab.md"),
+}
+_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def leaves(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command that does something, with the words that call it."""
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            yield from leaves(below, (*path, name))
+    else:
+        yield path, command
+
+
+LEAVES = [(path, command) for name, (top, _) in PROGRAMS.items() for path, command in leaves(top, (name,))]
+
+
+def sections(text: str) -> dict[str, str]:
+    """Heading (second level) to what stands below it."""
+    parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def section_of(path: tuple[str, ...], text: str) -> str | None:
+    """What stands under the heading that has every word of the command."""
+    for heading, body in sections(text).items():
+        words = re.split(r"[^\w-]+", heading)
+        if heading.startswith(path[0] + " ") and all(word in words for word in path):
+            return body
+    return None
+
+
+def code_blocks(text: str) -> list[tuple[str, str]]:
+    """Language and contents of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def command_lines(page: Path) -> list[str]:
+    """Lines of fenced blocks that call us or make, without their comments."""
+    lines = [line for _, block in code_blocks(page.read_text()) for line in block.splitlines()]
+    ours = [line.partition(" #")[0].strip() for line in lines]
+    return [line for line in ours if re.match(r"(underlayctl|underlay-lab|make)( (?!.*: )|$)", line)]
+
+
+def parse(line: str) -> None:
+    """Parses a command line as the program would, without running it. Raises AssertionError, click.ClickException."""
+    program, *words = shlex.split(re.split(r" [|>] ", line)[0])
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert words, "make without a goal"
+        for word in words:
+            assert word in targets or re.match(r"[A-Z]+=", word), f"no goal {word}"
+        return
+    command: click.Command = PROGRAMS[program][0]
+    while isinstance(command, click.Group):
+        assert words, f"{program}: a command is missing"
+        name = words.pop(0)
+        below = command.commands.get(name)
+        assert below is not None, f"there is no {name}"
+        command = below
+    if words not in (["--help"], ["-h"]):
+        command.make_context(command.name, words)
+
+
+@pytest.mark.parametrize(("path", "command"), LEAVES, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_every_command_and_option_is_in_the_docs(path: tuple[str, ...], command: click.Command) -> None:
+    page = PROGRAMS[path[0]][1]
+    section = section_of(path, (ROOT / page).read_text())
+    assert section is not None, f"{page} has no section for {' '.join(path)}"
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            for option in parameter.opts:
+                assert f"`{option}`" in section, f"{page}, {' '.join(path)}: {option} is not said"
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_option_is_in_the_docs_that_is_not_there(name: str) -> None:
+    page = PROGRAMS[name][1]
+    for heading, body in sections((ROOT / page).read_text()).items():
+        if not heading.startswith(name + " "):
+            continue
+        commands = [command for path, command in LEAVES if path[0] == name and _is_about(heading, path)]
+        assert commands, f"{page}: {heading}: there is no such command"
+        known = {o for c in commands for p in c.params if isinstance(p, click.Option) for o in p.opts}
+        told = set(re.findall(r"^\| .*?`(-[-\w]+)`", body, flags=re.MULTILINE))
+        assert told <= known, f"{page}: {heading}: {told - known}"
+
+
+def _is_about(heading: str, path: tuple[str, ...]) -> bool:
+    words = re.split(r"[^\w-]+", heading)
+    return all(word in words for word in path)
+
+
+def test_every_word_for_a_kind_is_in_the_docs() -> None:
+    text = (ROOT / "docs/underlayctl.md").read_text()
+    for kind in KINDS:
+        for word in names_of(kind):
+            assert f"`{word}`" in text, f"{kind.kind()}: {word}"
+
+
+@_page
+def test_every_command_line_in_a_code_block_parses(page: Path) -> None:
+    for line in command_lines(page):
+        try:
+            parse(line)
+        except (click.ClickException, AssertionError) as e:
+            message = e.format_message() if isinstance(e, click.ClickException) else str(e)
+            pytest.fail(f"{page.relative_to(ROOT)}: {line}: {message}")
+
+
+def test_command_lines_are_found_and_wrong_ones_refused() -> None:
+    """The check above is able to fail."""
+    found = [line for page in PAGES for line in command_lines(page)]
+    for program in ("underlayctl", "underlay-lab", "make"):
+        assert sum(line.startswith(program) for line in found) >= 3
+    for wrong in ("underlayctl got x", "underlayctl get x --colour", "underlay-lab kill node-1 bird", "make tea"):
+        with pytest.raises((click.ClickException, AssertionError)):
+            parse(wrong)
+
+
+def _number_rows() -> dict[str, str]:
+    rows = re.findall(
+        r"^\| [^|]* \| ([^|]*) \| `([A-Z0-9_]+)` \|", (ROOT / "docs/numbers.md").read_text(), re.MULTILINE
+    )
+    return {name: value.strip() for value, name in rows}
+
+
+@pytest.mark.parametrize("name", [n for n in vars(marks) if n.isupper()])
+def test_numbers_are_those_of_the_code(name: str) -> None:
+    value = getattr(marks, name)
+    said = _number_rows().get(name)
+    assert said is not None, f"docs/numbers.md does not say {name}"
+    assert (int(said, 0) if isinstance(value, int) else said) == value
+
+
+def test_every_number_in_the_docs_is_in_the_code() -> None:
+    assert set(_number_rows()) == {n for n in vars(marks) if n.isupper()}
+
+
+@pytest.mark.parametrize("name", ["PROTO_PODS", "PROTO_BLOCKS", "PROTO_IMPORTS"])
+def test_protocols_in_command_lines_of_the_docs_are_ours(name: str) -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    said = {int(n) for n in re.findall(r"\bproto(?:col)? (\d+)", text)}
+    assert getattr(marks, name) in said
+    assert said <= {marks.PROTO_PODS, marks.PROTO_BLOCKS, marks.PROTO_IMPORTS}
+
+
+@_page
+def test_every_file_of_ours_that_is_named_exists(page: Path) -> None:
+    named = re.findall(
+        r"(?<![\w/.-])((?:agent|bench|cni|ctl|docs|ipam|lab|store|tests)/[\w./-]*\w/?)", page.read_text()
+    )
+    for name in named:
+        assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name} does not exist"
+
+
+@_page
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.exists(), f"{page.relative_to(ROOT)}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in anchors, f"{page.relative_to(ROOT)}: {target}: headings are {sorted(anchors)}"
+
+
+def test_yaml_in_the_docs_is_taken_as_it_is() -> None:
+    from store.files import load
+
+    seen = 0
+    for page in PAGES:
+        for language, block in code_blocks(page.read_text()):
+            if language == "yaml":
+                assert load(block, source=str(page))
+                seen += 1
+    assert seen >= 3
+
+
+def test_fields_of_the_kinds_are_in_the_docs() -> None:
+    """Each field of a spec that people write is in its page's table, and no other."""
+    import msgspec
+
+    from store.model import BGPConfigurationSpec, BGPPeerSpec, IPPoolSpec
+
+    for spec, page in ((IPPoolSpec, "addresses"), (BGPConfigurationSpec, "bgp"), (BGPPeerSpec, "bgp")):
+        text = (ROOT / f"docs/{page}.md").read_text()
+        for field in msgspec.structs.fields(spec):
+            assert f"`{field.encode_name}" in text, (
+                f"docs/{page}.md does not say {field.encode_name} of {spec.__name__}"
+            )
