@@ -131,8 +131,8 @@ _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class _Loader(_BaseLoader):  # type: ignore[misc]  # chosen at run time
-    """Safe YAML in which a key stands once, and only what YAML 1.2 calls so is a number or a boolean: ``on`` and
-    ``12:30`` (sixty-based in YAML 1.1) and time stamps stay text."""
+    """Safe YAML in which a key stands once, and only what YAML 1.1 and 1.2 both call so is a number or a boolean:
+    ``on``, ``12:30`` (sixty-based in YAML 1.1), ``1e3`` and time stamps stay text."""
 
     yaml_implicit_resolvers: Mapping[str, Any] = {}
 
@@ -165,7 +165,7 @@ def _resolve(tag: str, pattern: str, first: Iterable[str]) -> None:
 _resolve("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF")
 _resolve("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""])
 _resolve("int", r"^[-+]?(?:0|[1-9][0-9]*)$|^0x[0-9a-fA-F]+$", "-+0123456789")
-_resolve("float", r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", "-+0123456789.")
+_resolve("float", r"^[-+]?[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?$", "-+0123456789")
 
 
 # -- from plain values to resources --------------------------------------------------------------------------------
@@ -179,6 +179,7 @@ class _Reader:
         self.problems: list[Problem] = []
         self._note = note
         self._values = 0
+        self._where: dict[tuple[str, str], str] = {}
 
     def document(self, value: Any, where: str) -> None:
         self._measure(value, where, 0)
@@ -208,6 +209,9 @@ class _Reader:
                 self._problem(where, "", named, str(e))
             return
         self.problems += [Problem(f"{where}: {p.field}", p.value, p.remedy) for p in validate(obj)]
+        before = self._where.setdefault((kind, obj.name), where)
+        if before != where:
+            self._problem(where, "metadata.name", obj.name, f"it stands in {before} already: which one is meant?")
         self.found.append(obj)
 
     def _list(self, value: dict[str, Any], where: str, item_kind: str) -> None:
