@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ctl.tables import Table
 from ctl.words import age, yes
-from store.model import BGPNodeStatus, SessionStatus
+from store.model import BGPNodeStatus, IPAMBlock, SessionStatus
 
 _TITLES = (
     "PEER",
@@ -35,13 +37,16 @@ def sessions_table(status: BGPNodeStatus, *, now: str) -> Table:
     return Table(_TITLES, tuple(_row(s, now) for s in status.status.sessions))
 
 
-def conditions(status: BGPNodeStatus) -> list[str]:
-    """One line for each condition that holds: its type, reason and message, and since when."""
+def conditions(status: BGPNodeStatus | None, blocks: Sequence[IPAMBlock] = ()) -> list[str]:
+    """One line for each condition that holds, of the node's agent and of its blocks (where each block repeats it): its
+    type, reason and message, and since when."""
+    said = status.status.conditions if status else ()
     lines = []
-    for c in status.status.conditions:
+    for c in dict.fromkeys((*said, *(c for block in blocks for c in block.status.conditions))):
         if c.status == "False":
             continue
-        words = " ".join(part for part in (f"({c.reason})" if c.reason else "", c.message) if part)
+        reason = f"({c.reason})" if c.reason not in ("", c.type) else ""
+        words = " ".join(part for part in (reason, c.message) if part)
         doubt = " (not known for sure)" if c.status == "Unknown" else ""
         since = f" [since {c.last_transition_time}]" if c.last_transition_time else ""
         lines.append(f"{c.type}{doubt}: {words}{since}" if words else f"{c.type}{doubt}{since}")

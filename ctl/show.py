@@ -66,6 +66,7 @@ async def show_node_status(store: Store, name: str, *, all_nodes: bool) -> int:
             known[wanted[0]] = await store.get(BGPNodeStatus, wanted[0])
         except NotFound:
             await _refuse_unknown_node(store, wanted[0], given=bool(name))
+    blocks = (await store.list(IPAMBlock)).items if all_nodes else await _blocks_of(store, wanted[0])
     silent = False
     for i, node in enumerate(wanted):
         if i:
@@ -74,11 +75,11 @@ async def show_node_status(store: Store, name: str, *, all_nodes: bool) -> int:
         if status is None:
             silent = True
             click.echo(f"{node}: its agent has not said anything yet: is it running?")
-            continue
-        click.echo(headline(status))
-        if status.status.sessions:
-            _print_table(sessions_table(status, now=SystemClock().now()))
-        for line in conditions(status):
+        else:
+            click.echo(headline(status))
+            if status.status.sessions:
+                _print_table(sessions_table(status, now=SystemClock().now()))
+        for line in conditions(status, [b for b in blocks if b.spec.node == node]):
             click.echo(f"  {line}")
     return REFUSED if silent else OK
 
@@ -166,6 +167,10 @@ def _label_selector(text: str) -> Any:
         return parse(text)
     except BadSelector as e:
         raise Usage([f"--selector: {e}"]) from None
+
+
+async def _blocks_of(store: Store, node: str) -> tuple[IPAMBlock, ...]:
+    return (await store.list(IPAMBlock, where={"spec.node": node})).items
 
 
 async def _refuse_unknown_node(store: Store, name: str, *, given: bool) -> None:

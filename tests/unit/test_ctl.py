@@ -638,6 +638,21 @@ def test_conditions_that_hold_are_said_in_words() -> None:
     ]
 
 
+def test_a_condition_that_every_block_of_the_node_repeats_is_said_once(ctl: Ctl) -> None:
+    full = Condition(type="PoolExhausted", status="True", reason="NoFreeBlock", message="add a pool")
+    other = block("10.244.1.0/26", "10-244-1-0-26", "node-2", conditions=(Condition(type="Theirs", status="True"),))
+    blocks = (
+        block(conditions=(full,)),
+        block("10.244.2.0/26", "10-244-2-0-26", "node-1", conditions=(full,)),
+        other,
+    )
+    ctl.put(pool(), Node(metadata=Meta(name="node-1")), *blocks, said())
+    out = ctl.ok("node", "status", "node-1")
+    assert out.splitlines()[-1] == "  PoolExhausted: (NoFreeBlock) add a pool"
+    assert out.count("PoolExhausted") == 1
+    assert "Theirs" not in out
+
+
 def test_node_status_of_one_of_all_of_none(ctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
     ctl.put(Node(metadata=Meta(name="node-1")), Node(metadata=Meta(name="node-2")), said())
     out = ctl.ok("node", "status", "node-1")

@@ -214,3 +214,12 @@ def test_fields_of_the_kinds_are_in_the_docs() -> None:
             assert f"`{field.encode_name}" in text, (
                 f"docs/{page}.md does not say {field.encode_name} of {spec.__name__}"
             )
+
+
+def test_every_condition_is_in_the_docs() -> None:
+    """Types are written where they are raised: ``notes.add("Type"`` in the agent, ``type="Type"`` in ipam."""
+    code = "".join(path.read_text() for package in ("agent", "ipam") for path in (ROOT / package).rglob("*.py"))
+    types = set(re.findall(r"""(?:notes\.add|_say|type=)\(?\s*"([A-Z][A-Za-z]+)\"""", code))
+    assert {"NextHopNotOnLink", "MaxPrefixesExceeded", "SweepStopped"} <= types
+    told = set(re.findall(r"^\| `([A-Z][A-Za-z]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE))
+    assert told - {"Idle", "Connecting"} == types
