@@ -6,13 +6,22 @@ mount namespace (``enter_sandbox``), so the kernel takes everything away when th
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import socket
+import struct
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from cni import netns
+
+_SIOCSIFFLAGS: Final = 0x8914
+_IFF_UP: Final = 0x1
+_IFF_RUNNING: Final = 0x40
 
 
 class NetError(Exception):
@@ -51,7 +60,8 @@ class Net:
         """Makes the namespace, its loopback up. ``forwarding`` makes a router of it, both families."""
         netns.create(self.path(name))
         self._names.append(name)
-        self.ip(name, ["link set lo up"])
+        with self.inside(name):
+            _loopback_up()
         if forwarding:
             self.sysctl(name, {"net.ipv4.ip_forward": "1", "net.ipv6.conf.all.forwarding": "1"})
 
@@ -76,12 +86,18 @@ class Net:
 
     def sysctl(self, name: str, values: Mapping[str, str]) -> None:
         """Sets sysctls by their dotted names; an interface's dot in a name is written as ``/`` as sysctl(8) does."""
+        with self.inside(name):
+            for key, value in values.items():
+                path = "/".join(part.replace("/", ".") for part in key.split("."))
+                (Path("/proc/sys") / path).write_text(value)
+
+    @contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """Runs the block in the namespace; no await may stand inside. A socket made there stays there."""
         fd = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
         try:
             with netns.inside(fd):
-                for key, value in values.items():
-                    path = "/".join(part.replace("/", ".") for part in key.split("."))
-                    (Path("/proc/sys") / path).write_text(value)
+                yield
         finally:
             os.close(fd)
 
@@ -101,7 +117,7 @@ class Net:
         cwd: Path | None = None,
     ) -> subprocess.Popen[bytes]:
         """Starts a process in the namespace, in a process group of its own; it dies with us. Output goes to ``log``."""
-        with (log.open("ab") if log else Path(os.devnull).open("wb")) as out:
+        with log.open("ab") if log else Path(os.devnull).open("wb") as out:
             process = subprocess.Popen(
                 list(argv),
                 stdin=subprocess.DEVNULL,
@@ -138,6 +154,12 @@ class Net:
 
     def _within(self, name: str, argv: Sequence[str]) -> list[str]:
         return ["nsenter", f"--net={self.path(name)}", *argv]
+
+
+def _loopback_up() -> None:
+    """What ``ip link set lo up`` does (netdevice(7), SIOCSIFFLAGS), without a process: a lab makes many namespaces."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP | _IFF_RUNNING))
 
 
 def _run(

@@ -1,0 +1,248 @@
+"""``underlay-lab``: a rack on one machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal as signals
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from lab import client, folder, matrix
+from lab.errors import LabError
+from lab.folder import Folder
+from lab.matrix import Report
+from lab.picture import picture
+from lab.topology import Topology, TopologyError
+from lab.wire import (
+    Cable,
+    Follow,
+    Kill,
+    Matrix,
+    NodeState,
+    PodAdd,
+    PodDel,
+    PodState,
+    ProcessState,
+    RouterState,
+    State,
+    Step,
+)
+
+_NARROW = 80
+
+
+class _Group(click.Group):
+    """A lab's errors are one line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (LabError, TopologyError) as e:
+            raise click.ClickException(str(e)) from e
+
+
+def _folder(ctx: click.Context, _: click.Parameter, value: Path | None) -> Folder:
+    return Folder(value.resolve()) if value else folder.default(os.environ, os.geteuid())
+
+
+_dir = click.option(
+    "--dir",
+    "where",
+    type=click.Path(file_okay=False, path_type=Path),
+    callback=_folder,
+    help="The lab's folder; labs in different folders can be up side by side.",
+)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """A virtual rack on this machine: BIRD on the routers, Underlay on the nodes, namespaces as pods."""
+
+
+@main.command()
+@click.option("--racks", default=2, show_default=True, help="Racks, each with one ToR.")
+@click.option("--nodes", default=2, show_default=True, help="Nodes in each rack.")
+@click.option("--pods", default=3, show_default=True, help="Pods on each node.")
+@_dir
+def up(racks: int, nodes: int, pods: int, where: Folder) -> None:
+    """Builds the rack, draws it, and shows who reaches whom."""
+    begin = time.monotonic()
+    wanted = Topology.build(racks=racks, nodes=nodes, pods=pods).shape
+    if client.alive(where):
+        there = client.state(where)
+        if there.shape != wanted:
+            r, n, p = there.shape
+            shape = f"{r} racks, {n} nodes a rack, {p} pods a node"
+            raise LabError(f"a lab of {shape} is up in {where.path}; take it down first: {_down(where)}")
+        click.echo(f"A lab is up already in {where.path}; {_down(where)} takes it away.")
+    else:
+        click.echo(f"A lab is being built in {where.path}.")
+        client.start(where, racks=racks, nodes=nodes, pods=pods)
+    try:
+        client.ask(where, Follow(), type(None), heard=_progress)
+    except KeyboardInterrupt:
+        raise LabError(f"interrupted; the lab goes on, and {_down(where)} takes it away") from None
+    except LabError as e:
+        raise LabError(f"{e}\n{_down(where)} takes away what is there") from e
+    click.echo(f"{time.monotonic() - begin:6.2f} s  in all\n")
+    _show(where)
+
+
+@main.command()
+@_dir
+def down(where: Folder) -> None:
+    """Takes the rack away, also what a kill left."""
+    click.echo(f"The lab in {where.path} is gone." if client.stop(where) else f"No lab in {where.path}.")
+
+
+@main.command()
+@click.option("-o", "output", type=click.Choice(["json"]), help="For programs.")
+@_dir
+def status(output: str | None, where: Folder) -> None:
+    """Nodes with rack, blocks, pods and processes."""
+    state = client.state(where)
+    if output:
+        click.echo(msgspec.json.format(msgspec.json.encode(state)).decode())
+        return
+    click.echo(picture(state, width=_width()) if state.nodes else f"{state.state}, no node yet")
+    click.echo()
+    members: list[RouterState | NodeState] = [*state.routers, *state.nodes]
+    for member in members:
+        told = (f"{part} {_process(process)}" for part, process in member.processes.items())
+        click.echo(f"{member.name:<9} {'; '.join(told)}")
+
+
+@main.command("matrix")
+@click.option("--wait", default=3.0, show_default=True, help="Seconds to wait until every route is everywhere.")
+@_dir
+def show_matrix(wait: float, where: Folder) -> None:
+    """Asks every pod for every other, again."""
+    _measure(where, wait)
+
+
+@main.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@_dir
+@click.argument("name")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def execute(name: str, command: tuple[str, ...], where: Folder) -> None:
+    """Runs a command in a node, a pod, a ToR or the spine. In a router, birdc finds its BIRD; in a node,
+    UNDERLAY_NODE, UNDERLAY_RUN and UNDERLAY_STORE are set."""
+    words = client.enter(where, name, command)
+    sys.stdout.flush()
+    os.execvp(words[0], words)
+
+
+@main.group()
+def pod() -> None:
+    """Attaches or detaches a pod, through the shim."""
+
+
+@pod.command("add")
+@click.argument("name")
+@_dir
+def pod_add(name: str, where: Folder) -> None:
+    """Attaches a pod: pod-1-4 on node-1."""
+    added = client.ask(where, PodAdd(name), PodState)
+    click.echo(f"{added.name}  {'  '.join(added.addresses)}")
+
+
+@pod.command("del")
+@click.argument("name")
+@_dir
+def pod_del(name: str, where: Folder) -> None:
+    """Detaches a pod and ends it."""
+    client.ask(where, PodDel(name), type(None))
+    click.echo(f"{name} is gone.")
+
+
+@main.command()
+@click.argument("node")
+@click.argument("process", type=click.Choice(["agent", "cni", "exabgp"]))
+@click.option("--signal", default="9", show_default=True, help="By number or name.")
+@click.option("--restart-after", default=1.0, show_default=True, help="Seconds until it is started again.")
+@_dir
+def kill(node: str, process: Any, signal: str, restart_after: float, where: Folder) -> None:
+    """Kills a process of a node; the lab starts it again."""
+    client.ask(where, Kill(node, process, _signal(signal), restart_after), type(None))
+    click.echo(f"{process} of {node}: signal {_signal(signal)}; when it has ended, again in {restart_after:g} s.")
+
+
+@main.group()
+def link() -> None:
+    """Takes the carrier from a link, or gives it back."""
+
+
+@link.command("cut")
+@click.argument("a")
+@click.argument("b")
+@_dir
+def link_cut(a: str, b: str, where: Folder) -> None:
+    """Takes the carrier from the link between A and B."""
+    client.ask(where, Cable(a, b, False), type(None))
+    click.echo(f"{a} and {b}: cut.")
+
+
+@link.command("mend")
+@click.argument("a")
+@click.argument("b")
+@_dir
+def link_mend(a: str, b: str, where: Folder) -> None:
+    """Gives the link between A and B its carrier back."""
+    client.ask(where, Cable(a, b, True), type(None))
+    click.echo(f"{a} and {b}: mended.")
+
+
+def _show(where: Folder) -> None:
+    state = client.state(where)
+    click.echo(picture(state, width=_width()))
+    click.echo()
+    _measure(where, 3, state)
+
+
+def _measure(where: Folder, wait: float, state: State | None = None) -> None:
+    report = client.ask(where, Matrix(wait), Report)
+    click.echo(matrix.table(report))
+    if state:
+        click.echo(f"\nexport UNDERLAY_STORE={state.store}   # then: underlayctl get blocks; underlayctl node status")
+    click.echo(matrix.summary(report))
+    if not report.good:
+        sys.exit(1)
+
+
+def _process(process: ProcessState) -> str:
+    again = f", {process.restarts} restarts" if process.restarts else ""
+    return f"pid {process.pid}{again}" if process.state == "running" else f"{process.state}{again}"
+
+
+def _progress(step: Step) -> None:
+    """On a terminal the step under way is shown, and overwritten by its line once it is done."""
+    if step.seconds is not None:
+        click.echo(f"{step.seconds:6.2f} s  {step.text}")
+    elif sys.stdout.isatty():
+        click.echo(f"     ...  {step.text}\r", nl=False)
+
+
+def _signal(text: str) -> int:
+    try:
+        return int(text) if text.isdigit() else signals.Signals[f"SIG{text.upper().removeprefix('SIG')}"].value
+    except KeyError:
+        raise LabError(f"--signal {text}: no such signal; a number or a name as KILL, TERM, STOP") from None
+
+
+def _width() -> int:
+    return max(_NARROW, shutil.get_terminal_size((160, 24)).columns)
+
+
+def _down(where: Folder) -> str:
+    other = where.path != folder.default(os.environ, os.geteuid()).path
+    return f"'underlay-lab down{f' --dir {where.path}' if other else ''}'"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""What can go wrong with a lab. One root; each message says what to do."""
+
+from __future__ import annotations
+
+
+class LabError(Exception):
+    """Root of what the lab raises, apart from ``NetError`` and ``TopologyError`` of the modules below it."""
+
+
+class NoLab(LabError):
+    """Nobody answers at this folder's socket."""
+
+
+class Refused(LabError):
+    """The supervisor said no; the message is its own."""

@@ -1,0 +1,145 @@
+"""One node of the lab: its folders, its three daemons, its container runtime, its pods."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from cni import install
+from lab.errors import LabError
+from lab.folder import Folder
+from lab.net import Net
+from lab.processes import Daemon
+from lab.runtime import Runtime, Sandbox
+from lab.topology import Node, rack_name
+from lab.wire import NodeState, Part, PodState
+from store.clock import Clock
+
+_LOOK_EVERY: Final = 0.02
+_BIN: Final = Path(sys.executable).parent
+PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Machine:
+    """``run()`` keeps the daemons up; ``ready()`` returns when pods can be attached."""
+
+    def __init__(self, net: Net, clock: Clock, folder: Folder, node: Node, *, new_id: Callable[[], str]) -> None:
+        self.node = node
+        self._net = net
+        self._clock = clock
+        home = folder.member(node.name)
+        self._folders = {part: home / part for part in ("run", "state", "net.d", "bin", "log")}
+        for path in self._folders.values():
+            path.mkdir(parents=True)
+        self._runtime = Runtime(
+            net,
+            clock,
+            node=node.name,
+            conflist=self._conflist,
+            plugins=self._folders["bin"],
+            environment={"PATH": PATH, "UNDERLAY_RUN": str(self._run)},
+            new_id=new_id,
+        )
+        #: What a tool of ours needs to know to speak of this node.
+        self.environment = {"UNDERLAY_RUN": str(self._run), "UNDERLAY_STORE": folder.store_url}
+        self._daemons = {part: self._daemon(part, argv) for part, argv in self._commands(folder).items()}
+        self._sandboxes: dict[str, Sandbox] = {}
+        self._busy: set[str] = set()
+
+    @property
+    def daemons(self) -> dict[Part, Daemon]:
+        return self._daemons
+
+    @property
+    def sandboxes(self) -> dict[str, Sandbox]:
+        return dict(self._sandboxes)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for daemon in self._daemons.values():
+                group.create_task(daemon.run())
+
+    async def ready(self) -> None:
+        """Returns when the CNI server answers and the plugin is installed, as a node turns Ready."""
+        while not self._answers():
+            await self._clock.sleep(_LOOK_EVERY)
+        install.install(shim=shim(), bin_dir=self._folders["bin"], conf_dir=self._folders["net.d"])
+
+    async def add(self, pod: str) -> Sandbox:
+        """Makes the pod's namespace and attaches it. Raises LabError."""
+        if pod in self._sandboxes or pod in self._busy:
+            raise LabError(f"{pod} is there already")
+        self._busy.add(pod)
+        try:
+            self._net.add(pod)
+            try:
+                self._sandboxes[pod] = sandbox = await self._runtime.attach(pod)
+            except BaseException:
+                self._net.remove(pod)
+                raise
+        finally:
+            self._busy.discard(pod)
+        return sandbox
+
+    async def delete(self, pod: str) -> None:
+        """Detaches the pod and ends its namespace. Raises LabError."""
+        if pod not in self._sandboxes or pod in self._busy:
+            raise LabError(f"{pod} is not there")
+        self._busy.add(pod)
+        try:
+            await self._runtime.detach(self._sandboxes[pod])
+            del self._sandboxes[pod]
+            self._net.remove(pod)
+        finally:
+            self._busy.discard(pod)
+
+    def state(self, blocks: tuple[str, ...]) -> NodeState:
+        return NodeState(
+            name=self.node.name,
+            rack=rack_name(self.node.rack),
+            asn=self.node.asn,
+            addresses=self.node.addresses,
+            blocks=blocks,
+            pods=tuple(PodState(name=s.pod, addresses=s.addresses) for s in self._sandboxes.values()),
+            processes={part: daemon.state() for part, daemon in self._daemons.items()},
+        )
+
+    @property
+    def _run(self) -> Path:
+        return self._folders["run"]
+
+    @property
+    def _conflist(self) -> Path:
+        return self._folders["net.d"] / "10-underlay.conflist"
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            return probe.connect_ex(str(self._run / "cni.sock")) == 0
+
+    def _commands(self, folder: Folder) -> dict[Part, list[str]]:
+        shared = ["--node", self.node.name, "--store", folder.store_url, "--run", str(self._run)]
+        return {
+            "cni": [str(_BIN / "underlay-cni"), *shared],
+            "agent": [str(_BIN / "underlay-agent"), *shared, "--state", str(self._folders["state"])],
+            "exabgp": [str(_BIN / "underlay-speaker"), "--run", str(self._run)],
+        }
+
+    def _daemon(self, part: Part, argv: list[str]) -> Daemon:
+        return Daemon(
+            self._net,
+            self._clock,
+            member=self.node.name,
+            name=part,
+            argv=argv,
+            environment={"PATH": PATH, "HOME": "/", "LANG": "C.UTF-8"} | _log_level(),
+            log=self._folders["log"] / f"{part}.log",
+        )
+
+
+def _log_level() -> dict[str, str]:
+    return {"UNDERLAY_LOG": os.environ["UNDERLAY_LOG"]} if "UNDERLAY_LOG" in os.environ else {}

@@ -1,0 +1,113 @@
+"""A topology made real: its namespaces, cables, addresses and routers. What lab, tests and benches build with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from lab import bird
+from lab.net import Net, NetError
+from lab.topology import Link, Node, Router, Topology
+
+#: No wait for duplicate address detection on point-to-point links, and no rate limit on what traceroute asks for.
+_SYSCTLS = {
+    "net.ipv6.conf.all.accept_dad": "0",
+    "net.ipv6.conf.default.accept_dad": "0",
+    "net.ipv6.conf.default.accept_ra": "0",
+    # A port that was shut and opened again has its addresses still, as on a switch.
+    "net.ipv6.conf.all.keep_addr_on_down": "1",
+    "net.ipv6.conf.default.keep_addr_on_down": "1",
+    "net.ipv4.icmp_ratelimit": "0",
+    "net.ipv6.icmp.ratelimit": "0",
+    "net.ipv4.fib_multipath_hash_policy": "1",
+    "net.ipv6.fib_multipath_hash_policy": "1",
+}
+
+
+def build(net: Net, topology: Topology) -> None:
+    """Makes every namespace and link of the topology, and the default routes of its nodes. Starts nothing.
+    Raises NetError."""
+    for name in [*(r.name for r in topology.routers), *(n.name for n in topology.nodes)]:
+        net.add(name, forwarding=True)
+        net.sysctl(name, _SYSCTLS)
+    for link in topology.links:
+        net.link(link.upper.name, link.upper.port, link.lower.name, link.lower.port)
+        for end in (link.upper, link.lower):
+            net.address(end.name, end.port, end.addresses)
+    for node in topology.nodes:
+        net.ip(node.name, _defaults(node))
+
+
+def start_bird(net: Net, topology: Topology, router: Router, folder: Path) -> subprocess.Popen[bytes]:
+    """Writes the router's configuration into ``folder`` and starts BIRD there; control socket ``folder``/bird.ctl, log
+    ``folder``/bird.log."""
+    write_bird(topology, router, folder)
+    return net.spawn(router.name, bird_argv(folder), log=folder / "bird.log")
+
+
+def write_bird(topology: Topology, router: Router, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bird.conf").write_text(bird.configuration(topology, router))
+
+
+def bird_argv(folder: Path) -> list[str]:
+    """BIRD in the foreground. Debian keeps it out of an ordinary user's PATH, hence the full name."""
+    return [_bird("bird"), "-f", "-c", str(folder / "bird.conf"), "-s", str(folder / "bird.ctl")]
+
+
+def birdc(net: Net, router: str, folder: Path, *words: str) -> str:
+    """What the router's BIRD answers to a command that only reads, without its greeting. Raises NetError."""
+    said = net.run(router, [_bird("birdc"), "-r", "-s", str(folder / "bird.ctl"), *words]).stdout
+    return said.partition("Access restricted\n")[2]
+
+
+def cut(net: Net, link: Link) -> None:
+    """Shuts the port at the upper end, as on a switch: the lower end loses its carrier."""
+    net.ip(link.upper.name, [f"link set dev {link.upper.port} down"])
+
+
+def mend(net: Net, link: Link) -> None:
+    net.ip(link.upper.name, [f"link set dev {link.upper.port} up"])
+
+
+def routes(net: Net, name: str, *, protocol: str | int | None = None) -> frozenset[str]:
+    """Destinations, in both families, of the main table of a namespace, as CIDRs; of one route protocol if given."""
+    found: set[str] = set()
+    for family, length in (("-4", 32), ("-6", 128)):
+        words = ["ip", family, "-j", "route", "show", "table", "main"]
+        words += [] if protocol is None else ["protocol", str(protocol)]
+        for route in json.loads(net.run(name, words).stdout or "[]"):
+            found.add(_cidr(route["dst"], family, length))
+    return frozenset(found)
+
+
+def missing(net: Net, names: Iterable[str], wanted: frozenset[str], *, protocol: str | int) -> tuple[str, str] | None:
+    """The first namespace that lacks one of the wanted destinations, and which; None when none does."""
+    for name in names:
+        for cidr in sorted(wanted - routes(net, name, protocol=protocol)):
+            return name, cidr
+    return None
+
+
+def _cidr(destination: str, family: str, length: int) -> str:
+    if destination == "default":
+        return "::/0" if family == "-6" else "0.0.0.0/0"
+    return destination if "/" in destination else f"{destination}/{length}"
+
+
+def _defaults(node: Node) -> list[str]:
+    """As an installer leaves it: one default route a family, static, no metric given."""
+    v4, v6 = node.gateways
+    return [
+        f"route add 0.0.0.0/0 via {v4} dev {node.tor} proto static",
+        f"route add ::/0 via {v6} dev {node.tor} proto static",
+    ]
+
+
+def _bird(program: str) -> str:
+    for folder in ("/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin"):
+        if (path := Path(folder) / program).exists():
+            return str(path)
+    raise NetError(f"{program} is not installed: apt-get install bird2")

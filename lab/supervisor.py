@@ -1,0 +1,153 @@
+"""The process that owns a lab: it builds it, keeps its daemons up, and answers the command.
+
+It runs in mount, network and process namespaces of its own (``lab.cli`` starts it through unshare(1)), below a small
+init. When either ends, the kernel ends everything else: no process, namespace, link or mount can outlive it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+
+from lab.building import Lab
+from lab.errors import LabError
+from lab.folder import Folder
+from lab.net import NetError
+from lab.processes import kill_all_others
+from lab.topology import Topology, TopologyError
+from lab.wire import (
+    Answer,
+    Cable,
+    Done,
+    Down,
+    Failed,
+    Follow,
+    Kill,
+    Matrix,
+    PodAdd,
+    PodDel,
+    Request,
+    Status,
+    Where,
+)
+from store.clock import SystemClock
+from store.errors import StoreError
+
+_LINE = 1 << 20
+_log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Serves one lab at ``folder.socket`` until it is told to end."""
+
+    def __init__(self, lab: Lab, folder: Folder) -> None:
+        self._lab = lab
+        self._folder = folder
+        self._end = asyncio.Event()
+
+    async def run(self) -> None:
+        """Builds and serves; returns when ``Down`` or SIGTERM came, raises what made the lab impossible to serve."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end.set)
+        server = await asyncio.start_unix_server(self._serve, self._folder.socket, limit=_LINE)
+        self._folder.socket.chmod(0o600)
+        async with server, asyncio.TaskGroup() as group:
+            life = group.create_task(self._lab.run())
+            await self._end.wait()
+            life.cancel()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            line = await reader.readline()
+            async for answer in self._answers(line):
+                writer.write(msgspec.json.encode(answer) + b"\n")
+                await writer.drain()
+        except (ConnectionError, ValueError) as e:
+            _log.info("a command went away: %s", e)
+        finally:
+            writer.close()
+
+    async def _answers(self, line: bytes) -> AsyncIterator[Answer]:
+        try:
+            request = msgspec.json.decode(line, type=Request)
+            if isinstance(request, Follow):
+                async for step in self._lab.steps():
+                    yield step
+                yield Done()
+            else:
+                yield Done(msgspec.to_builtins(await self._carry_out(request)))
+        except (LabError, NetError, StoreError, TopologyError, msgspec.DecodeError) as e:
+            yield Failed(str(e))
+
+    async def _carry_out(self, request: Request) -> object:
+        lab = self._lab
+        match request:
+            case Status():
+                return await lab.state()
+            case Matrix(limit):
+                return await lab.measure(limit)
+            case PodAdd(name):
+                return await lab.pod_add(name)
+            case PodDel(name):
+                await lab.pod_del(name)
+            case Kill(node, part, number, after):
+                lab.kill(node, part, number, after)
+            case Cable(a, b, up):
+                lab.cable(a, b, up=up)
+            case Where(name):
+                return lab.where(name)
+            case Down():
+                self._end.set()
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lab.supervisor", description="Started by underlay-lab up.")
+    parser.add_argument("folder", type=Path)
+    for number in ("racks", "nodes", "pods"):
+        parser.add_argument(f"--{number}", type=int, required=True)
+    said = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+    if os.getpid() == 1:
+        _be_init()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
+    _watch_children()
+    try:
+        asyncio.run(_live(Folder(said.folder), Topology.build(racks=said.racks, nodes=said.nodes, pods=said.pods)))
+    finally:
+        kill_all_others()
+
+
+async def _live(folder: Folder, topology: Topology) -> None:
+    await Supervisor(Lab(folder, topology, SystemClock()), folder).run()
+
+
+def _be_init() -> None:
+    """Goes on in a child, and stays behind as the init of this process namespace: reaps orphans, ends with the child
+    (pid_namespaces(7): then the kernel ends everyone else)."""
+    child = os.fork()
+    if child == 0:
+        return
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def _watch_children() -> None:
+    """Ends of children come through pidfds: a thread each, Python 3.11's way, would be in the way of setns."""
+    if sys.version_info < (3, 12):
+        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What the command and the supervisor say to each other: one JSON object a line on a unix socket.
+
+The command sends one request; the supervisor answers with any number of ``Step`` and then one ``Done`` or ``Failed``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+Part = Literal["agent", "cni", "exabgp"]
+
+
+class Follow(msgspec.Struct, frozen=True, tag=True):
+    """Tell me each step of the building, from the first, until it is done."""
+
+
+class Status(msgspec.Struct, frozen=True, tag=True):
+    """Answer: ``State``."""
+
+
+class Matrix(msgspec.Struct, frozen=True, tag=True):
+    """Wait until routes have converged, then ask every pod for every other. Answer: ``lab.matrix.Report``."""
+
+    #: Seconds to wait for the routes; what is missing then is measured as it is.
+    limit: float = 3
+
+
+class PodAdd(msgspec.Struct, frozen=True, tag=True):
+    name: str
+
+
+class PodDel(msgspec.Struct, frozen=True, tag=True):
+    name: str
+
+
+class Kill(msgspec.Struct, frozen=True, tag=True):
+    node: str
+    part: Part
+    signal: int = 9
+    #: Seconds after its end until it is started again.
+    restart_after: float = 1.0
+
+
+class Cable(msgspec.Struct, frozen=True, tag=True):
+    """Cuts or mends the link between two."""
+
+    a: str
+    b: str
+    up: bool
+
+
+class Where(msgspec.Struct, frozen=True, tag=True):
+    """Answer: ``Place``."""
+
+    name: str
+
+
+class Down(msgspec.Struct, frozen=True, tag=True):
+    """Ends the lab; there is no answer but the end."""
+
+
+Request = Follow | Status | Matrix | PodAdd | PodDel | Kill | Cable | Where | Down
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """``seconds`` is None when the step begins, and its length when it is done."""
+
+    text: str
+    seconds: float | None = None
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    result: Any = None
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    reason: str
+
+
+Answer = Step | Done | Failed
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a command runs: the network namespace as the supervisor sees it, and what to set for the command."""
+
+    netns: str
+    environment: dict[str, str] = {}
+
+
+# -- State: what ``status`` tells ----------------------------------------------------------------------------------
+
+
+class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
+    """``pid`` as seen inside of the lab (``underlay-lab exec NODE ps``); 0 while the process is down."""
+
+    pid: int
+    state: Literal["running", "restarting", "new"]
+    restarts: int
+
+
+class PodState(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    addresses: tuple[str, ...]
+
+
+class NodeState(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    rack: str
+    asn: int
+    addresses: tuple[str, ...]
+    blocks: tuple[str, ...]
+    pods: tuple[PodState, ...]
+    processes: dict[str, ProcessState]
+
+
+class RouterState(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    rack: str
+    asn: int
+    processes: dict[str, ProcessState]
+
+
+class LinkState(msgspec.Struct, frozen=True, kw_only=True):
+    a: str
+    b: str
+    up: bool
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """The lab at one moment. ``state``: "building" | "up" | "failed"."""
+
+    state: str
+    dir: str
+    store: str
+    #: Racks, nodes per rack, pods per node, as asked for.
+    shape: tuple[int, int, int]
+    routers: tuple[RouterState, ...]
+    links: tuple[LinkState, ...]
+    nodes: tuple[NodeState, ...]
