@@ -178,8 +178,7 @@ class Ledger:
         peer.again = set(wanted)
         peer.dirty = {*wanted, *peer.told}
         peer.owed = set(families) if self._wanted is not None else set()
-        for prefix in peer.held:
-            self._mark(peer, prefix, "held")
+        self._change(peer).states.update(dict.fromkeys(peer.held, "held"))
 
     def down(self, address: str) -> None:
         peer = self._peer(address)
@@ -284,6 +283,9 @@ class Ledger:
         return self._changes.setdefault(peer.address, Change(peer.address))
 
     def _mark(self, peer: Peer, prefix: str, state: State) -> None:
+        before: State = "confirmed" if prefix in peer.confirmed else "held" if prefix in peer.held else "gone"
+        if state == before:
+            return
         (peer.held.discard if state == "gone" else peer.held.add)(prefix)
         (peer.confirmed.add if state == "confirmed" else peer.confirmed.discard)(prefix)
         self._change(peer).states[prefix] = state

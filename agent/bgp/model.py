@@ -135,3 +135,5 @@ class SpeakerState(msgspec.Struct, frozen=True, kw_only=True):
     withdrawn_at: dict[str, float] = {}
     #: Session.address -> why its configuration was not taken (R13).
     refused: dict[str, str] = {}
+    #: (peer, prefix) -> why this announcement cannot be made.
+    unsendable: dict[tuple[str, str], str] = {}

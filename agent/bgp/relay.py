@@ -355,22 +355,24 @@ class Relay:
         assert reload is not None
         if self._answers:
             return
-        if reload.signalled == 0:
+        if not reload.asked:
+            reload.asked = True
+            self._ask_loaded()
+        elif self._loaded == reload.mark:
+            self._reload = None
+            self._ledger.forget(self._configured())
+            self._tell(wire.KIND_CONF, {"mark": reload.mark, "problem": ""})
+        elif reload.signalled == 0:
             # Nothing may be on its way: ExaBGP would forget the signal without a word (fault 2).
             if reload.tries == 0 and not self._ledger.idle() and now < reload.since + RELOAD_WAIT:
                 self._command(now)
                 return
             reload.signalled, reload.tries = now, reload.tries + 1
             os.kill(os.getppid(), signal.SIGUSR1)
-        elif self._loaded == reload.mark and reload.asked:
-            self._reload = None
-            self._ledger.forget(self._configured())
-            self._tell(wire.KIND_CONF, {"mark": reload.mark, "problem": ""})
         elif now < reload.signalled + RELOAD_TIME:
-            reload.asked = True
             self._ask_loaded()
         elif reload.tries < RELOADS:
-            reload.signalled, reload.asked = 0, False
+            reload.signalled = 0
         else:
             self._tell(wire.KIND_CONF, {"mark": reload.mark, "problem": f"not loaded in {RELOADS} tries: restarting"})
             self._restart(f"{RELOADS} reloads were not taken")

@@ -7,6 +7,7 @@ the agent through the configuration file; an agent need not be there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pwd
 import sys
@@ -38,10 +39,13 @@ def prepare(folder: Path, *options: str) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / "exabgp.conf"
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
+        temporary = folder / f"exabgp.conf.{os.getpid()}"
         temporary.touch(mode=0o600)
         temporary.write_text(conf.render((), relay_command(folder, *options)))
-        temporary.replace(path)
+        # A link, as it replaces nothing: agent and speaker may start at once, and one may have written it by now.
+        with contextlib.suppress(FileExistsError):
+            path.hardlink_to(temporary)
+        temporary.unlink()
     return path
 
 

@@ -69,9 +69,10 @@ class Bird(Router):
         routes = list(routes)
         four = "".join(f"  route {r} blackhole;\n" for r in routes if ":" not in r)
         six = "".join(f"  route {r} blackhole;\n" for r in routes if ":" in r)
-        restart = "graceful restart on; graceful restart time 60;" if graceful else "graceful restart aware;"
-        restart = restart if graceful else "graceful restart off;"
-        channels = "".join(f"  ipv{f} {{ import all; export where source = RTS_STATIC; next hop self; }};\n" for f in "46")
+        restart = "graceful restart on; graceful restart time 60;" if graceful else "graceful restart off;"
+        channels = "".join(
+            f"  ipv{f} {{ import all; export where source = RTS_STATIC; next hop self; }};\n" for f in "46"
+        )
         sessions = "".join(
             f"protocol bgp node{f} {{\n  local {local} as {TOR_AS};\n  neighbor {peer} as {NODE_AS};\n  direct;\n"
             f"  hold time 9;\n  connect delay time 1; connect retry time 1; error wait time 1,2;\n"
@@ -150,45 +151,36 @@ class Frr(Router):
         _let_root_run_frr(self.folder.parent)
         config = self.folder / "frr.conf"
         config.write_text("\n".join(lines) + "\n")
-        common = ["-f", str(config), "-i", str(self.folder / "bgpd.pid"), "-z", str(self.folder / "zserv")]
-        common += ["--vty_socket", str(self.folder), "-u", "root", "-g", "root", "-p", "179"]
-        common += ["-l", TOR4, "-l", TOR6]
         zebra = self.folder / "zebra.conf"
         zebra.write_text("")
-        self._zebra = self._net.spawn(
-            self._name,
-            [str(self._folder / "zebra"), "-f", str(zebra), "-i", str(self.folder / "zebra.pid")]
-            + ["-z", str(self.folder / "zserv"), "--vty_socket", str(self.folder), "-u", "root", "-g", "root"],
-            log=self.folder / "log",
-        )
-        self.process = self._net.spawn(self._name, [str(self._folder / "bgpd"), *common], log=self.folder / "log")
+        common = ["--vty_socket", str(self.folder), "-z", str(self.folder / "zserv"), "-u", "root", "-g", "root"]
 
-    def ask(self, command: str) -> str:
-        done = self._net.run(
-            self._name, ["vtysh", "--vty_socket", str(self.folder), "-d", "bgpd", "-c", command], check=False
-        )
-        return done.stdout
+        def spawn(daemon: str, config: Path, *words: str) -> subprocess.Popen[bytes]:
+            argv = [str(self._folder / daemon), "-f", str(config), "-i", str(self.folder / f"{daemon}.pid"), *words]
+            return self._net.spawn(self._name, [*argv, *common], log=self.folder / "log")
+
+        self._zebra = spawn("zebra", zebra)
+        self.process = spawn("bgpd", config, "-p", "179", "-l", TOR4, "-l", TOR6)
+
+    def ask(self, *commands: str) -> str:
+        words = [word for command in commands for word in ("-c", command)]
+        return self._net.run(
+            self._name, ["vtysh", "--vty_socket", str(self.folder), "-d", "bgpd", *words], check=False
+        ).stdout
 
     def table(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
-        for family in ("ipv4", "ipv6"):
-            try:
-                routes = json.loads(self.ask(f"show bgp {family} unicast detail json"))["routes"]
-            except (ValueError, KeyError):
-                continue
-            for prefix, paths in routes.items():
-                for path in paths if isinstance(paths, list) else paths.get("paths", []):
-                    if path.get("peer", {}).get("peerId") not in (NODE4, NODE6):
-                        continue
+        for peer in (NODE4, NODE6):
+            for family in ("ipv4", "ipv6"):
+                try:
+                    routes = json.loads(self.ask(f"show bgp {family} unicast neighbors {peer} routes json"))["routes"]
+                except (ValueError, KeyError):
+                    continue
+                for prefix, paths in routes.items():
                     marks = found.setdefault(prefix, set())
-                    if "metric" in path or "med" in path:
-                        marks.add(f"med {path.get('metric', path.get('med'))}")
-                    if path.get("stale"):
-                        marks.add("stale")
-                    text = path.get("community", {}).get("string", "")
-                    marks.update(word.replace(":", ",") for word in text.split())
-                    text = path.get("largeCommunity", {}).get("string", "")
-                    marks.update(word.replace(":", ",") for word in text.split())
+                    for path in paths:
+                        marks.update(["stale"] if path.get("stale") else [])
+                        marks.update([f"med {path['metric']}"] if path.get("metric") else [])
         return found
 
     def stop(self) -> None:

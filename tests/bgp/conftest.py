@@ -1,0 +1,150 @@
+"""A node's speaker against a real router: what the tests of this folder share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.bgp import conf, speaker
+from agent.bgp.driver import Driver
+from agent.bgp.model import Announcement, Event, Session
+from lab.net import Net
+from store.clock import SystemClock
+from tests.bgp import routers
+
+BOTH = ("ipv4 unicast", "ipv6 unicast")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def session(family: str = "4", **changes: Any) -> Session:
+    local, peer = (routers.NODE4, routers.TOR4) if family == "4" else (routers.NODE6, routers.TOR6)
+    values: dict[str, Any] = {
+        "name": f"tor-{family}",
+        "address": peer,
+        "local_address": local,
+        "local_as": routers.NODE_AS,
+        "peer_as": routers.TOR_AS,
+        "router_id": routers.NODE4,
+        "families": BOTH,
+    }
+    return Session(**{**values, **changes})
+
+
+SESSIONS = frozenset({session("4"), session("6")})
+
+
+def announce(prefix: str, **changes: Any) -> Announcement:
+    """A prefix to the peer of its own family."""
+    six = ":" in prefix
+    values: dict[str, Any] = {
+        "peer": routers.TOR6 if six else routers.TOR4,
+        "prefix": prefix,
+        "next_hop": routers.NODE6 if six else routers.NODE4,
+    }
+    return Announcement(**{**values, **changes})
+
+
+def blocks(count: int, **changes: Any) -> frozenset[Announcement]:
+    """``count`` blocks, every other one IPv6."""
+    four = [announce(f"10.{244 + i // 1024}.{i // 4 % 256}.{i % 4 * 64}/26", **changes) for i in range((count + 1) // 2)]
+    six = [announce(f"fd00:10:244:{i:x}::/122", **changes) for i in range(count // 2)]
+    return frozenset(four + six)
+
+
+class Node:
+    """The node's side: its run folder, its speaker process, as a supervisor would keep it."""
+
+    def __init__(self, net: Net, folder: Path) -> None:
+        self._net = net
+        self.folder = folder / "run" / "speaker"
+        self.options: tuple[str, ...] = ()
+        self.process: Any = None
+        self.starts = 0
+
+    def start(self) -> None:
+        argv = [sys.executable, "-P", "-m", "agent.bgp.speaker", "--run", str(self.folder.parent)]
+        self.process = self._net.spawn("node", argv, log=self.folder.parent.parent / "speaker.log")
+        self.starts += 1
+
+    def kill(self) -> None:
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def supervise(self) -> None:
+        """Starts it again if it ended."""
+        if self.process.poll() is not None:
+            self.start()
+
+    def relay(self) -> int:
+        """The relay's pid."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return next(int(c) for c in children if b"relay.py" in Path(f"/proc/{c}/cmdline").read_bytes())
+
+    def write_conf(self, sessions: frozenset[Session]) -> None:
+        """What a driver would have left."""
+        speaker.prepare(self.folder, *self.options)
+        command = speaker.relay_command(self.folder, *self.options)
+        (self.folder / "exabgp.conf").write_text(conf.render(sessions, command))
+
+    @contextlib.asynccontextmanager
+    async def driver(self) -> AsyncIterator[tuple[Driver, list[Event]]]:
+        """A driver, as the agent runs it, and the events it gave."""
+        events: list[Event] = []
+        driver = Driver(self.folder, SystemClock(), events.append, relay_options=self.options)
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(driver.run())
+            try:
+                yield driver, events
+            finally:
+                running.cancel()
+
+
+async def until(probe: Callable[[], Any], *, limit: float = 10, every: float = 0.05) -> Any:
+    """``eventually``, in a thread, so that the driver runs meanwhile."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + limit
+    while True:
+        value = await asyncio.to_thread(probe)
+        if value:
+            return value
+        if loop.time() > end:
+            raise AssertionError(f"still {value!r} after {limit} s")
+        await asyncio.sleep(every)
+
+
+def run(main: Awaitable[None], limit: float = 60) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(limit):
+            await main
+
+    asyncio.run(bounded())
+
+
+@pytest.fixture(params=["bird", "frr"])
+def router(request: pytest.FixtureRequest, net: Net, tmp_path: Path) -> routers.Router:
+    """Each kind of router, not started."""
+    routers.wire(net)
+    return routers.KINDS[request.param](net, tmp_path)
+
+
+@pytest.fixture
+def bird(net: Net, tmp_path: Path) -> routers.Router:
+    routers.wire(net)
+    return routers.Bird(net, tmp_path)
+
+
+@pytest.fixture
+def node(net: Net, tmp_path: Path) -> Iterator[Node]:
+    made = Node(net, tmp_path)
+    yield made
+    for log in (tmp_path / "speaker.log", made.folder / "exabgp.log"):
+        if log.exists():
+            print(f"--- {log.name}\n{log.read_text()[-6000:]}")
