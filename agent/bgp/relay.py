@@ -98,7 +98,8 @@ class Relay:
         self._reload: Reload | None = None
         self._watch_at = self._assert_at = time.monotonic()
         self._missed = 0
-        self._ended = False
+        self._ended = self._shutdown = False
+        self._parent = os.getppid()
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -114,6 +115,7 @@ class Relay:
             self._problem = str(e)
         if self._problem:
             log(self._problem)
+        self._catch_sigterm()
         for descriptor in (0, 1):
             os.set_blocking(descriptor, False)
         self._selector.register(0, selectors.EVENT_READ, self._read_speaker)
@@ -132,19 +134,39 @@ class Relay:
 
     def _replaces_another(self) -> None:
         """Records which ExaBGP this relay serves; kills it if a relay served it before."""
-        parent = os.getppid()
         # Field 22 of proc(5) stat: the start time, with the pid a name that is not used twice.
-        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-        record, me = self._folder / "relay.parent", f"{parent} {started}"
+        started = Path(f"/proc/{self._parent}/stat").read_text().rpartition(")")[2].split()[19]
+        record, me = self._folder / "relay.parent", f"{self._parent} {started}"
         with contextlib.suppress(FileNotFoundError):
             if record.read_text() == me:
                 self._restart("a relay of this ExaBGP died before")
         record.write_text(me)
 
+    def _catch_sigterm(self) -> None:
+        """ExaBGP ends its helper when it shuts down, which it says first, and when it could not read its file as it
+        reloaded (fault 3): then it runs on with nobody to command it, and must go."""
+        wake, waker = socket.socketpair()
+        for end in (wake, waker):
+            end.setblocking(False)
+        signal.set_wakeup_fd(waker.fileno())
+        self._waker = waker
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+        def woken() -> None:
+            if signal.SIGTERM not in wake.recv(64):
+                return
+            self._read_speaker()
+            if not self._shutdown:
+                self._restart("it ended its relay without shutting down")
+            self._ended = True
+
+        self._selector.register(wake, selectors.EVENT_READ, woken)
+
     def _restart(self, reason: str) -> None:
         """Ends ExaBGP without a word to the peers, so that those in graceful restart keep our routes."""
         log(f"restarting ExaBGP: {reason}")
-        os.kill(os.getppid(), signal.SIGKILL)
+        if os.getppid() == self._parent:
+            os.kill(self._parent, signal.SIGKILL)
         self._ended = True
 
     def _work(self) -> None:
@@ -243,7 +265,9 @@ class Relay:
     def _event(self, line: bytes) -> None:
         head = wire.head(line)
         if head is None:
-            if b'"shutdown"' not in line[:400]:
+            if b'"notification": "shutdown"' in line[:1024]:
+                self._shutdown = True
+            else:
                 log(f"a line of ExaBGP was not understood: {line[:200]!r}")
             return
         if head.kind == "update" and head.direction == "receive":
@@ -368,7 +392,7 @@ class Relay:
                 self._command(now)
                 return
             reload.signalled, reload.tries = now, reload.tries + 1
-            os.kill(os.getppid(), signal.SIGUSR1)
+            os.kill(self._parent, signal.SIGUSR1)
         elif now < reload.signalled + RELOAD_TIME:
             self._ask_loaded()
         elif reload.tries < RELOADS:

@@ -55,7 +55,7 @@ def announce(prefix: str, **changes: Any) -> Announcement:
 def blocks(count: int, **changes: Any) -> frozenset[Announcement]:
     """``count`` blocks, every other one IPv6."""
     four = [announce(f"10.{244 + i // 1024}.{i // 4 % 256}.{i % 4 * 64}/26", **changes) for i in range((count + 1) // 2)]
-    six = [announce(f"fd00:10:244:{i:x}::/122", **changes) for i in range(count // 2)]
+    six = [announce(f"fd00:10:244:{i + 1:x}::/122", **changes) for i in range(count // 2)]
     return frozenset(four + six)
 
 
@@ -108,11 +108,11 @@ class Node:
 
 
 async def until(probe: Callable[[], Any], *, limit: float = 10, every: float = 0.05) -> Any:
-    """``eventually``, in a thread, so that the driver runs meanwhile."""
+    """``eventually``, with the driver running in between."""
     loop = asyncio.get_running_loop()
     end = loop.time() + limit
     while True:
-        value = await asyncio.to_thread(probe)
+        value = probe()
         if value:
             return value
         if loop.time() > end:

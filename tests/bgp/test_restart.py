@@ -1,0 +1,189 @@
+"""Who may die: speaker, agent, relay. The peer's kernel is the judge: it must not hear of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from agent.bgp.model import EndOfRib, Resync, SessionDown, SessionUp, SpeakerLost, Update
+from lab.net import Net
+from tests.bgp.conftest import BOTH, SESSIONS, Node, announce, blocks, run, until
+from tests.bgp.routers import TOR4, Bird, Router
+
+
+class Witness:
+    """``ip monitor route`` in the router's namespace: every route that its kernel gains or loses."""
+
+    def __init__(self, net: Net, log: Path) -> None:
+        self._log = log
+        self._process = net.spawn("tor", ["ip", "monitor", "route"], log=log)
+
+    def seen(self, word: str) -> list[str]:
+        return [line for line in self._log.read_text().splitlines() if word in line]
+
+
+@pytest.mark.parametrize("with_agent", [True, False], ids=["agent", "no-agent"])
+def test_killed_speaker_loses_no_route(
+    router: Router, node: Node, net: Net, tmp_path: Path, with_agent: bool
+) -> None:
+    """Faults 8 and 11, R14: the relay gives the table again and only then the End-of-RIB."""
+    wanted = blocks(12)
+    prefixes = {a.prefix for a in wanted}
+
+    async def main() -> None:
+        router.start(["10.9.0.0/24"])
+        node.start()
+        async with node.driver() as (driver, events):
+            driver.set_sessions(SESSIONS)
+            driver.set_announcements(wanted)
+            await until(lambda: router.table().keys() == prefixes)
+            await until(lambda: len(driver.state().confirmed) == 12)
+            witness = Witness(net, tmp_path / "monitor")
+            if with_agent:
+                events.clear()
+                node.kill()
+                await until(lambda: any(isinstance(e, SpeakerLost) for e in events))
+                assert not driver.state().known
+                await asyncio.sleep(0.5)  # as long as a supervisor takes
+                node.start()
+                await until(lambda: len(driver.state().confirmed) == 12)
+        if not with_agent:
+            node.kill()
+            await asyncio.sleep(0.5)
+            node.start()
+        # No stale route is left, so the peer has the new table and its End-of-RIB.
+        await until(lambda: router.table() == dict.fromkeys(prefixes, set()), limit=20)
+        assert witness.seen("10.24") == []
+        assert witness.seen("fd00:10:") == []
+
+    run(main())
+
+
+def test_withdrawn_while_the_speaker_was_away(bird: Bird, node: Node) -> None:
+    """The peer keeps stale routes over the restart; what left the table meanwhile is gone after the End-of-RIB."""
+    wanted = blocks(4)
+
+    async def main() -> None:
+        bird.start()
+        node.start()
+        async with node.driver() as (driver, _):
+            driver.set_sessions(SESSIONS)
+            driver.set_announcements(wanted)
+            await until(lambda: len(bird.table()) == 4)
+            node.kill()
+            await until(lambda: not driver.state().known)
+            left = frozenset(a for a in wanted if ":" in a.prefix)
+            driver.set_announcements(left)
+            node.start()
+            await until(lambda: bird.table().keys() == {a.prefix for a in left})
+            await until(lambda: {p for _, p in driver.state().sent} == {a.prefix for a in left})
+
+    run(main())
+
+
+def test_agent_restart_touches_no_session(router: Router, node: Node, net: Net, tmp_path: Path) -> None:
+    """A new driver learns sessions, what was sent and, by route refresh, what the peers announce."""
+    wanted = blocks(6)
+
+    async def main() -> None:
+        router.start(["10.9.0.0/24", "fd09::/64"])
+        node.start()
+        async with node.driver() as (driver, _):
+            driver.set_sessions(SESSIONS)
+            driver.set_announcements(wanted)
+            await until(lambda: len(driver.state().confirmed) == 6)
+            await until(lambda: router.table().keys() == {a.prefix for a in wanted})
+        witness = Witness(net, tmp_path / "monitor")
+        before = (node.folder / "exabgp.log").read_text()
+        for _ in range(3):
+            async with node.driver() as (driver, events):
+                driver.set_sessions(SESSIONS)
+                driver.set_announcements(wanted)
+                await until(lambda events=events: sum(isinstance(e, EndOfRib) for e in events) == 4)
+                assert driver.state().sent == driver.state().confirmed == {(a.peer, a.prefix) for a in wanted}
+            assert {type(e) for e in events} == {SessionUp, Resync, Update, EndOfRib}
+            got = {r.prefix for e in events if isinstance(e, Update) for r in e.announced}
+            assert got >= {"10.9.0.0/24", "fd09::/64"}
+            for family in BOTH:
+                mine = [type(e) for e in events if isinstance(e, Resync | EndOfRib) and (e.peer, e.family) == (TOR4, family)]
+                assert mine == [Resync, EndOfRib]
+        assert (node.folder / "exabgp.log").read_text() == before, "ExaBGP did something but talk"
+        assert witness.seen("10.24") == []
+        assert router.table().keys() == {a.prefix for a in wanted}
+
+    run(main())
+
+
+@pytest.mark.parametrize("flood", [False, True], ids=["idle", "writing"])
+def test_killed_relay_restarts_the_speaker(bird: Bird, node: Node, net: Net, tmp_path: Path, flood: bool) -> None:
+    """Fault 4 (ExaBGP writes to a dead helper and stops its peers for good), and the quiet case beside it."""
+    wanted = blocks(4)
+
+    async def main() -> None:
+        bird.start([f"10.{100 + i // 250}.{i % 250}.0/24" for i in range(3000 if flood else 1)])
+        node.start()
+        async with node.driver() as (driver, events):
+            driver.set_sessions(SESSIONS)
+            driver.set_announcements(wanted)
+            await until(lambda: len(driver.state().confirmed) == 4)
+            await until(lambda: any(isinstance(e, EndOfRib) for e in events))
+            witness = Witness(net, tmp_path / "monitor")
+            first = node.process.pid
+            if flood:
+                # The relay is stopped, ExaBGP fills the pipe and blocks on it, the relay dies.
+                relay = node.relay()
+                os.kill(relay, signal.SIGSTOP)
+                bird.ask("reload", "out", "all")
+                await asyncio.sleep(0.3)
+            os.kill(node.relay(), signal.SIGKILL)
+            await until(lambda: node.process.poll() is not None, limit=30)
+            node.start()
+            assert node.process.pid != first
+            await until(lambda: driver.state().known and len(driver.state().confirmed) == 4)
+            await until(lambda: bird.table() == {a.prefix: set() for a in wanted})
+            assert witness.seen("10.24") == []
+
+    run(main())
+
+
+def test_sigterm_ends_it_cleanly(bird: Bird, node: Node) -> None:
+    async def main() -> None:
+        bird.start()
+        node.start()
+        async with node.driver() as (driver, events):
+            driver.set_sessions(SESSIONS)
+            await until(lambda: any(isinstance(e, SessionUp) for e in events))
+            node.process.terminate()
+            await until(lambda: node.process.poll() is not None)
+            assert node.process.returncode == 0
+
+    run(main())
+
+
+def test_down_peer_is_reported_at_once(bird: Bird, node: Node) -> None:
+    """Fault 12: ExaBGP withdraws nothing of a peer that went down, so the agent must hear that it went."""
+
+    async def main() -> None:
+        bird.start(["10.9.0.0/24"])
+        node.start()
+        async with node.driver() as (driver, events):
+            driver.set_sessions(SESSIONS)
+            driver.set_announcements(blocks(2))
+            await until(lambda: len(driver.state().confirmed) == 2)
+            events.clear()
+            bird.stop()
+            await until(lambda: sum(isinstance(e, SessionDown) for e in events) == 2)
+            assert driver.state().sent == frozenset()
+            assert driver.state().withdrawn_at.keys() == {a.prefix for a in blocks(2)}
+            # What changes while a peer is down must not come back from ExaBGP's memory when it returns.
+            driver.set_announcements(frozenset({announce("10.244.9.0/26")}))
+            bird.start()
+            await until(lambda: bird.table().keys() == {"10.244.9.0/26"})
+            assert "10.244.0.0/26" not in bird.ask("show", "route", "all")
+
+    run(main())
