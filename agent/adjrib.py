@@ -38,7 +38,9 @@ class AdjRibIn:
         self.since = now
         self.reason = ""
         self.families: tuple[Family, ...] = ()
+        #: Families whose routes may outlive the session; and whether the peer keeps ours while our speaker restarts.
         self.graceful: tuple[Family, ...] = ()
+        self.helper = False
         #: How many prefixes it had when it exceeded its maximum; 0: it never did.
         self.exceeded = 0
         self._stale: dict[Family, set[str]] = {}
@@ -53,7 +55,7 @@ class AdjRibIn:
         if event.generation < self.generation or (self.up and event.generation == self.generation):
             return set()
         self.generation, self.up, self.since, self.reason = event.generation, True, now, ""
-        self.families, self.graceful = event.families, event.graceful_restart
+        self.families, self.graceful, self.helper = event.families, event.graceful_restart, event.helper
         self._patience = {f: float(event.restart_time) if f in self.graceful else 0.0 for f in self.families}
         for family in self.families:
             self._mark(family)

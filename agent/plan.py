@@ -575,15 +575,15 @@ def note_speaker(snapshot: Snapshot, sessions: Iterable[Session], notes: Notes) 
         )
     if not snapshot.speaker.known:
         notes.add("SpeakerUnreachable", "the speaker has not told its table: is underlay-speaker running?")
+    for (peer, prefix), why in sorted(snapshot.speaker.unsendable.items()):
+        notes.add("NotAnnounced", f"{prefix} to {peer}: {why}")
     for session in sessions:
         if session.address in snapshot.speaker.refused:
             notes.add("SessionRefused", f"{session.name}: {snapshot.speaker.refused[session.address]}")
         known = snapshot.rib.peers.get(session.address)
-        if known and known.up:
-            lacking = [f for f in session.families if f in known.families and f not in known.graceful]
-            if lacking:
-                message = f"{session.name}: not for {', '.join(lacking)}: a restart of the speaker loses packets there"
-                notes.add("GracefulRestartNotNegotiated", message)
+        if known and known.up and not known.helper:
+            message = f"{session.name}: a restart of the speaker loses packets; switch graceful restart on at the peer"
+            notes.add("GracefulRestartNotNegotiated", message)
 
 
 #: Refusals that are worth a look; the others are what the policy is for.

@@ -1,0 +1,87 @@
+"""``underlay-agent``: ties store, kernel and speaker to the loop, and runs until SIGTERM.
+
+At the end nothing is taken back: routes, sessions and announcements stay as they are for the next one (R14).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from contextlib import closing, suppress
+
+from agent import config
+from agent.bgp.driver import Driver
+from agent.errors import AgentError
+from agent.kernel.state import Kernel
+from agent.reconcile import Reconciler
+from agent.status import StatusWriter
+from agent.view import View
+from cni.errors import CNIError
+from cni.podnet import link_name
+from store.base import Store
+from store.clock import Clock, SystemClock
+from store.errors import StoreError
+from store.open import open_store
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Entry point: 0 after SIGTERM or SIGINT, 1 with one line if it cannot go on."""
+    settings = config.parse(sys.argv[1:], os.environ)
+    logging.basicConfig(level=settings.log, stream=sys.stderr, format="underlay-agent: %(levelname)s: %(message)s")
+    failed = False
+    try:
+        asyncio.run(run(settings, SystemClock()))
+    except* (AgentError, CNIError, StoreError, OSError) as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        log.error("%s", error)  # noqa: TRY400 - one clear line
+        failed = True
+    return int(failed)
+
+
+async def run(settings: config.Config, clock: Clock) -> None:
+    """The agent, until it is told to stop by SIGTERM or SIGINT. Raises what it cannot work without."""
+    settings.state.mkdir(parents=True, exist_ok=True)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    store = open_store(settings.store, clock=clock)
+    try:
+        with closing(Kernel()) as kernel:
+            work = asyncio.create_task(_work(settings, clock, store, kernel))
+            ending = asyncio.create_task(stop.wait())
+            try:
+                await asyncio.wait({work, ending}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ending.cancel()
+                work.cancel()
+                with suppress(asyncio.CancelledError):  # by us
+                    await work
+    finally:
+        await store.close()
+    log.info("stopped; routes and sessions stay")
+
+
+async def _work(settings: config.Config, clock: Clock, store: Store, kernel: Kernel) -> None:
+    """Everything that runs, each part owned by this one group: the first that fails ends the others."""
+    writer = StatusWriter(store, settings.node, clock)
+    view = View(store, settings.node, clock, settings.state / "snapshot.json", lambda: loop.wake())
+    loop = Reconciler(
+        node=settings.node,
+        view=view,
+        kernel=kernel,
+        speaker=lambda: driver,
+        clock=clock,
+        link_name=link_name,
+        publish=writer.offer,
+    )
+    driver = Driver(settings.run / "speaker", clock, loop.event)
+    async with asyncio.TaskGroup() as tasks:
+        for part in (view, driver, loop, writer):
+            tasks.create_task(part.run(), name=type(part).__name__)

@@ -1,0 +1,230 @@
+"""The one loop: read, plan, diff, apply, and again until nothing is left to do.
+
+It is woken by whatever changes (store, kernel, speaker, time), lets what comes in a burst gather, and looks at
+everything now and then, woken or not. A fault of one operation stops no other; it is tried again, later each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final, Protocol
+
+from agent.bgp.model import Announcement, Event, Session, SpeakerState
+from agent.delta import Failure, NoFreeId, Operation, delta, explain
+from agent.fib import KernelState
+from agent.plan import Cluster, Plan, Snapshot, plan
+from agent.report import report
+from agent.rib import Rib
+from cni.marks import PROTO_BLOCKS
+from cni.netlink import NetlinkError
+from store.clock import Clock
+from store.model import BGPNodeStatusStatus, Condition
+
+log = logging.getLogger(__name__)
+
+#: Seconds for which changes gather before a pass; a pass that took longer is followed by as long a rest.
+GATHER: Final = 0.02
+#: Seconds between two looks at everything.
+FULL_PASS: Final = 30.0
+#: Seconds until a refused operation is tried again: doubled each time, up to the second number.
+RETRY: Final = (0.5, 30.0)
+#: Passes in a row that may each find work: what is still wanted then waits for the next wake.
+ROUNDS: Final = 4
+
+
+class ViewPort(Protocol):
+    def cluster(self) -> Cluster | None: ...
+    def question(self, cidrs: frozenset[str]) -> None: ...
+
+
+class KernelPort(Protocol):
+    def fileno(self) -> int: ...
+    def news(self) -> bool: ...
+    def forget(self) -> None: ...
+    def read(self) -> KernelState: ...
+    async def apply(self, operations: Sequence[Operation]) -> tuple[Failure, ...]: ...
+
+
+class SpeakerPort(Protocol):
+    """``agent.bgp.driver.Driver``."""
+
+    @property
+    def changed(self) -> asyncio.Event: ...
+    def set_sessions(self, sessions: frozenset[Session]) -> None: ...
+    def set_announcements(self, announcements: frozenset[Announcement]) -> None: ...
+    def state(self) -> SpeakerState: ...
+
+
+class Reconciler:
+    """``event`` is the speaker's sink. ``publish`` takes each new status. ``link_name`` is that of ``Snapshot``."""
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        view: ViewPort,
+        kernel: KernelPort,
+        speaker: Callable[[], SpeakerPort],
+        clock: Clock,
+        link_name: Callable[[str, str], str],
+        publish: Callable[[BGPNodeStatusStatus], None],
+    ) -> None:
+        self._node, self._view, self._kernel, self._speaker = node, view, kernel, speaker
+        self._clock, self._link_name, self._publish = clock, link_name, publish
+        self._rib = Rib()
+        self._woken = asyncio.Event()
+        self._missing: dict[str, float] = {}
+        self._failures: tuple[Failure, ...] = ()
+        self._retry = RETRY[0]
+        self._kernel_error = ""
+        self._status = BGPNodeStatusStatus()
+        self._full_at = 0.0
+
+    def wake(self) -> None:
+        """Something changed: look soon."""
+        self._woken.set()
+
+    def event(self, event: Event) -> None:
+        """Takes one of the speaker's events."""
+        self._rib.apply(event, self._clock.monotonic())
+        self.wake()
+
+    async def run(self) -> None:
+        """Until cancelled; whatever is in the kernel then stays there (R14)."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._kernel.fileno(), self._hear)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._hear_speaker())
+                tasks.create_task(self._loop())
+        finally:
+            loop.remove_reader(self._kernel.fileno())
+
+    async def _loop(self) -> None:
+        while True:
+            begun = self._clock.monotonic()
+            again = await self.step()
+            # A pass that is slow (a large table under churn) leaves at least as much time to everything else.
+            await self._clock.sleep(max(GATHER, self._clock.monotonic() - begun))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), max(0.0, again - self._clock.monotonic()))
+
+    def _hear(self) -> None:
+        try:
+            urgent = self._kernel.news()
+        except NetlinkError as e:
+            log.warning("the kernel's news cannot be read: %s", e)
+            self._kernel.forget()
+            urgent = True
+        if urgent:
+            self.wake()
+
+    async def _hear_speaker(self) -> None:
+        changed = self._speaker().changed
+        while True:
+            await changed.wait()
+            changed.clear()
+            self.wake()
+
+    async def step(self) -> float:
+        """Passes until there is nothing left to do (or only what is refused); returns when to come again unasked."""
+        if self._clock.monotonic() >= self._full_at:
+            self._kernel.forget()
+            self._full_at = self._clock.monotonic() + FULL_PASS
+        at: float | None = None
+        for _ in range(ROUNDS):
+            self._woken.clear()
+            found = await self._pass()
+            if found is None:
+                break
+            wanted, worked = found
+            at = wanted.wake_at
+            if not worked:
+                break
+        return min(t for t in (at, self._full_at, self._retry_at()) if t is not None)
+
+    async def _pass(self) -> tuple[Plan, bool] | None:
+        """One look and what follows of it: the plan, and whether the kernel was changed, so that another look is due.
+        None if there is nothing to plan from."""
+        cluster = self._view.cluster()
+        if cluster is None:
+            return None
+        now = self._clock.monotonic()
+        self._rib.advance(now)
+        speaker = self._speaker()
+        state = speaker.state()
+        try:
+            kernel = self._kernel.read()
+        except (NetlinkError, OSError) as e:
+            self._blind(e)
+            return None
+        wanted = plan(
+            Snapshot(
+                node=self._node,
+                now=now,
+                cluster=cluster,
+                kernel=kernel,
+                speaker=state,
+                rib=self._rib,
+                link_name=self._link_name,
+                missing=self._missing,
+            )
+        )
+        self._missing = {address: self._missing.get(address, now) for address in wanted.missing}
+        if wanted.sessions is not None:
+            self._rib.configure(wanted.peers, now)
+        if cluster.live:
+            own = {block.spec.cidr for block in cluster.blocks}
+            held = {prefix for prefix, protocol, _ in kernel.routes if protocol == PROTO_BLOCKS}
+            self._view.question(frozenset(held - own))
+        try:
+            operations = delta(wanted, kernel)
+        except NoFreeId as e:
+            operations = ()
+            self._kernel_error = str(e)
+        else:
+            self._kernel_error = ""
+        failures = await self._kernel.apply(operations) if operations else ()
+        self._note(failures)
+        worked = len(failures) < len(operations)
+        if not worked:
+            # Only now, when the kernel is as wanted or will not be: a blackhole that came back in this very pass must
+            # not be withdrawn and announced again.
+            if wanted.sessions is not None and wanted.announcements is not None:
+                speaker.set_sessions(wanted.sessions)
+                speaker.set_announcements(wanted.announcements)
+            self._tell(wanted, state)
+        return wanted, worked
+
+    def _blind(self, error: Exception) -> None:
+        """Without the kernel's word nothing is changed anywhere."""
+        if str(error) != self._kernel_error:
+            log.warning("the kernel cannot be read, nothing is changed: %s", error)
+        self._kernel_error = str(error)
+        self._kernel.forget()
+        self._retry = min(self._retry * 2, RETRY[1])
+        self._full_at = min(self._full_at, self._clock.monotonic() + self._retry)
+
+    def _note(self, failures: tuple[Failure, ...]) -> None:
+        for failure in failures:
+            if failure not in self._failures:
+                log.warning("%s: %s", *explain(failure))
+        self._retry = RETRY[0] if failures != self._failures else min(self._retry * 2, RETRY[1])
+        self._failures = failures
+
+    def _retry_at(self) -> float | None:
+        return self._clock.monotonic() + self._retry if self._failures else None
+
+    def _tell(self, wanted: Plan, state: SpeakerState) -> None:
+        conditions = [
+            Condition(type=kind, status="True", reason=kind, message=message)
+            for kind, message in sorted({explain(f) for f in self._failures})[:8]
+        ]
+        if self._kernel_error:
+            kind = "KernelUnavailable"
+            conditions.append(Condition(type=kind, status="True", reason=kind, message=self._kernel_error))
+        self._status = report(wanted, self._rib, state, conditions, self._status, self._clock.now())
+        self._publish(self._status)

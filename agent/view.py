@@ -1,0 +1,232 @@
+"""What the store says of this node, kept up to date: the Cluster part of each Snapshot.
+
+Watches stay local: this node's blocks and Node object, pools, BGPConfiguration, BGPPeers; the other nodes only while
+the mesh is on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from msgspec.structs import replace
+
+from agent import lastgood
+from agent.plan import Cluster, mesh_enabled
+from store.base import Store
+from store.clock import Clock
+from store.errors import NotFound, StoreError
+from store.informer import Informer
+from store.model import BGPConfiguration, BGPPeer, IPAMBlock, IPAMBlockStatus, IPPool, Node, Resource, block_name
+from store.validate import validate
+
+log = logging.getLogger(__name__)
+
+#: Seconds that the store is waited for at the start before the last good view is used.
+PATIENCE: Final = 5.0
+#: Seconds between two writes of the last good view at least.
+_SAVE_EVERY: Final = 1.0
+#: Seconds until the owner of a block that is no longer ours is asked for again.
+_ASK_EVERY: Final = 30.0
+
+T = TypeVar("T", bound=Resource)
+
+
+class View:
+    """``cluster`` is the store's last complete word. ``on_change`` is called on the event loop whenever it may differ.
+
+    ``path`` is where the last good view is kept (``snapshot.json``).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        node: str,
+        clock: Clock,
+        path: Path,
+        on_change: Callable[[], None],
+        *,
+        patience: float = PATIENCE,
+    ) -> None:
+        self._store, self._node, self._clock, self._path = store, node, clock, path
+        self._on_change, self._patience = on_change, patience
+
+        def follow(kind: type[T], **where: str) -> Informer[T]:
+            fields = {name.replace("_", "."): value for name, value in where.items()}
+            return Informer(store, kind, clock, fields or None, on_change=self._moved)
+
+        self._own_node = follow(Node, metadata_name=node)
+        self._blocks = follow(IPAMBlock, spec_node=node)
+        self._configurations = follow(BGPConfiguration)
+        self._peers = follow(BGPPeer)
+        self._pools = follow(IPPool)
+        self._nodes = follow(Node)
+        self._cluster: Cluster | None = None
+        self._good: dict[tuple[str, str], Resource] = {}
+        self._taken: frozenset[str] = frozenset()
+        self._questioned: frozenset[str] = frozenset()
+        self._mesh_wanted = asyncio.Event()
+        self._unsaved = asyncio.Event()
+        self._asked = asyncio.Event()
+
+    def cluster(self) -> Cluster | None:
+        """The last complete view; None as long as there is none, not even on disk."""
+        return self._cluster
+
+    def question(self, cidrs: frozenset[str]) -> None:
+        """Blocks that we hold and that the store no longer says are ours: who owns them is asked, uncached (R14)."""
+        if cidrs != self._questioned:
+            self._questioned = cidrs
+            self._asked.set()
+
+    async def run(self) -> None:
+        """Follows the store until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for informer in (self._own_node, self._blocks, self._configurations, self._peers, self._pools):
+                tasks.create_task(informer.run())
+            tasks.create_task(self._follow_mesh())
+            tasks.create_task(self._fall_back())
+            tasks.create_task(self._keep())
+            tasks.create_task(self._ask_owners())
+
+    def _moved(self) -> None:
+        configuration = self._configurations.items.get("default")
+        if self._configurations.synced and mesh_enabled(configuration):
+            self._mesh_wanted.set()
+        else:
+            self._mesh_wanted.clear()
+        if self._complete():
+            self._cluster = self._read(configuration)
+            self._unsaved.set()
+        self._on_change()
+
+    def _complete(self) -> bool:
+        needed: list[Informer[Any]] = [self._own_node, self._blocks, self._configurations, self._peers, self._pools]
+        needed += [self._nodes] if self._mesh_wanted.is_set() else []
+        return all(informer.synced for informer in needed)
+
+    def _read(self, configuration: BGPConfiguration | None) -> Cluster:
+        mesh = self._mesh_wanted.is_set()
+        return Cluster(
+            node=self._own_node.items.get(self._node),
+            nodes=tuple(n for n in self._nodes.items.values() if n.name != self._node) if mesh else (),
+            configuration=next(self._sane([configuration]), None) if configuration else None,
+            peers=tuple(self._sane(self._peers.items.values())),
+            pools=tuple(self._sane(self._pools.items.values())),
+            blocks=tuple(self._blocks.items.values()),
+            taken=self._taken,
+        )
+
+    def _sane(self, objects: Iterable[T]) -> Iterator[T]:
+        """R13: an object that cannot be used stands as it last could be; one that never could is the plan's to name."""
+        for obj in objects:
+            key = (obj.kind(), obj.name)
+            if not validate(obj):
+                self._good[key] = obj
+            good: Any = self._good.get(key, obj)
+            yield good
+
+    async def _follow_mesh(self) -> None:
+        """Watches the other nodes as long as the mesh is on."""
+        while True:
+            await self._mesh_wanted.wait()
+            task = asyncio.create_task(self._nodes.run())
+            try:
+                while self._mesh_wanted.is_set() and not task.done():
+                    await asyncio.wait({task}, timeout=1.0)
+                if task.done():
+                    task.result()
+            finally:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+    async def _fall_back(self) -> None:
+        """R14: starts from the last good view if the store does not answer in time."""
+        await self._clock.sleep(self._patience)
+        if self._cluster is not None:
+            return
+        try:
+            kept = lastgood.load(self._path)
+        except (lastgood.Unreadable, OSError) as e:
+            log.warning("%s", e)
+            return
+        if not kept or self._cluster is not None:
+            return
+        log.warning("the store has not answered in %g s: starting from the last good view", self._patience)
+        nodes = [o for o in kept if isinstance(o, Node)]
+        self._cluster = Cluster(
+            node=next((n for n in nodes if n.name == self._node), None),
+            nodes=tuple(n for n in nodes if n.name != self._node),
+            configuration=next((o for o in kept if isinstance(o, BGPConfiguration)), None),
+            peers=tuple(o for o in kept if isinstance(o, BGPPeer)),
+            pools=tuple(o for o in kept if isinstance(o, IPPool)),
+            blocks=tuple(o for o in kept if isinstance(o, IPAMBlock)),
+            live=False,
+        )
+        self._on_change()
+
+    async def _keep(self) -> None:
+        """Writes the last good view, not more often than once a second, and only when it differs."""
+        written: list[lastgood.Kept] = []
+        while True:
+            await self._unsaved.wait()
+            self._unsaved.clear()
+            cluster = self._cluster
+            if cluster is not None and cluster.live:
+                objects = _objects(cluster)
+                if objects != written:
+                    try:
+                        lastgood.save(self._path, objects)
+                        written = objects
+                    except OSError as e:
+                        log.warning("the last good view is not kept: %s", e)
+            await self._clock.sleep(_SAVE_EVERY)
+
+    async def _ask_owners(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._asked.wait(), _ASK_EVERY if self._questioned else None)
+            self._asked.clear()
+            taken = set()
+            for cidr in sorted(self._questioned):
+                if await self._is_taken(cidr):
+                    taken.add(cidr)
+            if frozenset(taken) != self._taken:
+                self._taken = frozenset(taken)
+                self._moved()
+
+    async def _is_taken(self, cidr: str) -> bool:
+        """Whether another node is seen to own the block; not to know is not to see."""
+        try:
+            block = await self._store.get(IPAMBlock, block_name(cidr))
+        except NotFound:
+            return False
+        except StoreError as e:
+            log.info("who owns %s is not known: %s", cidr, e)
+            return cidr in self._taken
+        return block.spec.node != self._node
+
+
+def _objects(cluster: Cluster) -> list[lastgood.Kept]:
+    """What is worth keeping; the allocations are not: they change all the time, and the kernel has the routes."""
+    single = (cluster.node, cluster.configuration)
+    return [
+        *(o for o in single if o is not None),
+        *cluster.nodes,
+        *cluster.peers,
+        *cluster.pools,
+        *(_without_allocations(b) for b in cluster.blocks),
+    ]
+
+
+def _without_allocations(block: IPAMBlock) -> IPAMBlock:
+    return IPAMBlock(
+        metadata=replace(block.metadata, resource_version=""),
+        spec=block.spec,
+        status=IPAMBlockStatus(releasing=block.status.releasing),
+    )
