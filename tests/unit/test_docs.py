@@ -223,3 +223,12 @@ def test_every_condition_is_in_the_docs() -> None:
     assert {"NextHopNotOnLink", "MaxPrefixesExceeded", "SweepStopped"} <= types
     told = set(re.findall(r"^\| `([A-Z][A-Za-z]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE))
     assert told - {"Idle", "Connecting"} == types
+
+
+def test_every_figure_of_the_bench_is_in_the_docs() -> None:
+    text = (ROOT / "docs/bench.md").read_text()
+    code = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
+    figures = set(re.findall(r'^ +"((?:cni|ptp|spawn|lab|ctl|memory)\.[a-z0-9_.]+)":', code, flags=re.MULTILINE))
+    assert "cni.add.p50.vs_ptp" in figures
+    for figure in figures:
+        assert f"`{figure}`" in text

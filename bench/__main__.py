@@ -1,0 +1,56 @@
+"""``make bench``: measures, prints a table, writes build/bench.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tabulate import tabulate
+
+from bench import command, plugins, rack
+from lab.net import enter_sandbox
+
+RESULT = Path(__file__).parents[1] / "build" / "bench.json"
+Group = Callable[[Path, Callable[[str], None]], dict[str, float]]
+GROUPS: Mapping[str, Group] = {"ctl": command.figures, "cni": plugins.figures, "lab": rack.figures}
+
+
+def main() -> None:
+    """Exits with 1 if a group could not be measured; the others are printed and written all the same."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures; writes build/bench.json.")
+    parser.add_argument("group", nargs="*", help=f"{', '.join(GROUPS)}; none is all")
+    chosen = parser.parse_args().group or list(GROUPS)
+    for name in chosen:
+        if name not in GROUPS:
+            parser.error(f"there is no group {name}: {', '.join(GROUPS)}")
+    enter_sandbox()
+    found: dict[str, float] = {}
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="ulbench-") as folder:
+        for name in chosen:
+            try:
+                found |= GROUPS[name](Path(folder) / name, say)
+            except Exception:
+                traceback.print_exc()
+                failed.append(name)
+    rows = [(name, f"{value:.3g}") for name, value in found.items()]
+    print(
+        tabulate(rows, headers=("figure", "value"), tablefmt="plain", disable_numparse=True, colalign=("left", "right"))
+    )
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
