@@ -11,7 +11,7 @@ import asyncio
 import ipaddress
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Final, Protocol
 
@@ -31,6 +31,9 @@ from store.errors import NotFound, StoreError
 from store.model import BGPNodeStatus
 
 log = logging.getLogger(__name__)
+
+#: ``Verbs.carry_out``: a call and the pod's namespace, if there is one; what is to be printed, or Refusal.
+CarryOut = Callable[[Call, int | None], Awaitable[bytes]]
 
 #: Where a test may end the process: every point between two effects that outlive it.
 STEPS: Final = (

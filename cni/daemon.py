@@ -1,0 +1,222 @@
+"""``underlay-cni``: the process that answers the shim and hands out this node's addresses."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Final
+
+import msgspec
+
+from cni import podnet, server, verbs
+from cni.errors import CNIError
+from cni.kernel import NetlinkView
+from cni.netlink import Netlink
+from cni.queue import Queue
+from cni.reaper import Reaper
+from ipam.errors import IPAMError
+from ipam.journal import Journal
+from ipam.model import Attachment
+from ipam.node import NodeIPAM
+from store.base import Store
+from store.clock import Clock, SystemClock
+from store.errors import StoreError
+from store.open import open_store
+
+log = logging.getLogger(__name__)
+
+_LOCK_POLL: Final = 0.02
+
+
+class StartError(CNIError):
+    """The server cannot start; the message says what is missing."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    node: str
+    store: str
+    run: Path
+    boot_id: str
+    log: str = "INFO"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exits with 0 at SIGTERM and 1, with one line, when it cannot start."""
+    start(argv)
+
+
+def start(argv: Sequence[str] | None = None, *, step: Callable[[str], None] = lambda _: None) -> None:
+    """``main`` with a witness of the steps (``verbs.STEPS`` and those of ipam), for tests that end it at one."""
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv, os.environ)
+        logging.basicConfig(
+            level=options.log, stream=sys.stderr, format="%(asctime)s underlay-cni %(levelname)s %(message)s"
+        )
+        # Forked before there is a loop, and before the lock: the child must not keep it.
+        with Reaper() as reaper:
+            asyncio.run(serve(options, reaper=reaper, step=step))
+    except (CNIError, IPAMError, StoreError, OSError) as e:
+        print(f"underlay-cni: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
+    """Flags, and where one is missing the environment. Raises StartError; argparse exits with 2 at unknown flags."""
+    parser = argparse.ArgumentParser(prog="underlay-cni", description="Answers the CNI shim on this node.")
+    parser.add_argument("--node", default=environment.get("UNDERLAY_NODE", ""), help="this node's name (UNDERLAY_NODE)")
+    parser.add_argument("--store", default=environment.get("UNDERLAY_STORE", ""), help="store URL (UNDERLAY_STORE)")
+    parser.add_argument(
+        "--run", default=environment.get("UNDERLAY_RUN", "/run/underlay"), help="run directory (UNDERLAY_RUN)"
+    )
+    parser.add_argument(
+        "--boot-id", default="/proc/sys/kernel/random/boot_id", help="file that names this boot of the machine"
+    )
+    parser.add_argument("--log", default=environment.get("UNDERLAY_LOG", "INFO"), help="log level (UNDERLAY_LOG)")
+    values = parser.parse_args(argv)
+    for name in ("node", "store"):
+        if not getattr(values, name):
+            raise StartError(f"--{name} is missing; give it, or set UNDERLAY_{name.upper()}")
+    level = values.log.upper()
+    if level not in logging.getLevelNamesMapping():
+        raise StartError(f"--log {values.log}: must be one of {', '.join(logging.getLevelNamesMapping())}")
+    boot_id = Path(values.boot_id).read_text().strip()
+    if not boot_id:
+        raise StartError(f"--boot-id {values.boot_id}: the file is empty; it must name this boot of the machine")
+    return Options(node=values.node, store=values.store, run=Path(values.run), boot_id=boot_id, log=level)
+
+
+async def serve(options: Options, *, reaper: verbs.Reaps, step: Callable[[str], None] = lambda _: None) -> None:
+    """Waits for the lock, then serves until SIGTERM or SIGINT. Kernel state is left as it is (R14)."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    options.run.mkdir(parents=True, exist_ok=True, mode=0o755)
+
+    work = asyncio.create_task(_locked(options, reaper, step))
+    ended = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((work, ended), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            await work  # raises what ended it
+        log.info("stopping; pods keep their network")
+    finally:
+        ended.cancel()
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+
+
+async def _locked(options: Options, reaper: verbs.Reaps, step: Callable[[str], None]) -> None:
+    clock = SystemClock()
+    with (options.run / "cni.lock").open("a") as lock:
+        await _acquire(lock, clock)
+        number = count_start(options.run, options.boot_id)
+        log.info("start %d of boot %s on node %s", number, options.boot_id, options.node)
+        podnet.prepare_node()
+        with contextlib.ExitStack() as resources:
+            netlink = resources.enter_context(Netlink())
+            podnet.reap(netlink)  # doomed by a server before us
+            journal = Journal(options.run, options.boot_id, step=step)
+            resources.callback(journal.close)
+            store = open_store(options.store, clock=clock)
+            try:
+                await _run(options, clock, number, netlink, store, journal, reaper, step)
+            except BaseExceptionGroup as group:
+                raise _first(group) from group
+            finally:
+                await store.close()
+
+
+async def _run(
+    options: Options,
+    clock: Clock,
+    number: int,
+    netlink: Netlink,
+    store: Store,
+    journal: Journal,
+    reaper: verbs.Reaps,
+    step: Callable[[str], None],
+) -> None:
+    ipam = NodeIPAM(
+        node=options.node,
+        store=store,
+        journal=journal,
+        kernel=NetlinkView(netlink),
+        clock=clock,
+        boot_id=options.boot_id,
+        start=number,
+        link_name=_link_name,
+        step=step,
+    )
+    handler = verbs.Verbs(
+        node=options.node, ipam=ipam, store=store, netlink=netlink, reaper=reaper, clock=clock, step=step
+    )
+    queue = Queue(directory=options.run, carry_out=handler.carry_out, clock=clock)
+    front = server.Server(directory=options.run, carry_out=handler.carry_out, step=step)
+    await ipam.start()
+    await queue.drain()
+    async with asyncio.TaskGroup() as group:
+        behind = tuple(group.create_task(task) for task in (ipam.run(), handler.run(), queue.run()))
+        try:
+            # Cancelled first: it ends the calls that are under way, which need those behind it.
+            await front.run()
+        finally:
+            for task in behind:
+                task.cancel()
+
+
+async def _acquire(lock: IO[str], clock: Clock) -> None:
+    waited = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waited:
+                log.info("another server holds %s; waiting for its end", lock.name)
+            waited = True
+            await clock.sleep(_LOCK_POLL)
+        else:
+            return
+
+
+def count_start(directory: Path, boot_id: str) -> int:
+    """Which start in this boot this is: 1, 2...; kept in ``directory``/starts-<boot_id>, other boots' are removed.
+
+    To be called with the lock held. Raises StartError, OSError.
+    """
+    path = directory / f"starts-{boot_id}"
+    for other in directory.glob("starts-*"):
+        if other != path:
+            other.unlink(missing_ok=True)
+    try:
+        last = int(path.read_text())
+    except FileNotFoundError:
+        last = 0
+    except ValueError as e:
+        raise StartError(f"{path} holds no number: write one that is higher than any start so far of this boot") from e
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(f"{last + 1}\n")
+    temporary.replace(path)
+    return last + 1
+
+
+def _link_name(attachment: Attachment) -> str:
+    return podnet.link_name(attachment.container, attachment.interface)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""The socket that shims call.
+
+One request a connection. A caller must be root, its message has limits in size and time, and its descriptor must be a
+network namespace that is not the node's. Calls beyond the bound wait in the listen queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from cni import message, netns, spec
+from cni.errors import CNIError
+from cni.message import MalformedMessage
+from cni.spec import Refusal
+from cni.verbs import CarryOut
+
+log = logging.getLogger(__name__)
+
+SOCKET: Final = "cni.sock"
+
+_UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
+_NS_GET_NSTYPE: Final = 0xB703  # ioctl_ns(2)
+_ROOT: Final = 0
+
+
+class ServerError(CNIError):
+    """The socket cannot be had; the message says whose it is and what to do."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Times in seconds, real ones, as the callers' are."""
+
+    connections: int = 256  # calls at once
+    backlog: int = 1024
+    read_limit: float = 5.0  # from the connection to the whole request
+    write_limit: float = 5.0
+    drain_limit: float = 10.0  # at the end, for calls that are under way
+
+
+class Server:
+    """Owns ``directory``/cni.sock. ``carry_out`` is ``Verbs.carry_out``."""
+
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        carry_out: CarryOut,
+        settings: Settings | None = None,
+        step: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._path = directory / SOCKET
+        self._carry_out = carry_out
+        self._settings = settings or Settings()
+        self._step = step
+        self._home = Path("/proc/thread-self/ns/net").stat()
+
+    async def run(self) -> None:
+        """Answers until cancelled; then ends what is under way, and its own socket. Raises ServerError when the socket
+        cannot be had."""
+        loop = asyncio.get_running_loop()
+        listener, inode = self._listen()
+        log.info("answering on %s", self._path)
+        calls: set[asyncio.Task[None]] = set()
+        free = asyncio.Semaphore(self._settings.connections)
+
+        def done(call: asyncio.Task[None]) -> None:
+            calls.discard(call)
+            free.release()
+
+        try:
+            while True:
+                await free.acquire()
+                connection, _ = await loop.sock_accept(listener)
+                call = loop.create_task(self._serve(connection))
+                calls.add(call)
+                call.add_done_callback(done)
+        finally:
+            # From here on callers wait for the next server: the shim tries again for 5 s.
+            listener.close()
+            self._unlink(inode)
+            await self._end(calls)
+
+    async def _end(self, calls: set[asyncio.Task[None]]) -> None:
+        if not calls:
+            return
+        _, late = await asyncio.wait(calls, timeout=self._settings.drain_limit)
+        for call in late:
+            call.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+    def _listen(self) -> tuple[socket.socket, int]:
+        """Binds under a name of our own and renames: callers meet the old socket or the new one, never none. What is
+        there already belonged to a server that was killed, as whoever lives holds the lock (``daemon``)."""
+        probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with probe:
+            probe.settimeout(1)
+            try:
+                probe.connect(str(self._path))
+            except (FileNotFoundError, ConnectionRefusedError):
+                pass
+            except OSError as e:
+                raise ServerError(f"{self._path} cannot be looked at: {e}") from e
+            else:
+                raise ServerError(f"{self._path}: somebody answers there who does not hold our lock; end that process")
+
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        mine = self._path.with_name(f".{SOCKET}.{os.getpid()}")
+        try:
+            mine.unlink(missing_ok=True)
+            previous = os.umask(0o177)
+            try:
+                listener.bind(str(mine))
+            finally:
+                os.umask(previous)
+            inode = mine.stat().st_ino
+            listener.listen(self._settings.backlog)
+            mine.replace(self._path)
+        except OSError as e:
+            listener.close()
+            raise ServerError(f"{self._path} cannot be made: {e}") from e
+        return listener, inode
+
+    def _unlink(self, inode: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if self._path.stat().st_ino == inode:
+                self._path.unlink()
+
+    async def _serve(self, connection: socket.socket) -> None:
+        received: list[int] = []
+        with connection:
+            connection.setblocking(False)
+            try:
+                pid, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+                if uid != _ROOT:
+                    log.warning("process %d of user %d was turned away: only root may call", pid, uid)
+                    return
+                async with asyncio.timeout(self._settings.read_limit):
+                    data = await _read(connection, received)
+                code, text, command = await self._answer(data, received)
+                async with asyncio.timeout(self._settings.write_limit):
+                    await asyncio.get_running_loop().sock_sendall(connection, message.encode_answer(code, text))
+                self._step(f"{command.lower()}-answered")
+            except MalformedMessage as e:
+                log.warning("a call was refused: %s", e)
+                refusal = Refusal(spec.UNDECODABLE, "the request is malformed", str(e))
+                with contextlib.suppress(OSError, TimeoutError):
+                    async with asyncio.timeout(self._settings.write_limit):
+                        answer = message.encode_answer(1, spec.error(spec.LATEST, refusal))
+                        await asyncio.get_running_loop().sock_sendall(connection, answer)
+            except TimeoutError:
+                log.warning("a caller neither sent its request nor took its answer in time")
+            except ConnectionError as e:
+                # The runtime killed its shim; a DEL will follow.
+                log.info("a caller went away: %s", e)
+            finally:
+                for fd in received:
+                    os.close(fd)
+
+    async def _answer(self, data: bytes, received: list[int]) -> tuple[int, bytes, str]:
+        """Exit code, what is to be printed, and the command that it was."""
+        request = message.decode(data)
+        try:
+            call = spec.parse(request.environment, request.config)
+            return 0, await self._carry_out(call, self._pod_ns(received)), call.command
+        except Refusal as e:
+            problem = e
+            log.info("%s refused: %s", request.environment.get("CNI_COMMAND", "?")[:16], e)
+        except Exception:
+            log.exception("a call failed by a defect of ours")
+            problem = Refusal(spec.INTERNAL, "internal error", "see the log of underlay-cni on this node")
+        command = request.environment.get("CNI_COMMAND", "")
+        return 1, spec.error(spec.version_of(request.config), problem), command
+
+    def _pod_ns(self, received: list[int]) -> int | None:
+        if not received:
+            return None
+        fd = received[0]
+        try:
+            kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
+        except OSError:
+            kind = 0
+        if kind != netns.CLONE_NEWNET:
+            details = "CNI_NETNS: is no network namespace; it must be the path of the pod's"
+            raise Refusal(spec.INVALID_ENVIRONMENT, "invalid CNI_NETNS", details)
+        found = os.fstat(fd)
+        if (found.st_dev, found.st_ino) == (self._home.st_dev, self._home.st_ino):
+            details = "CNI_NETNS: is the node's own network namespace; a pod must have one of its own"
+            raise Refusal(spec.INVALID_ENVIRONMENT, "invalid CNI_NETNS", details)
+        return fd
+
+
+async def _read(connection: socket.socket, received: list[int]) -> bytes:
+    """The whole request; descriptors that come with it are added to ``received``, which the caller closes."""
+    data = bytearray()
+    wanted = message.REQUEST.size
+    while len(data) < wanted:
+        chunk = await _receive(connection, min(wanted - len(data), 1 << 16), received)
+        if not chunk:
+            raise MalformedMessage(f"a request ended after {len(data)} B; {wanted} B were expected at least")
+        if len(received) > 1:
+            raise MalformedMessage(f"a request came with {len(received)} descriptors; one is allowed")
+        data += chunk
+        if len(data) == message.REQUEST.size:
+            wanted += message.body_length(bytes(data))
+    return bytes(data)
+
+
+async def _receive(connection: socket.socket, size: int, received: list[int]) -> bytes:
+    while True:
+        try:
+            # Room for more descriptors than allowed, so that a surplus is seen and closed, not cut off.
+            chunk, control, _, _ = connection.recvmsg(size, socket.CMSG_SPACE(4 * 4), socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            await _readable(connection)
+            continue
+        for level, kind, body in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                received.extend(struct.unpack(f"={len(body) // 4}i", body[: len(body) // 4 * 4]))
+        return chunk
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(connection, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(connection)
