@@ -47,10 +47,10 @@ need-lab need-test need-bench: need-%: | build
 # A stamp says for which setup.cfg and pyproject.toml the environment was made. The test one includes the other's.
 $(VENV)/.lab: EXTRA :=
 $(VENV)/.test: EXTRA := [test]
-$(VENV)/.lab $(VENV)/.test: setup.cfg pyproject.toml | need-lab
+$(VENV)/.lab $(VENV)/.test: setup.cfg pyproject.toml | need-lab build
 	echo "python: $(VENV) with what setup.cfg asks for$(if $(EXTRA), and $(EXTRA))"
 	test -x $(BIN)/python || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRA)'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.$(EXTRA)' >build/pip.log 2>&1 || { cat build/pip.log; exit 1; }
 	touch $(VENV)/.lab $@
 
 build/underlay-shim: cni/shim/shim.c | need-lab

@@ -21,7 +21,7 @@ from lab.objects import objects
 from lab.probe import Prober
 from lab.processes import Daemon
 from lab.story import Story
-from lab.topology import Link, Router, Topology, node_of_pod, rack_name
+from lab.topology import Link, Router, Topology, node_of_pod, pod_number, rack_name
 from lab.wire import LinkState, Part, Place, PodState, RouterState, State, Step
 from store.clock import Clock
 from store.errors import StoreError
@@ -210,7 +210,7 @@ class Lab:
 
     def _pods(self) -> list[Pod]:
         sandboxes = [s for machine in self._machines.values() for s in machine.sandboxes.values()]
-        return [Pod(s.pod, s.addresses) for s in sorted(sandboxes, key=lambda s: _numbers(s.pod))]
+        return [Pod(s.pod, s.addresses) for s in sorted(sandboxes, key=lambda s: pod_number(s.pod))]
 
     def _router_state(self, router: Router) -> RouterState:
         bird = self._birds.get(router.name)
@@ -236,7 +236,3 @@ class Lab:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _numbers(pod: str) -> list[int]:
-    return [int(part) for part in pod.split("-")[1:]]

@@ -72,7 +72,6 @@ def main() -> None:
 @_dir
 def up(racks: int, nodes: int, pods: int, where: Folder) -> None:
     """Builds the rack, draws it, and shows who reaches whom."""
-    begin = time.monotonic()
     wanted = Topology.build(racks=racks, nodes=nodes, pods=pods).shape
     if client.alive(where):
         there = client.state(where)
@@ -80,18 +79,17 @@ def up(racks: int, nodes: int, pods: int, where: Folder) -> None:
             r, n, p = there.shape
             shape = f"{r} racks, {n} nodes a rack, {p} pods a node"
             raise LabError(f"a lab of {shape} is up in {where.path}; take it down first: {_down(where)}")
-        click.echo(f"A lab is up already in {where.path}; {_down(where)} takes it away.")
+        click.echo(f"A lab is up already in {where.path}; {_down(where)} takes it away.\n")
+        _follow(where, told=there.state == "building")
     else:
-        click.echo(f"A lab is being built in {where.path}.")
+        begin = time.monotonic()
+        click.echo(f"A lab is being built in {where.path}; {_down(where)} takes it away.")
         client.start(where, racks=racks, nodes=nodes, pods=pods)
-    try:
-        client.ask(where, Follow(), type(None), heard=_progress)
-    except KeyboardInterrupt:
-        raise LabError(f"interrupted; the lab goes on, and {_down(where)} takes it away") from None
-    except LabError as e:
-        raise LabError(f"{e}\n{_down(where)} takes away what is there") from e
-    click.echo(f"{time.monotonic() - begin:6.2f} s  in all\n")
-    _show(where)
+        _follow(where, told=True)
+        click.echo(f"{time.monotonic() - begin:6.2f} s  in all\n")
+    state = client.state(where)
+    click.echo(picture(state, width=_width()) + "\n")
+    _measure(where, 3, state)
 
 
 @main.command()
@@ -198,11 +196,14 @@ def link_mend(a: str, b: str, where: Folder) -> None:
     click.echo(f"{a} and {b}: mended.")
 
 
-def _show(where: Folder) -> None:
-    state = client.state(where)
-    click.echo(picture(state, width=_width()))
-    click.echo()
-    _measure(where, 3, state)
+def _follow(where: Folder, *, told: bool) -> None:
+    """Returns when the lab is built; what is done is told meanwhile."""
+    try:
+        client.ask(where, Follow(), type(None), heard=_progress if told else None)
+    except KeyboardInterrupt:
+        raise LabError(f"interrupted; the lab goes on, and {_down(where)} takes it away") from None
+    except LabError as e:
+        raise LabError(f"{e}\n{_down(where)} takes away what is there") from e
 
 
 def _measure(where: Folder, wait: float, state: State | None = None) -> None:

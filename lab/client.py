@@ -111,7 +111,14 @@ def enter(folder: Folder, name: str, command: Sequence[str]) -> list[str]:
     first, *rest = command
     if first == "birdc" and "BIRD" in place.environment:
         rest = ["-s", place.environment["BIRD"], *rest]
-    return [*words, "env", f"PATH={os.environ.get('PATH', '')}:/usr/sbin:/sbin", *environment, first, *rest]
+    return [
+        *words,
+        "env",
+        f"PATH={Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
+        *environment,
+        first,
+        *rest,
+    ]
 
 
 def state(folder: Folder) -> State:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from lab.folder import Folder
 from lab.net import Net
 from lab.processes import Daemon
 from lab.runtime import Runtime, Sandbox
-from lab.topology import Node, rack_name
+from lab.topology import Node, pod_number, rack_name
 from lab.wire import NodeState, Part, PodState
 from store.clock import Clock
 
@@ -66,9 +65,9 @@ class Machine:
 
     async def ready(self) -> None:
         """Returns when the CNI server answers and the plugin is installed, as a node turns Ready."""
-        while not self._answers():
+        while not install.answers(self._run):
             await self._clock.sleep(_LOOK_EVERY)
-        install.install(shim=shim(), bin_dir=self._folders["bin"], conf_dir=self._folders["net.d"])
+        install.install(_shim(), self._folders["bin"], self._folders["net.d"])
 
     async def add(self, pod: str) -> Sandbox:
         """Makes the pod's namespace and attaches it. Raises LabError."""
@@ -99,13 +98,14 @@ class Machine:
             self._busy.discard(pod)
 
     def state(self, blocks: tuple[str, ...]) -> NodeState:
+        pods = sorted(self._sandboxes.values(), key=lambda s: pod_number(s.pod))
         return NodeState(
             name=self.node.name,
             rack=rack_name(self.node.rack),
             asn=self.node.asn,
             addresses=self.node.addresses,
             blocks=blocks,
-            pods=tuple(PodState(name=s.pod, addresses=s.addresses) for s in self._sandboxes.values()),
+            pods=tuple(PodState(name=s.pod, addresses=s.addresses) for s in pods),
             processes={part: daemon.state() for part, daemon in self._daemons.items()},
         )
 
@@ -115,11 +115,7 @@ class Machine:
 
     @property
     def _conflist(self) -> Path:
-        return self._folders["net.d"] / "10-underlay.conflist"
-
-    def _answers(self) -> bool:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            return probe.connect_ex(str(self._run / "cni.sock")) == 0
+        return self._folders["net.d"] / install.CONFLIST
 
     def _commands(self, folder: Folder) -> dict[Part, list[str]]:
         shared = ["--node", self.node.name, "--store", folder.store_url, "--run", str(self._run)]
@@ -139,6 +135,14 @@ class Machine:
             environment={"PATH": PATH, "HOME": "/", "LANG": "C.UTF-8"} | _log_level(),
             log=self._folders["log"] / f"{part}.log",
         )
+
+
+def _shim() -> Path:
+    """The program that ``make shim`` builds, in the tree that this file is in. Raises LabError."""
+    path = Path(__file__).resolve().parent.parent / "build" / "underlay-shim"
+    if not path.exists():
+        raise LabError(f"{path} is not built: make shim")
+    return path
 
 
 def _log_level() -> dict[str, str]:

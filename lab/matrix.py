@@ -81,10 +81,11 @@ def table(report: Report) -> str:
 
 
 def _rows(names: list[str], cells: dict[tuple[str, str], dict[int, list[bool]]]) -> Iterator[str]:
-    margin = max(len(name) for name in names)
+    corner = "from / to"
+    margin = max(len(corner), *(len(name) for name in names))
     short = [name.partition("-")[2] for name in names]
     widths = [max(len(s), 1) for s in short]
-    yield f"{'from / to':<{margin}}  " + " ".join(s.center(w) for s, w in zip(short, widths, strict=True))
+    yield f"{corner:<{margin}}  " + " ".join(s.center(w) for s, w in zip(short, widths, strict=True))
     for sender in names:
         marks = (_mark(cells.get((sender, receiver))) for receiver in names)
         yield f"{sender:<{margin}}  " + " ".join(m.center(w) for m, w in zip(marks, widths, strict=True)).rstrip()

@@ -173,6 +173,13 @@ def node_of_pod(pod: str) -> str:
     return f"node-{parts[1]}"
 
 
+def pod_number(pod: str) -> tuple[int, int]:
+    """Of which node, and which there: the order of pods. Raises TopologyError for a name of another shape."""
+    node_of_pod(pod)
+    _, node, number = pod.split("-")
+    return int(node), int(number)
+
+
 def rack_name(rack: int) -> str:
     return f"rack-{rack}"
 
