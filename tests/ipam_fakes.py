@@ -1,0 +1,276 @@
+"""A clock, a kernel and a node to test ipam with: time passes by ``advance`` only, links come by ``wire`` only."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import heapq
+import itertools
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from ipam.errors import KernelUnavailable
+from ipam.journal import Journal
+from ipam.ledger import Phase
+from ipam.node import Attachment, Lease, NodeIPAM, Request, Settings
+from store.base import Store
+from store.memory import MemoryStore
+from store.model import IPAMBlock, IPPool, IPPoolSpec, IPReservation, IPReservationSpec, Meta, Node
+
+#: Passes of the event loop after which everything that could run has run.
+PASSES = 40
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self._now = 1000.0
+        self._timers: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._count = itertools.count()
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def now(self) -> str:
+        at = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=self._now)
+        return at.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    async def sleep(self, seconds: float) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._timers, (self._now + max(seconds, 0), next(self._count), future))
+        await future
+
+    async def advance(self, seconds: float) -> None:
+        """Lets that much time pass; every sleeper wakes at its own moment."""
+        end = self._now + seconds
+        await settle()
+        while self._timers and self._timers[0][0] <= end:
+            at, _, future = heapq.heappop(self._timers)
+            if not future.done():
+                self._now = max(self._now, at)
+                future.set_result(None)
+                await settle()
+        self._now = end
+        await settle()
+
+
+async def settle() -> None:
+    for _ in range(PASSES):
+        await asyncio.sleep(0)
+
+
+class FakeKernel:
+    """Links and routes of one network namespace. Strict: one address has one route, a link has one name."""
+
+    def __init__(self, netns: int = 4026531840) -> None:
+        self._netns = netns
+        self._links: dict[int, str] = {}
+        self._routes: dict[str, int] = {}
+        self._blackholes: set[str] = set()
+        self._index = itertools.count(10)
+        self.hidden: set[str] = set()  # names that a dump leaves out
+        self.broken = False
+        self.asked: dict[str, int] = {}
+
+    # -- KernelView
+
+    def netns(self) -> int:
+        self._ask("netns")
+        return self._netns
+
+    def links(self) -> Mapping[int, str]:
+        self._ask("links")
+        return {i: n for i, n in self._links.items() if n not in self.hidden}
+
+    def link(self, index: int, name: str) -> bool:
+        self._ask("link")
+        return index in self._links or name in self._links.values()
+
+    def pod_routes(self) -> Mapping[str, int]:
+        self._ask("pod_routes")
+        return dict(self._routes)
+
+    def blackholes(self) -> frozenset[str]:
+        self._ask("blackholes")
+        return frozenset(self._blackholes)
+
+    # -- the hands of the CNI server and the agent
+
+    def wire(self, name: str, addresses: tuple[str, ...]) -> int:
+        """The link and its routes. An address that has a route already is handed out twice."""
+        for address in addresses:
+            present = self._routes.get(address)
+            if present is not None and self._links[present] != name:
+                raise AssertionError(f"{address} is live on {self._links[present]}, and now goes to {name}")
+        index = next((i for i, n in self._links.items() if n == name), 0) or next(self._index)
+        self._links[index] = name
+        self._routes.update(dict.fromkeys(addresses, index))
+        return index
+
+    def unwire(self, name: str) -> None:
+        for index in [i for i, n in self._links.items() if n == name]:
+            del self._links[index]
+            self._routes = {a: i for a, i in self._routes.items() if i != index}
+
+    def live(self) -> dict[str, str]:
+        return {address: self._links[index] for address, index in self._routes.items()}
+
+    def set_blackholes(self, cidrs: set[str]) -> None:
+        self._blackholes = set(cidrs)
+
+    def move_to(self, netns: int) -> None:
+        self._netns = netns
+
+    def reboot(self) -> None:
+        self._links.clear()
+        self._routes.clear()
+        self._blackholes.clear()
+
+    def _ask(self, what: str) -> None:
+        self.asked[what] = self.asked.get(what, 0) + 1
+        if self.broken:
+            raise KernelUnavailable(f"{what}: the dump was interrupted again and again")
+
+
+def link_name(attachment: Attachment) -> str:
+    text = f"{attachment.container}/{attachment.interface}"
+    return "ul" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def attachment(number: int | str, network: str = "pods") -> Attachment:
+    return Attachment(network, f"c{number}", "eth0")
+
+
+def pool(name: str, cidr: str, size: int = 0, **spec: object) -> IPPool:
+    return IPPool(metadata=Meta(name=name), spec=IPPoolSpec(cidr=cidr, block_size=size, **spec))  # type: ignore[arg-type]
+
+
+def reservation(name: str, *cidrs: str) -> IPReservation:
+    return IPReservation(metadata=Meta(name=name), spec=IPReservationSpec(reserved_cidrs=cidrs))
+
+
+V4 = pool("v4", "10.244.0.0/16")
+V6 = pool("v6", "fd00:10:244::/48")
+
+
+class Rig:
+    """One node on a store: its kernel, run directory and server, which can crash, restart and reboot."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        node: str = "node-1",
+        store: Store | None = None,
+        clock: FakeClock | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.directory = directory / node
+        self.node = node
+        self.clock = clock or FakeClock()
+        self.store = store or MemoryStore(self.clock)
+        self.kernel = FakeKernel()
+        self.settings = settings or Settings()
+        self.boot = 1
+        self.starts = 0
+        self.step: Callable[[str], None] = lambda _: None
+        self.agent = True
+        self._running: asyncio.Task[None] | None = None
+        self._agent: asyncio.Task[None] | None = None
+        self.ipam: NodeIPAM
+
+    @property
+    def boot_id(self) -> str:
+        return f"boot-{self.boot}"
+
+    @property
+    def memory(self) -> MemoryStore:
+        assert isinstance(self.store, MemoryStore)
+        return self.store
+
+    async def create(self, *objects: IPPool | IPReservation | Node) -> None:
+        for obj in objects:
+            await self.store.create(obj)
+
+    async def up(self, *, run: bool = True) -> NodeIPAM:
+        """Starts the server, and the agent's part: blackholes that follow the blocks."""
+        self.starts += 1
+        journal = Journal(self.directory, self.boot_id, step=lambda name: self.step(name))
+        self.ipam = NodeIPAM(
+            node=self.node,
+            store=self.store,
+            journal=journal,
+            kernel=self.kernel,
+            clock=self.clock,
+            boot_id=self.boot_id,
+            start=self.starts,
+            link_name=link_name,
+            settings=self.settings,
+            step=lambda name: self.step(name),
+        )
+        self._journal = journal
+        await self.ipam.start()
+        if run:
+            self._running = asyncio.create_task(self.ipam.run())
+            self._agent = asyncio.create_task(self._agent_loop())
+            await self.clock.advance(0.5)
+        return self.ipam
+
+    async def down(self) -> None:
+        """kill -9: nothing is said or written any more."""
+        for task in (self._running, self._agent):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self._running = self._agent = None
+        self._journal.close()
+
+    async def restart(self) -> NodeIPAM:
+        await self.down()
+        return await self.up()
+
+    async def reboot(self) -> NodeIPAM:
+        await self.down()
+        self.kernel.reboot()
+        self.boot, self.starts = self.boot + 1, 0
+        return await self.up()
+
+    def check_alive(self) -> None:
+        """The server has not ended by itself."""
+        assert self._running is not None
+        if self._running.done():
+            self._running.result()
+            raise AssertionError("run() has ended")
+
+    async def add(self, number: int | str, **request: object) -> Lease:
+        """An ADD from take to bind."""
+        which = attachment(number)
+        lease = await self.ipam.take(Request(which, pod=f"default/p{number}", **request))  # type: ignore[arg-type]
+        return self.ipam.bind(which, self.kernel.wire(link_name(which), lease.addresses))
+
+    def delete(self, number: int | str) -> Lease | None:
+        self.kernel.unwire(link_name(attachment(number)))
+        return self.ipam.give_back(attachment(number))
+
+    async def sync_blackholes(self) -> None:
+        """What the agent does in time: a blackhole for each own block that is not being released."""
+        listing = await self.store.list(IPAMBlock, where={"spec.node": self.node})
+        self.kernel.set_blackholes({b.spec.cidr for b in listing.items if not b.status.releasing})
+
+    async def mirror(self) -> dict[str, str]:
+        """Address -> container, as the store tells it of this node's blocks."""
+        listing = await self.store.list(IPAMBlock, where={"spec.node": self.node})
+        return {a.address: a.container for b in listing.items for a in b.status.allocations}
+
+    async def own_blocks(self) -> list[str]:
+        listing = await self.store.list(IPAMBlock, where={"spec.node": self.node})
+        return [b.spec.cidr for b in listing.items]
+
+    def phases(self) -> dict[str, Phase]:
+        return {view.cidr: Phase(view.phase) for view in self.ipam.blocks()}
+
+    async def _agent_loop(self) -> None:
+        while True:
+            if self.agent and not (isinstance(self.store, MemoryStore) and self.memory._down):
+                await self.sync_blackholes()
+            await self.clock.sleep(0.05)
