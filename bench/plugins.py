@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ import msgspec
 
 from bench.spawn import timed
 from bench.stats import Times
-from cni import netns
+from cni import install, netns
 from lab.net import Net
 from store.clock import SystemClock
 from store.model import IPPool, IPPoolSpec, Meta, Node, NodeAddress, NodeStatus
@@ -130,7 +129,7 @@ def _underlay(net: Net, home: str, folder: Path, pools: Mapping[str, str]) -> Pl
         log=folder / "log",
     )
     end = time.monotonic() + START_LIMIT
-    while not _answers(run / "cni.sock"):
+    while not install.answers(run):
         if process.poll() is not None or time.monotonic() > end:
             raise BenchError(f"underlay-cni does not answer:\n{(folder / 'log').read_text()}")
         time.sleep(0.02)
@@ -156,8 +155,3 @@ async def _fill(url: str, node: str, pools: Mapping[str, str]) -> None:
             await store.create(IPPool(metadata=Meta(name=name), spec=IPPoolSpec(cidr=cidr, block_size=size)))
     finally:
         await store.close()
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(str(path)) == 0
