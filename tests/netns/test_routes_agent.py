@@ -1,0 +1,267 @@
+"""The whole agent in a node's namespace: a SQLite store, the real speaker, BIRD as ToR, the real kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from msgspec.structs import replace
+
+from lab.net import Net
+from store.base import Store, mutate
+from store.clock import SystemClock
+from store.errors import NotFound
+from store.model import (
+    ANNOTATION_ASN,
+    BGPConfiguration,
+    BGPConfigurationSpec,
+    BGPNodeStatus,
+    BGPPeer,
+    BGPPeerSpec,
+    IPAMBlock,
+    IPAMBlockSpec,
+    IPPool,
+    IPPoolSpec,
+    Meta,
+    Node,
+    NodeAddress,
+    NodeStatus,
+    block_name,
+)
+from store.open import open_store
+from tests.bgp import routers
+from tests.conftest import eventually
+
+T = TypeVar("T")
+OWN4, OWN6 = "10.244.1.0/26", "fd00:10:244::40/122"
+FAR = ("10.244.2.0/26", "10.244.3.0/26", "fd00:10:244::80/122", "192.0.2.0/24", "10.244.1.8/29")
+
+
+class Agent:
+    """Store, speaker and agent of one node beside a BIRD."""
+
+    def __init__(self, net: Net, folder: Path) -> None:
+        self.net, self.folder = net, folder
+        routers.wire(net)
+        self.bird = routers.Bird(net, folder)
+        self.url = f"sqlite:{folder / 'store.db'}"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.store(self._fill)
+
+    def store(self, act: Callable[[Store], Awaitable[T]]) -> T:
+        async def once() -> T:
+            opened = open_store(self.url, clock=SystemClock())
+            try:
+                return await act(opened)
+            finally:
+                await opened.close()
+
+        return asyncio.run(once())
+
+    async def _fill(self, store: Store) -> None:
+        node = Node(metadata=Meta(name="node-1", annotations={ANNOTATION_ASN: str(routers.NODE_AS)}))
+        made = await store.create(node)
+        addresses = tuple(NodeAddress(type="InternalIP", address=a) for a in (routers.NODE4, routers.NODE6))
+        await store.update_status(replace(made, status=NodeStatus(addresses=addresses)))
+        await store.create(
+            BGPConfiguration(metadata=Meta(name="default"), spec=BGPConfigurationSpec(node_to_node_mesh_enabled=False))
+        )
+        await store.create(IPPool(metadata=Meta(name="v4"), spec=IPPoolSpec(cidr="10.244.0.0/16")))
+        await store.create(IPPool(metadata=Meta(name="v6"), spec=IPPoolSpec(cidr="fd00:10:244::/48")))
+        for name, address in (("tor-4", routers.TOR4), ("tor-6", routers.TOR6)):
+            spec = BGPPeerSpec(peer_ip=address, as_number=routers.TOR_AS, node="node-1")
+            await store.create(BGPPeer(metadata=Meta(name=name), spec=spec))
+        for cidr in (OWN4, OWN6):
+            await store.create(block(cidr))
+
+    def start_speaker(self) -> None:
+        argv = [sys.executable, "-P", "-m", "agent.bgp.speaker", "--run", str(self.folder / "run")]
+        self.net.spawn("node", argv, log=self.folder / "speaker.log")
+
+    def start(self) -> None:
+        argv = [sys.executable, "-P", "-c", "import sys; from agent.daemon import main; sys.exit(main())"]
+        argv += ["--node", "node-1", "--store", self.url]
+        argv += ["--run", str(self.folder / "run"), "--state", str(self.folder / "state")]
+        self.process = self.net.spawn("node", argv, log=self.folder / "agent.log")
+
+    def stop(self, number: int = signal.SIGKILL) -> int:
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+        return self.process.wait(timeout=5)
+
+    def routes(self) -> list[str]:
+        lines: list[str] = []
+        for family in ("-4", "-6"):
+            out = self.net.run("node", ["ip", family, "route", "show", "table", "main"]).stdout
+            lines += (re.sub(r"\s+", " ", line).strip() for line in out.splitlines())
+        return sorted(line for line in lines if "proto 14" in line)
+
+    def status(self) -> BGPNodeStatus | None:
+        try:
+            return self.store(lambda store: store.get(BGPNodeStatus, "node-1"))
+        except NotFound:
+            return None
+
+
+def block(cidr: str) -> IPAMBlock:
+    pool = "v6" if ":" in cidr else "v4"
+    return IPAMBlock(metadata=Meta(name=block_name(cidr)), spec=IPAMBlockSpec(cidr=cidr, pool=pool, node="node-1"))
+
+
+WHOLE = [
+    "10.244.2.0/26 via 10.0.1.2 dev up0 proto 143 src 10.0.1.1 metric 2048",
+    "10.244.3.0/26 via 10.0.1.2 dev up0 proto 143 src 10.0.1.1 metric 2048",
+    "blackhole 10.244.1.0/26 proto 142 metric 512",
+    "blackhole fd00:10:244::40/122 dev lo proto 142 metric 512 pref medium",
+    "fd00:10:244::80/122 via fd00:1::2 dev up0 proto 143 src fd00:1::1 metric 2048 pref medium",
+]
+
+
+@pytest.fixture
+def agent(net: Net, tmp_path: Path) -> Iterator[Agent]:
+    made = Agent(net, tmp_path)
+    made.bird.start(FAR)
+    made.start_speaker()
+    made.start()
+    yield made
+    for log in ("agent.log", "speaker.log"):
+        print(f"--- {log}\n{(tmp_path / log).read_text()[-4000:]}")
+
+
+def settled(agent: Agent) -> bool:
+    assert agent.routes() == WHOLE
+    assert set(agent.bird.table()) == {OWN4, OWN6}
+    return True
+
+
+def test_blocks_go_out_imports_come_in_and_nothing_else(agent: Agent) -> None:
+    eventually(lambda: settled(agent), limit=20)
+
+    def told() -> bool:
+        status = agent.status()
+        assert status is not None
+        sessions = {s.peer: s for s in status.status.sessions}
+        four = sessions["tor-4"]
+        assert (four.state, four.received, four.accepted, four.wanted, four.sent) == ("Established", 4, 2, 1, 1)
+        assert four.graceful_restart
+        assert sessions["tor-6"].sent == 1
+        assert [c.type for c in status.status.conditions] == []
+        return True
+
+    eventually(lambda: told(), limit=10)
+    read = agent.net.run("node", ["cat", "/proc/sys/net/ipv4/conf/up0/ignore_routes_with_linkdown"]).stdout
+    assert read.strip() == "1"
+
+
+def test_a_restart_touches_no_route_and_no_session(agent: Agent) -> None:
+    eventually(lambda: settled(agent), limit=20)
+    before = agent.bird.ask("show", "protocols", "node4")
+    logs = {name: agent.folder / f"monitor-{name}" for name in ("node", "tor")}
+    monitors = [
+        agent.net.spawn(name, ["stdbuf", "-oL", "ip", "monitor", "route", "nexthop"], log=log)
+        for name, log in logs.items()
+    ]
+
+    def marked(number: int) -> bool:
+        """A foreign route, made and removed, that both monitors must tell."""
+        for name in logs:
+            agent.net.ip(name, [f"route add 198.51.100.{number} dev lo", f"route del 198.51.100.{number} dev lo"])
+        return all(f"198.51.100.{number}" in log.read_text() for log in logs.values())
+
+    eventually(lambda: marked(1))
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        agent.stop(number)
+        written = agent.status()
+        agent.start()
+        eventually(lambda: (agent.folder / "state" / "snapshot.json").exists())
+
+        def again(written: BGPNodeStatus | None = written) -> bool:
+            # It has looked at everything when it has written its status anew (stamps are of its own life).
+            status = agent.status()
+            return (
+                status != written
+                and status is not None
+                and all(
+                    s.state == "Established" and s.accepted == (2 if s.peer == "tor-4" else 1)
+                    for s in status.status.sessions
+                )
+            )
+
+        eventually(again, limit=15)
+    eventually(lambda: marked(2))
+    for log in logs.values():
+        between = log.read_text().split("198.51.100.2")[0].split("198.51.100.1")[-1]
+        assert [x for x in between.splitlines() if "10.244." in x or "fd00:10:" in x or "nexthop" in x] == []
+    assert agent.bird.ask("show", "protocols", "node4") == before
+    for monitor in monitors:
+        monitor.kill()
+    assert settled(agent)
+
+
+def test_a_block_is_withdrawn_then_its_blackhole_goes(agent: Agent) -> None:
+    eventually(lambda: settled(agent), limit=20)
+
+    async def release(store: Store) -> None:
+        def change(b: IPAMBlock) -> IPAMBlock:
+            return replace(b, status=replace(b.status, releasing=True))
+
+        await mutate(store, IPAMBlock, block_name(OWN4), change, status=True)
+
+    agent.store(release)
+    eventually(lambda: OWN4 not in agent.bird.table())
+    withdrawn = time.monotonic()
+    assert f"blackhole {OWN4} proto 142 metric 512" in agent.routes(), "the blackhole went before the second was over"
+    eventually(lambda: f"blackhole {OWN4} proto 142 metric 512" not in agent.routes(), limit=5)
+    assert time.monotonic() - withdrawn > 0.5
+    # Needed again: blackhole, then announcement.
+
+    async def need(store: Store) -> None:
+        def change(b: IPAMBlock) -> IPAMBlock:
+            return replace(b, status=replace(b.status, releasing=False))
+
+        await mutate(store, IPAMBlock, block_name(OWN4), change, status=True)
+
+    agent.store(need)
+    eventually(lambda: settled(agent))
+
+
+def test_a_blackhole_that_somebody_removes_comes_back_without_a_withdrawal(agent: Agent) -> None:
+    eventually(lambda: settled(agent), limit=20)
+    before = agent.bird.ask("show", "route", OWN4, "all")
+    agent.net.ip("node", [f"route del blackhole {OWN4} proto 142"])
+    eventually(lambda: agent.routes() == WHOLE)
+    # What is announced after it has arrived, so a withdrawal would have, too.
+    agent.store(lambda store: store.create(block("10.244.1.64/26")))
+    eventually(lambda: "10.244.1.64/26" in agent.bird.table())
+    assert agent.bird.ask("show", "route", OWN4, "all") == before
+
+
+def test_without_store_it_starts_from_its_last_good_view(agent: Agent) -> None:
+    eventually(lambda: settled(agent), limit=20)
+    eventually(lambda: (agent.folder / "state" / "snapshot.json").exists())
+    agent.stop()
+    for name in ("store.db", "store.db-wal", "store.db-shm"):
+        (agent.folder / name).unlink(missing_ok=True)
+    (agent.folder / "store.db").mkdir()
+    agent.net.ip("node", [f"route del blackhole {OWN4} proto 142", "route flush proto 143"])
+    agent.start()
+    eventually(lambda: settled(agent), limit=20)
+
+
+def test_it_says_in_one_line_what_it_lacks(net: Net, tmp_path: Path) -> None:
+    net.add("node")
+    argv = [sys.executable, "-c", "import sys; from agent.daemon import main; sys.exit(main())", "--node", "node-1"]
+    done = net.run("node", [*argv, "--store", "nonsense:"], check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "nonsense:" in done.stderr
+    assert net.run("node", argv, check=False).returncode == 2
