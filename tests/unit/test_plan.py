@@ -1,0 +1,458 @@
+"""The plan: who is peered with, what is announced, what stands in the kernel, and when something may go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from agent.bgp.model import Attributes, EndOfRib, Received, SessionUp, SpeakerState, Update
+from agent.fib import Installed, KernelState, Link, NextHop, Route
+from agent.plan import REPAIR_AFTER, SETTLE, Plan, Snapshot, plan
+from agent.rib import Rib
+from cni.marks import (
+    LINK_GROUP,
+    LINK_GROUP_DOOMED,
+    METRIC_FALLBACK,
+    PROTO_BLOCKS,
+    PROTO_IMPORTS,
+    PROTO_PODS,
+)
+from store.model import Allocation
+from tests.agent_fakes import FakeKernel, bgp_peer, block, cluster, configuration, node, pool
+
+V4, V6 = "ipv4 unicast", "ipv6 unicast"
+OWN4, OWN6 = "10.244.1.0/26", "fd00:10:244::40/122"
+PEERS = {"10.0.1.0": 65001, "fd00:0:1::": 65001, "10.0.2.0": 65002, "fd00:0:2::": 65002}
+
+
+def blackholed(*cidrs: str) -> dict[Any, Installed]:
+    routes = (Route(prefix=c, protocol=PROTO_BLOCKS, metric=512, kind="blackhole") for c in cidrs)
+    return {r.key: Installed(route=r) for r in routes}
+
+
+def kernel_of(*cidrs: str, **changes: Any) -> KernelState:
+    """The fake's links and addresses, and these blackholes."""
+    return replace(FakeKernel().read(), **{"routes": blackholed(*cidrs), **changes})
+
+
+def snapshot(**changes: Any) -> Snapshot:
+    values: dict[str, Any] = {
+        "node": "node-1",
+        "now": 1000.0,
+        "cluster": cluster(),
+        "kernel": kernel_of(OWN4, OWN6),
+        "speaker": SpeakerState(known=True),
+        "rib": Rib(),
+        "link_name": lambda container, interface: f"ul{container}{interface}",
+    }
+    return Snapshot(**{**values, **changes})
+
+
+def rib_with(routes: dict[str, list[str]], **changes: Any) -> Rib:
+    """All peers up and reported at time 0; ``routes``: peer -> prefixes that it told."""
+    rib = Rib()
+    rib.configure(plan(snapshot(**changes)).peers, 0.0)
+    for address, asn in PEERS.items():
+        rib.apply(SessionUp(peer=address, generation=1, families=(V4, V6), helper=True), 0.0)
+        told = tuple(
+            Received(prefix=p, next_hop=address, attributes=Attributes(as_path=(asn,), origin="igp"))
+            for p in routes.get(address, ())
+        )
+        rib.apply(Update(peer=address, generation=1, announced=told), 0.0)
+        for family in (V4, V6):
+            rib.apply(EndOfRib(peer=address, generation=1, family=family), 0.0)
+    return rib
+
+
+def prefixes(wanted: Plan, protocol: int) -> set[str]:
+    return {p for p, proto, _ in wanted.routes if proto == protocol}
+
+
+def announced(wanted: Plan) -> set[tuple[str, str, str]]:
+    assert wanted.announcements is not None
+    return {(a.peer, a.prefix, a.next_hop) for a in wanted.announcements}
+
+
+def types(wanted: Plan) -> list[str]:
+    return [c.type for c in wanted.conditions]
+
+
+def message(wanted: Plan, kind: str) -> str:
+    return next(c.message for c in wanted.conditions if c.type == kind)
+
+
+# -- sessions -------------------------------------------------------------------------------------------------------
+
+
+def test_one_session_per_peer_from_our_address_on_its_subnet() -> None:
+    wanted = plan(snapshot())
+    assert wanted.sessions is not None
+    assert {(s.name, s.address, s.local_address, s.local_as, s.peer_as, s.families) for s in wanted.sessions} == {
+        ("tor-1-v4", "10.0.1.0", "10.0.1.1", 65100, 65001, (V4,)),
+        ("tor-1-v6", "fd00:0:1::", "fd00:0:1::1", 65100, 65001, (V6,)),
+        ("tor-2-v4", "10.0.2.0", "10.0.2.1", 65100, 65002, (V4,)),
+        ("tor-2-v6", "fd00:0:2::", "fd00:0:2::1", 65100, 65002, (V6,)),
+    }
+    assert {s.router_id for s in wanted.sessions} == {"10.0.1.1"}
+
+
+def test_a_peer_off_link_is_met_from_the_node_s_address() -> None:
+    wanted = plan(snapshot(cluster=cluster(peers=(bgp_peer("rr", "192.0.2.1:1179"),))))
+    assert wanted.sessions is not None
+    assert [(s.address, s.port, s.local_address) for s in wanted.sessions] == [("192.0.2.1", 1179, "10.0.1.1")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "peers"),
+    [
+        ({"node": "node-1"}, True),
+        ({"node": "node-2"}, False),
+        ({"node_selector": "rack == 'rack-1'"}, True),
+        ({"node_selector": "rack == 'rack-2'"}, False),
+        ({}, True),
+    ],
+)
+def test_which_nodes_a_peer_is_for(changes: dict[str, str], peers: bool) -> None:
+    wanted = plan(snapshot(cluster=cluster(node=node(rack="rack-1"), peers=(bgp_peer("tor", "10.0.1.0", **changes),))))
+    assert bool(wanted.sessions) is peers
+
+
+def test_the_as_number_is_the_node_s_or_the_cluster_s_or_the_default() -> None:
+    for asn, config, expected in (
+        ("65100", configuration(as_number=64600), 65100),
+        ("", configuration(as_number=64600), 64600),
+        ("", None, 64512),
+    ):
+        assert plan(snapshot(cluster=cluster(node=node(asn=asn), configuration=config))).local_as == expected
+
+
+@pytest.mark.parametrize("asn", ["nonsense", "0", "23456", "4294967295", "-5"])
+def test_an_as_number_that_is_none_leaves_sessions_and_announcements_as_they_are(asn: str) -> None:
+    wanted = plan(snapshot(cluster=cluster(node=node(asn=asn))))
+    assert wanted.sessions is None
+    assert wanted.announcements is None
+    assert "NodeNotUsable" in types(wanted)
+    assert prefixes(wanted, PROTO_BLOCKS) == {OWN4, OWN6}
+    assert {p for p, _ in wanted.deletable} == {PROTO_BLOCKS}
+
+
+def test_without_its_node_object_nothing_changes() -> None:
+    wanted = plan(snapshot(cluster=cluster(node=None)))
+    assert (wanted.sessions, wanted.announcements) == (None, None)
+    assert "node-1" in message(wanted, "NodeNotUsable")
+
+
+def test_a_node_without_ipv4_has_a_router_id_all_the_same() -> None:
+    first = plan(snapshot(cluster=cluster(node=node("node-1", "fd00:0:1::1"))))
+    other = plan(snapshot(node="node-2", cluster=cluster(node=node("node-2", "fd00:0:1::1"))))
+    assert first.router_id.count(".") == 3
+    assert first.router_id != other.router_id
+
+
+def test_a_broken_peer_takes_down_only_itself() -> None:
+    good = cluster().peers
+    bad = (
+        bgp_peer("a-same-address", "10.0.1.0"),
+        bgp_peer("b-no-address", "nonsense"),
+        bgp_peer("c-ourselves", "10.0.1.1"),
+        bgp_peer("d-selector", "10.0.1.7", node_selector="rack =="),
+    )
+    wanted = plan(snapshot(cluster=cluster(peers=(*good, *bad))))
+    assert wanted.sessions is not None
+    assert {s.name for s in wanted.sessions} == {"a-same-address", "tor-1-v6", "tor-2-v4", "tor-2-v6"}
+    assert "tor-1-v4" in message(wanted, "PeerNotUsable")
+    assert "c-ourselves" in message(wanted, "PeerNotUsable")
+    assert "b-no-address" in message(wanted, "ObjectNotUsable")
+    assert "d-selector" in message(wanted, "ObjectNotUsable")
+
+
+def test_a_mesh_has_a_session_per_family_and_one_side_waits() -> None:
+    nodes = (node("node-0", "10.9.0.2", "fd00:9::2", asn="65109"), node("node-2", "10.9.0.3", asn=""))
+    config = configuration(node_to_node_mesh_enabled=True, as_number=64600)
+    wanted = plan(snapshot(cluster=cluster(nodes=nodes, peers=(), configuration=config)))
+    assert wanted.sessions is not None
+    assert {(s.name, s.address, s.peer_as, s.passive) for s in wanted.sessions} == {
+        ("mesh-node-0", "10.9.0.2", 65109, True),
+        ("mesh-node-0", "fd00:9::2", 65109, True),
+        ("mesh-node-2", "10.9.0.3", 64600, False),
+    }
+    assert plan(snapshot(cluster=cluster(nodes=nodes, peers=()))).sessions == frozenset(), "the mesh is off"
+
+
+def test_a_mesh_that_is_too_large_says_so() -> None:
+    nodes = tuple(node(f"n-{i}", f"10.9.{i // 250}.{i % 250 + 1}") for i in range(100))
+    wanted = plan(snapshot(cluster=cluster(nodes=nodes, configuration=configuration(node_to_node_mesh_enabled=True))))
+    assert "MeshTooLarge" in types(wanted)
+
+
+def test_a_peer_over_its_maximum_is_removed_and_its_routes_with_it() -> None:
+    few = cluster(peers=(bgp_peer("tor-1-v4", "10.0.1.0", max_prefixes=1), *cluster().peers[1:]))
+    rib = rib_with({"10.0.1.0": ["10.244.2.0/26", "10.244.3.0/26"], "10.0.2.0": ["10.244.2.0/26"]}, cluster=few)
+    wanted = plan(snapshot(cluster=few, rib=rib))
+    assert wanted.sessions is not None
+    assert {s.name for s in wanted.sessions} == {"tor-1-v6", "tor-2-v4", "tor-2-v6"}
+    assert "maxPrefixes" in message(wanted, "MaxPrefixesExceeded")
+    assert {p: r.nexthops for (p, proto, _), r in wanted.routes.items() if proto == PROTO_IMPORTS} == {
+        "10.244.2.0/26": (NextHop("10.0.2.0", 3),)
+    }
+    assert "10.0.1.0" not in {a.peer for a in wanted.announcements or ()}
+
+
+# -- blocks and announcements ------------------------------------------------------------------------------------------
+
+
+def test_blackholes_come_before_announcements() -> None:
+    before = plan(snapshot(kernel=kernel_of()))
+    assert prefixes(before, PROTO_BLOCKS) == {OWN4, OWN6}
+    assert announced(before) == set()
+    half = plan(snapshot(kernel=kernel_of(OWN4)))
+    assert {prefix for _, prefix, _ in announced(half)} == {OWN4}
+
+
+def test_each_block_goes_to_the_peers_of_its_family_with_our_end_as_next_hop() -> None:
+    assert announced(plan(snapshot())) == {
+        ("10.0.1.0", OWN4, "10.0.1.1"),
+        ("10.0.2.0", OWN4, "10.0.2.1"),
+        ("fd00:0:1::", OWN6, "fd00:0:1::1"),
+        ("fd00:0:2::", OWN6, "fd00:0:2::1"),
+    }
+
+
+def test_only_own_blocks_go_out_never_what_was_received() -> None:
+    rib = rib_with({"10.0.1.0": ["10.244.2.0/26"]})
+    assert {prefix for _, prefix, _ in announced(plan(snapshot(rib=rib)))} == {OWN4, OWN6}
+
+
+def test_blocks_of_a_pool_without_export_have_a_blackhole_and_no_announcement() -> None:
+    pools = (pool("10.244.0.0/16", disable_bgp_export=True), pool("fd00:10:244::/48"))
+    wanted = plan(snapshot(cluster=cluster(pools=pools)))
+    assert prefixes(wanted, PROTO_BLOCKS) == {OWN4, OWN6}
+    assert {prefix for _, prefix, _ in announced(wanted)} == {OWN6}
+
+
+def test_blocks_of_a_disabled_pool_or_of_none_stay_announced() -> None:
+    assert {p for _, p, _ in announced(plan(snapshot(cluster=cluster(pools=()))))} == {OWN4, OWN6}
+    disabled = (pool("10.244.0.0/16", disabled=True),)
+    assert OWN4 in {p for _, p, _ in announced(plan(snapshot(cluster=cluster(pools=disabled))))}
+
+
+@pytest.mark.parametrize(
+    "blocks", [(block(OWN4, releasing=True),), (block(OWN4, marked=True),), ()], ids=["releasing", "marked", "gone"]
+)
+class TestLeaving:
+    """A block on its way out: withdrawn at once, its blackhole kept until that is told and a second passed."""
+
+    def snap(self, blocks: Any, **changes: Any) -> Snapshot:
+        return snapshot(cluster=cluster(blocks=blocks), **{"kernel": kernel_of(OWN4), **changes})
+
+    def test_it_is_withdrawn_while_the_blackhole_stays(self, blocks: Any) -> None:
+        speaker = SpeakerState(known=True, sent=frozenset({("10.0.1.0", OWN4)}))
+        wanted = plan(self.snap(blocks, speaker=speaker))
+        assert announced(wanted) == set()
+        assert prefixes(wanted, PROTO_BLOCKS) == {OWN4}
+
+    def test_the_blackhole_goes_a_second_after_the_withdrawal_was_sent(self, blocks: Any) -> None:
+        speaker = SpeakerState(known=True, withdrawn_at={OWN4: 999.5})
+        early = plan(self.snap(blocks, speaker=speaker))
+        assert prefixes(early, PROTO_BLOCKS) == {OWN4}
+        assert early.wake_at == 999.5 + SETTLE
+        late = plan(self.snap(blocks, speaker=speaker, now=999.5 + SETTLE))
+        assert prefixes(late, PROTO_BLOCKS) == set()
+        assert (PROTO_BLOCKS, V4) in late.deletable
+
+    def test_one_that_no_peer_was_told_of_goes_at_once(self, blocks: Any) -> None:
+        assert prefixes(plan(self.snap(blocks)), PROTO_BLOCKS) == set()
+
+    def test_it_stays_while_the_speaker_says_nothing(self, blocks: Any) -> None:
+        wanted = plan(self.snap(blocks, speaker=SpeakerState()))
+        assert prefixes(wanted, PROTO_BLOCKS) == {OWN4}
+        assert wanted.deletable == frozenset()
+        assert "SpeakerUnreachable" in types(wanted)
+
+    def test_with_live_pods_it_stays_announced_until_another_node_owns_it(self, blocks: Any) -> None:
+        pod = Route(prefix="10.244.1.9/32", protocol=PROTO_PODS, metric=32, nexthops=(NextHop("", 9),))
+        kernel = kernel_of(OWN4, routes={**blackholed(OWN4), pod.key: Installed(route=pod)})
+        assert OWN4 in {p for _, p, _ in announced(plan(self.snap(blocks, kernel=kernel)))}
+        taken = plan(replace(self.snap(blocks, kernel=kernel), cluster=cluster(blocks=blocks, taken=frozenset({OWN4}))))
+        assert announced(taken) == set()
+
+    def test_pods_of_a_neighbouring_block_do_not_count(self, blocks: Any) -> None:
+        pod = Route(prefix="10.244.1.64/32", protocol=PROTO_PODS, metric=32, nexthops=(NextHop("", 9),))
+        kernel = kernel_of(OWN4, routes={**blackholed(OWN4), pod.key: Installed(route=pod)})
+        assert announced(plan(self.snap(blocks, kernel=kernel))) == set()
+
+
+def test_a_view_from_disk_keeps_what_the_kernel_has_and_deletes_nothing() -> None:
+    rib = rib_with({})
+    wanted = plan(snapshot(cluster=cluster(live=False), kernel=kernel_of(OWN4, OWN6, "10.244.7.0/26"), rib=rib))
+    assert "10.244.7.0/26" in {p for _, p, _ in announced(wanted)}
+    assert wanted.deletable == frozenset()
+    assert "StoreUnreachable" in types(wanted)
+
+
+# -- imports ----------------------------------------------------------------------------------------------------------
+
+
+def imported(wanted: Plan) -> dict[str, Route]:
+    return {p: r for (p, proto, _), r in wanted.routes.items() if proto == PROTO_IMPORTS}
+
+
+def test_imports_have_source_metric_and_all_equal_next_hops() -> None:
+    rib = rib_with(
+        {
+            "10.0.1.0": ["10.244.2.0/26", "10.244.3.0/26", "192.0.2.0/24", "0.0.0.0/0", "10.244.1.8/29"],
+            "10.0.2.0": ["10.244.2.0/26"],
+            "fd00:0:1::": ["fd00:10:244::80/122"],
+        }
+    )
+    assert imported(plan(snapshot(rib=rib))) == {
+        "10.244.2.0/26": Route(
+            prefix="10.244.2.0/26",
+            protocol=PROTO_IMPORTS,
+            metric=2048,
+            nexthops=(NextHop("10.0.1.0", 2), NextHop("10.0.2.0", 3)),
+            src="10.0.1.1",
+        ),
+        "10.244.3.0/26": Route(
+            prefix="10.244.3.0/26",
+            protocol=PROTO_IMPORTS,
+            metric=2048,
+            nexthops=(NextHop("10.0.1.0", 2),),
+            src="10.0.1.1",
+        ),
+        "fd00:10:244::80/122": Route(
+            prefix="fd00:10:244::80/122",
+            protocol=PROTO_IMPORTS,
+            metric=2048,
+            nexthops=(NextHop("fd00:0:1::", 2),),
+            src="fd00:0:1::1",
+        ),
+    }
+
+
+def test_import_cidrs_and_disabled_pools_count_for_import() -> None:
+    rib = rib_with({"10.0.1.0": ["192.0.2.0/24", "10.250.1.0/26"]})
+    changed = cluster(
+        configuration=configuration(import_cidrs=("192.0.2.0/24",)),
+        pools=(*cluster().pools, pool("10.250.0.0/16", disabled=True)),
+    )
+    assert set(imported(plan(snapshot(rib=rib, cluster=changed)))) == {"192.0.2.0/24", "10.250.1.0/26"}
+
+
+def test_a_fallback_default_route_stands_below_every_other() -> None:
+    peers = (bgp_peer("tor-1-v4", "10.0.1.0", default_route="Fallback"), *cluster().peers[1:])
+    rib = rib_with({"10.0.1.0": ["0.0.0.0/0"], "10.0.2.0": ["0.0.0.0/0"]}, cluster=cluster(peers=peers))
+    wanted = plan(snapshot(rib=rib, cluster=cluster(peers=peers)))
+    (route,) = imported(wanted).values()
+    assert (route.metric, route.nexthops) == (METRIC_FALLBACK, (NextHop("10.0.1.0", 2),))
+
+
+def test_a_next_hop_without_carrier_leaves_the_group_and_the_last_one_stays() -> None:
+    rib = rib_with({"10.0.1.0": ["10.244.2.0/26"], "10.0.2.0": ["10.244.2.0/26"]})
+    for down, left in (((2,), ("10.0.2.0",)), ((3,), ("10.0.1.0",)), ((2, 3), ("10.0.1.0",))):
+        kernel = kernel_of(OWN4, OWN6)
+        links = {i: replace(link, carrier=i not in down) for i, link in kernel.links.items()}
+        wanted = imported(plan(snapshot(rib=rib, kernel=replace(kernel, links=links))))
+        assert tuple(hop.gateway for hop in wanted["10.244.2.0/26"].nexthops) == left
+
+
+def test_a_next_hop_on_an_interface_that_is_down_is_not_on_link() -> None:
+    rib = rib_with({"10.0.1.0": ["10.244.2.0/26"]})
+    kernel = kernel_of(OWN4, OWN6)
+    kernel = replace(kernel, links={**kernel.links, 2: Link(index=2, name="up1", up=False, carrier=False)})
+    wanted = plan(snapshot(rib=rib, kernel=kernel))
+    assert imported(wanted) == {}
+    assert "tor-1-v4: 1 prefixes" in message(wanted, "NextHopNotOnLink")
+
+
+def test_an_address_that_the_kernel_lacks_is_no_source() -> None:
+    rib = rib_with({"10.0.1.0": ["10.244.2.0/26"]})
+    wanted = plan(snapshot(rib=rib, cluster=cluster(node=node("node-1", "10.7.7.7", "fd00:0:1::1"))))
+    assert imported(wanted)["10.244.2.0/26"].src == ""
+    assert "10.7.7.7" in message(wanted, "NodeAddressNotLocal")
+
+
+def test_nothing_imported_goes_before_every_peer_of_its_family_has_reported() -> None:
+    rib = Rib()
+    rib.configure(plan(snapshot()).peers, 990.0)
+    assert {p for p, _ in plan(snapshot(rib=rib)).deletable} == {PROTO_BLOCKS}
+    for address in PEERS:
+        rib.apply(SessionUp(peer=address, generation=1, families=(V4, V6), helper=True), 995.0)
+    for address in ("10.0.1.0", "fd00:0:1::", "fd00:0:2::"):
+        for family in (V4, V6):
+            rib.apply(EndOfRib(peer=address, generation=1, family=family), 996.0)
+    waiting = plan(snapshot(rib=rib))
+    assert {(p, f) for p, f in waiting.deletable if p == PROTO_IMPORTS} == {(PROTO_IMPORTS, V6)}
+    assert waiting.wake_at == 995.0 + 30
+    assert (PROTO_IMPORTS, V4) in plan(snapshot(rib=rib, now=995.0 + 30)).deletable
+    assert not plan(snapshot(rib=rib, now=2000.0, speaker=SpeakerState())).deletable
+
+
+def test_a_peer_that_would_drop_our_routes_is_named() -> None:
+    rib = rib_with({})
+    assert "GracefulRestartNotNegotiated" not in types(plan(snapshot(rib=rib)))
+    rib.apply(SessionUp(peer="10.0.2.0", generation=2, families=(V4, V6)), 1.0)
+    wanted = plan(snapshot(rib=rib))
+    assert message(wanted, "GracefulRestartNotNegotiated").startswith("tor-2-v4: ")
+    assert "tor-1" not in message(wanted, "GracefulRestartNotNegotiated")
+
+
+# -- pods and sysctls --------------------------------------------------------------------------------------------------
+
+
+def pod_snapshot(group: int = LINK_GROUP, **changes: Any) -> Snapshot:
+    allocation = Allocation(address="10.244.1.9", network="n", container="abc", interface="eth0")
+    kernel = kernel_of(OWN4)
+    kernel = replace(kernel, links={**kernel.links, 9: Link(index=9, name="ulabceth0", group=group)})
+    blocks = (block(OWN4, allocations=(allocation,)),)
+    return snapshot(**{"cluster": cluster(blocks=blocks), "kernel": kernel, **changes})
+
+
+def test_a_pod_s_route_is_repaired_once_it_has_been_missing_for_a_while() -> None:
+    first = plan(pod_snapshot())
+    assert prefixes(first, PROTO_PODS) == set()
+    assert first.missing == {"10.244.1.9"}
+    assert first.wake_at == 1000.0 + REPAIR_AFTER
+    later = plan(pod_snapshot(now=1000.0 + REPAIR_AFTER, missing={"10.244.1.9": 1000.0}))
+    route = Route(prefix="10.244.1.9/32", protocol=PROTO_PODS, metric=32, nexthops=(NextHop("", 9),))
+    assert later.routes[route.key] == route
+    assert not any(p == PROTO_PODS for p, _ in later.deletable)
+
+
+def test_a_pod_whose_veth_is_gone_or_about_to_go_is_left_alone() -> None:
+    missing = {"10.244.1.9": 0.0}
+    assert plan(pod_snapshot(LINK_GROUP_DOOMED, missing=missing)).missing == frozenset()
+    assert plan(pod_snapshot(0, missing=missing)).missing == frozenset()
+    other = replace(pod_snapshot(missing=missing), link_name=lambda c, i: "ulother")
+    assert plan(other).missing == frozenset()
+
+
+def test_uplinks_pass_over_dead_links_and_take_packets_of_either() -> None:
+    kernel = kernel_of(OWN4, OWN6)
+    wanted = plan(snapshot(kernel=kernel)).sysctls
+    assert wanted == {
+        f"net.{v}.conf.{n}.ignore_routes_with_linkdown": "1" for v in ("ipv4", "ipv6") for n in ("up1", "up2")
+    }
+    strict = replace(kernel, sysctls={**kernel.sysctls, "net.ipv4.conf.all.rp_filter": "1"})
+    assert plan(snapshot(kernel=strict)).sysctls["net.ipv4.conf.up1.rp_filter"] == "2"
+    loose = replace(strict, sysctls={**strict.sysctls, "net.ipv4.conf.up1.rp_filter": "2"})
+    assert "net.ipv4.conf.up1.rp_filter" not in plan(snapshot(kernel=loose)).sysctls
+    vlan = {2: Link(index=2, name="up1.100"), 3: kernel.links[3]}
+    key = "net.ipv4.conf.up1/100.rp_filter"
+    tagged = replace(kernel, links=vlan, sysctls={**kernel.sysctls, key: "1"})
+    assert plan(snapshot(kernel=tagged)).sysctls[key] == "2"
+
+
+def test_a_node_that_does_not_forward_says_so() -> None:
+    kernel = kernel_of(OWN4, OWN6)
+    off = replace(kernel, sysctls={**kernel.sysctls, "net.ipv6.conf.all.forwarding": "0"})
+    assert "net.ipv6.conf.all.forwarding" in message(plan(snapshot(kernel=off)), "ForwardingOff")
+    assert "ForwardingOff" not in types(plan(snapshot(kernel=kernel)))
+
+
+def test_equal_snapshots_give_equal_plans_and_are_not_changed() -> None:
+    rib = rib_with({"10.0.1.0": ["10.244.2.0/26", "10.0.0.0/8"], "10.0.2.0": ["10.244.2.0/26"]})
+    shot = snapshot(rib=rib)
+    assert plan(shot) == plan(shot) == plan(snapshot(rib=rib))
