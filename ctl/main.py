@@ -145,7 +145,7 @@ def node() -> None:
 @store_option
 @click.pass_context
 def node_status(ctx: click.Context, name: str | None, all_nodes: bool, url: str | None) -> int:
-    """Sessions and conditions of NODE (default: UNDERLAY_NODE, else this machine's name)."""
+    """Sessions and conditions of NODE (default: UNDERLAY_NODE, else this machine if it is a node, else all)."""
     from ctl.show import show_node_status
 
     return _on_store(ctx, url, lambda store: show_node_status(store, name or "", all_nodes=all_nodes))

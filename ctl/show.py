@@ -50,9 +50,12 @@ async def get_objects(store: Store, kind: str, names: Sequence[str], *, form: st
 
 
 async def show_node_status(store: Store, name: str, *, all_nodes: bool) -> int:
-    """Prints sessions and conditions of one node or of all."""
+    """Prints sessions and conditions of one node or of all; without a name of this machine, if it is a node."""
     from ctl.sessions import conditions, headline, sessions_table
 
+    if not name and not all_nodes:
+        name = socket.gethostname()
+        all_nodes = not await _is_node(store, name)
     if all_nodes:
         known = {s.name: s for s in (await store.list(BGPNodeStatus)).items}
         nodes = [n.name for n in (await store.list(Node)).items]
@@ -60,12 +63,12 @@ async def show_node_status(store: Store, name: str, *, all_nodes: bool) -> int:
         if not wanted:
             raise Failure(["the store knows no node"])
     else:
-        wanted = [name or socket.gethostname()]
+        wanted = [name]
         known = {}
         try:
             known[wanted[0]] = await store.get(BGPNodeStatus, wanted[0])
         except NotFound:
-            await _refuse_unknown_node(store, wanted[0], given=bool(name))
+            await _refuse_unknown_node(store, name)
     blocks = (await store.list(IPAMBlock)).items if all_nodes else await _blocks_of(store, wanted[0])
     silent = False
     for i, node in enumerate(wanted):
@@ -173,16 +176,18 @@ async def _blocks_of(store: Store, node: str) -> tuple[IPAMBlock, ...]:
     return (await store.list(IPAMBlock, where={"spec.node": node})).items
 
 
-async def _refuse_unknown_node(store: Store, name: str, *, given: bool) -> None:
+async def _is_node(store: Store, name: str) -> bool:
     try:
         await store.get(Node, name)
     except NotFound:
+        return False
+    return True
+
+
+async def _refuse_unknown_node(store: Store, name: str) -> None:
+    if not await _is_node(store, name):
         names = [n.name for n in (await store.list(Node)).items]
-        hint = f"; there are {', '.join(names)}" if names else "; the store knows no node"
-        lead = (
-            f"there is no node {name!r}" if given else f"this machine, {name!r}, is no node of the store: say which one"
-        )
-        raise Failure([f"{lead}{hint}"]) from None
+        raise Failure([f"there is no node {name!r}; there are {', '.join(names) or 'none'}"])
 
 
 def _print_documents(objects: Sequence[Resource], form: str, *, single: bool) -> None:

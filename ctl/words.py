@@ -22,7 +22,8 @@ def share(part: int, whole: int) -> str:
     if whole <= 0:
         return count(part)
     percent = 100 * part / whole
-    text = "<1" if 0 < percent < 1 else ">99" if 99 < percent < 100 else str(round(percent))
+    # by the numbers themselves: a float takes 2^80 - 1 of 2^80 for the whole
+    text = "<1" if part and percent < 1 else ">99" if part < whole and percent > 99 else str(round(percent))
     return f"{count(part)} ({text}%)"
 
 

@@ -192,6 +192,7 @@ def test_age(since: str, text: str) -> None:
         (1, 65536, "1 (<1%)"),
         (65535, 65536, "65535 (>99%)"),
         (64, 64, "64 (100%)"),
+        (2**80 - 1, 2**80, "1.21e+24 (>99%)"),
         (0, 0, "0"),
     ],
 )
@@ -663,6 +664,10 @@ def test_node_status_of_one_of_all_of_none(ctl: Ctl, monkeypatch: pytest.MonkeyP
     assert "node-2: its agent has not said anything yet" in out
     code, _, err = ctl("node", "status", "node-9")
     assert (code, "no node 'node-9'; there are node-1, node-2" in err) == (1, True)
+    assert "node-1: AS" in ctl("node", "status")[1]  # this machine is no node: all of them
+    monkeypatch.setattr("socket.gethostname", lambda: "node-1")
+    assert ctl.ok("node", "status").startswith("node-1:")
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
     monkeypatch.setenv("UNDERLAY_NODE", "node-1")
     assert ctl.ok("node", "status").startswith("node-1:")
 
