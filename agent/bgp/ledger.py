@@ -244,8 +244,8 @@ class Ledger:
                 yield from self._barriers_for(peer, now)
 
     def assert_all(self) -> None:
-        """Has the whole table said again to every peer that is up, and the last withdrawals too: heals what ExaBGP
-        forgot, and ghosts that it left."""
+        """Has the whole table said again to every peer that is up, and the last withdrawals too: what ExaBGP forgot it
+        knows again, and ghosts that it left are withdrawn."""
         for peer in self._peers.values():
             if peer.up and self._wanted is not None:
                 wanted = self._wanted.get(peer.address, {})

@@ -38,8 +38,8 @@ from agent.bgp.ledger import Command, Ledger
 CHUNK = 1 << 18
 #: Seconds between looks at what is late while something is on its way, and while nothing is.
 TICK, REST = 0.05, 1.0
-#: Seconds between looks whether ExaBGP still runs its peers (fault 4), and for which a command may stay unanswered.
-WATCH, PATIENCE = 5.0, 60.0
+#: Seconds for which a command may stay unanswered.
+PATIENCE = 60.0
 #: Seconds for one reload to be confirmed, and how many are tried before ExaBGP is restarted (fault 2, fault 3).
 RELOAD_TIME, RELOADS = 3.0, 5
 #: Seconds that a reload waits for what is on its way.
@@ -79,9 +79,11 @@ Answer = Callable[[bool, list[str]], None]
 
 
 class Relay:
-    def __init__(self, folder: Path, configuration: Path, *, buffer: int, assert_every: float) -> None:
+    def __init__(
+        self, folder: Path, configuration: Path, *, buffer: int, assert_every: float, watch_every: float
+    ) -> None:
         self._folder, self._configuration = folder, configuration
-        self._limit, self._assert_every = buffer, assert_every
+        self._limit, self._assert_every, self._watch_every = buffer, assert_every, watch_every
         self._selector = selectors.DefaultSelector()
         self._input = bytearray()
         self._output: deque[bytes] = deque()
@@ -98,6 +100,7 @@ class Relay:
         self._reload: Reload | None = None
         self._watch_at = self._assert_at = time.monotonic()
         self._missed = 0
+        self._flush_due = False
         self._ended = self._shutdown = False
         self._parent = os.getppid()
 
@@ -177,11 +180,15 @@ class Relay:
             if now >= self._assert_at:
                 self._assert_at = now + self._assert_every
                 self._ledger.assert_all()
+                self._flush_due = True
             self._command(now)
+            if self._flush_due and self._ledger.idle():
+                self._flush_due = False
+                self._flush_speaker()
         else:
             self._reload_step(now)
         if now >= self._watch_at:
-            self._watch_at = now + WATCH
+            self._watch_at = now + self._watch_every
             self._watch()
         self._tell_changes()
         for address, session in self._sessions.items():
@@ -254,6 +261,13 @@ class Relay:
         for command in self._ledger.commands(now):
             self._tell_speaker(command)
 
+    def _flush_speaker(self) -> None:
+        """Second half of an assertion: ExaBGP sends all it was told, where the peer brackets that (RFC 7313). The peer
+        takes what it lacked and drops what was not said again; what it had does not change."""
+        for address, session in self._sessions.items():
+            if session.peering.enhanced and self._ledger.known:
+                self._say(f"neighbor {address} flush adj-rib out", lambda ok, lines: None)
+
     def _tell_speaker(self, command: Command) -> None:
         def answer(ok: bool, lines: list[str]) -> None:
             if not ok and command.generation >= 0:
@@ -274,10 +288,11 @@ class Relay:
             self._received(head.peer, line)
             return
         try:
-            neighbor = json.loads(line)["neighbor"]
-        except (ValueError, KeyError, TypeError):
-            log(f"a line of ExaBGP was not understood: {line[:200]!r}")
-            return
+            self._told(head, json.loads(line)["neighbor"])
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            log(f"a line of ExaBGP was not understood ({e!r}): {line[:200]!r}")
+
+    def _told(self, head: wire.Head, neighbor: dict[str, Any]) -> None:
         match head.kind:
             case "state":
                 self._state(head.peer, neighbor.get("state"), neighbor.get("reason", ""))
@@ -290,7 +305,7 @@ class Relay:
             case _:
                 return
 
-    def _state(self, address: str, state: str, reason: str) -> None:
+    def _state(self, address: str, state: Any, reason: Any) -> None:
         match state:
             case "connected":
                 self._opens.pop(address, None)
@@ -474,7 +489,7 @@ class Relay:
             del client.buffer[: end + 1]
             try:
                 self._request(client, json.loads(line))
-            except (ValueError, KeyError, TypeError, RecursionError) as e:
+            except (ValueError, KeyError, TypeError, RecursionError, tables.TableError) as e:
                 if not client.greeted:
                     self._drop(client, f"not a request: {line[:60]!r}")
                     return
@@ -622,12 +637,19 @@ def main() -> None:
     parser.add_argument("configuration", type=Path, help="ExaBGP's configuration file")
     parser.add_argument("--buffer", type=int, default=32 << 20, help="bytes that the agent may be behind")
     parser.add_argument("--assert-every", type=float, default=300, help="seconds between repetitions of the table")
+    parser.add_argument("--watch-every", type=float, default=5, help="seconds between looks at ExaBGP's peers")
     options = parser.parse_args()
     os.umask(0o077)
     # The signals that mean something to ExaBGP may reach its whole group: it speaks to us by closing our input.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    Relay(options.folder, options.configuration, buffer=options.buffer, assert_every=options.assert_every).run()
+    Relay(
+        options.folder,
+        options.configuration,
+        buffer=options.buffer,
+        assert_every=options.assert_every,
+        watch_every=options.watch_every,
+    ).run()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def announce(prefix: str, **changes: Any) -> Announcement:
 
 def blocks(count: int, **changes: Any) -> frozenset[Announcement]:
     """``count`` blocks, every other one IPv6."""
-    four = [announce(f"10.{244 + i // 1024}.{i // 4 % 256}.{i % 4 * 64}/26", **changes) for i in range((count + 1) // 2)]
+    four = [
+        announce(f"10.{244 + i // 1024}.{i // 4 % 256}.{i % 4 * 64}/26", **changes) for i in range((count + 1) // 2)
+    ]
     six = [announce(f"fd00:10:244:{i + 1:x}::/122", **changes) for i in range(count // 2)]
     return frozenset(four + six)
 
@@ -70,6 +72,7 @@ class Node:
         self.starts = 0
 
     def start(self) -> None:
+        speaker.prepare(self.folder, *self.options)
         argv = [sys.executable, "-P", "-m", "agent.bgp.speaker", "--run", str(self.folder.parent)]
         self.process = self._net.spawn("node", argv, log=self.folder.parent.parent / "speaker.log")
         self.starts += 1
@@ -105,6 +108,26 @@ class Node:
                 yield driver, events
             finally:
                 running.cancel()
+
+
+class Witness:
+    """``ip monitor route`` in the router's namespace: every route of ours that its kernel gains or loses."""
+
+    def __init__(self, net: Net, log: Path) -> None:
+        self._log = log
+        self._old = 0
+        net.spawn("tor", ["ip", "monitor", "route"], log=log)
+
+    async def begin(self, prefixes: Iterable[str]) -> None:
+        """From here on; after it has seen each of these arrive, which shows that it sees."""
+        await until(lambda: all(f"{p} " in self._log.read_text() for p in prefixes))
+        self._old = len(self._ours())
+
+    def seen(self) -> list[str]:
+        return self._ours()[self._old :]
+
+    def _ours(self) -> list[str]:
+        return [line for line in self._log.read_text().splitlines() if "10.24" in line or "fd00:10:" in line]
 
 
 async def until(probe: Callable[[], Any], *, limit: float = 10, every: float = 0.05) -> Any:

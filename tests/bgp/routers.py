@@ -50,6 +50,10 @@ class Router:
         """Prefix -> communities and MED of what it holds from us, as texts; stale ones too."""
         raise NotImplementedError
 
+    def stale(self) -> bool:
+        """It keeps routes of a session that ended, and waits for our End-of-RIB."""
+        raise NotImplementedError
+
     def stop(self) -> None:
         raise NotImplementedError
 
@@ -105,8 +109,6 @@ class Bird(Router):
                 if head:
                     prefix = head[1]
                     found.setdefault(prefix, set())
-                    if "s)" in line or re.search(r"\[node\d [^]]*\] .*\(.*s\b", line):
-                        found[prefix].add("stale")
                 if "BGP.med:" in line:
                     found[prefix].add("med " + line.split()[-1])
                 if "BGP.community:" in line:
@@ -114,6 +116,9 @@ class Bird(Router):
                 if "BGP.large_community:" in line:
                     found[prefix].update("".join(x.split()) for x in re.findall(r"\((\d+, \d+, \d+)\)", line))
         return found
+
+    def stale(self) -> bool:
+        return "Neighbor GR:" in self.ask("show", "protocols", "all")
 
     def stop(self) -> None:
         assert self.process is not None
@@ -179,9 +184,15 @@ class Frr(Router):
                 for prefix, paths in routes.items():
                     marks = found.setdefault(prefix, set())
                     for path in paths:
-                        marks.update(["stale"] if path.get("stale") else [])
                         marks.update([f"med {path['metric']}"] if path.get("metric") else [])
         return found
+
+    def stale(self) -> bool:
+        return '"stale":true' in "".join(
+            self.ask(f"show bgp {family} unicast neighbors {peer} routes json")
+            for peer in (NODE4, NODE6)
+            for family in ("ipv4", "ipv6")
+        )
 
     def stop(self) -> None:
         assert self.process is not None

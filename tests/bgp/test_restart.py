@@ -5,32 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from agent.bgp.model import EndOfRib, Resync, SessionDown, SessionUp, SpeakerLost, Update
 from lab.net import Net
-from tests.bgp.conftest import BOTH, SESSIONS, Node, announce, blocks, run, until
+from tests.bgp.conftest import BOTH, SESSIONS, Node, Witness, announce, blocks, run, until
 from tests.bgp.routers import TOR4, Bird, Router
 
 
-class Witness:
-    """``ip monitor route`` in the router's namespace: every route that its kernel gains or loses."""
-
-    def __init__(self, net: Net, log: Path) -> None:
-        self._log = log
-        self._process = net.spawn("tor", ["ip", "monitor", "route"], log=log)
-
-    def seen(self, word: str) -> list[str]:
-        return [line for line in self._log.read_text().splitlines() if word in line]
-
-
 @pytest.mark.parametrize("with_agent", [True, False], ids=["agent", "no-agent"])
-def test_killed_speaker_loses_no_route(
-    router: Router, node: Node, net: Net, tmp_path: Path, with_agent: bool
-) -> None:
+def test_killed_speaker_loses_no_route(router: Router, node: Node, net: Net, tmp_path: Path, with_agent: bool) -> None:
     """Faults 8 and 11, R14: the relay gives the table again and only then the End-of-RIB."""
     wanted = blocks(12)
     prefixes = {a.prefix for a in wanted}
@@ -40,26 +26,27 @@ def test_killed_speaker_loses_no_route(
         node.start()
         async with node.driver() as (driver, events):
             driver.set_sessions(SESSIONS)
+            witness = Witness(net, tmp_path / "monitor")
             driver.set_announcements(wanted)
             await until(lambda: router.table().keys() == prefixes)
             await until(lambda: len(driver.state().confirmed) == 12)
-            witness = Witness(net, tmp_path / "monitor")
+            await witness.begin(prefixes)
             if with_agent:
                 events.clear()
                 node.kill()
                 await until(lambda: any(isinstance(e, SpeakerLost) for e in events))
                 assert not driver.state().known
-                await asyncio.sleep(0.5)  # as long as a supervisor takes
+                await until(router.stale)
                 node.start()
                 await until(lambda: len(driver.state().confirmed) == 12)
         if not with_agent:
             node.kill()
-            await asyncio.sleep(0.5)
+            await until(router.stale)
             node.start()
         # No stale route is left, so the peer has the new table and its End-of-RIB.
-        await until(lambda: router.table() == dict.fromkeys(prefixes, set()), limit=20)
-        assert witness.seen("10.24") == []
-        assert witness.seen("fd00:10:") == []
+        await until(lambda: not router.stale(), limit=20)
+        assert router.table().keys() == prefixes
+        assert witness.seen() == []
 
     run(main())
 
@@ -95,10 +82,11 @@ def test_agent_restart_touches_no_session(router: Router, node: Node, net: Net, 
         node.start()
         async with node.driver() as (driver, _):
             driver.set_sessions(SESSIONS)
+            witness = Witness(net, tmp_path / "monitor")
             driver.set_announcements(wanted)
             await until(lambda: len(driver.state().confirmed) == 6)
             await until(lambda: router.table().keys() == {a.prefix for a in wanted})
-        witness = Witness(net, tmp_path / "monitor")
+            await witness.begin({a.prefix for a in wanted})
         before = (node.folder / "exabgp.log").read_text()
         for _ in range(3):
             async with node.driver() as (driver, events):
@@ -110,43 +98,53 @@ def test_agent_restart_touches_no_session(router: Router, node: Node, net: Net, 
             got = {r.prefix for e in events if isinstance(e, Update) for r in e.announced}
             assert got >= {"10.9.0.0/24", "fd09::/64"}
             for family in BOTH:
-                mine = [type(e) for e in events if isinstance(e, Resync | EndOfRib) and (e.peer, e.family) == (TOR4, family)]
+                mine = [
+                    type(e) for e in events if isinstance(e, Resync | EndOfRib) and (e.peer, e.family) == (TOR4, family)
+                ]
                 assert mine == [Resync, EndOfRib]
         assert (node.folder / "exabgp.log").read_text() == before, "ExaBGP did something but talk"
-        assert witness.seen("10.24") == []
+        assert witness.seen() == []
         assert router.table().keys() == {a.prefix for a in wanted}
 
     run(main())
 
 
-@pytest.mark.parametrize("flood", [False, True], ids=["idle", "writing"])
-def test_killed_relay_restarts_the_speaker(bird: Bird, node: Node, net: Net, tmp_path: Path, flood: bool) -> None:
-    """Fault 4 (ExaBGP writes to a dead helper and stops its peers for good), and the quiet case beside it."""
+@pytest.mark.parametrize("case", ["idle", "writing", "watchdog"])
+def test_killed_relay_restarts_the_speaker(bird: Bird, node: Node, net: Net, tmp_path: Path, case: str) -> None:
+    """Fault 4 (ExaBGP writes to a dead helper and stops its peers for good), and the quiet case beside it. In
+    ``watchdog`` the next relay cannot know of the one before: it sees that no peer runs."""
     wanted = blocks(4)
+    flood = case != "idle"
+    node.options = ("--watch-every", "0.2")
 
     async def main() -> None:
         bird.start([f"10.{100 + i // 250}.{i % 250}.0/24" for i in range(3000 if flood else 1)])
         node.start()
         async with node.driver() as (driver, events):
             driver.set_sessions(SESSIONS)
+            witness = Witness(net, tmp_path / "monitor")
             driver.set_announcements(wanted)
             await until(lambda: len(driver.state().confirmed) == 4)
             await until(lambda: any(isinstance(e, EndOfRib) for e in events))
-            witness = Witness(net, tmp_path / "monitor")
+            await witness.begin({a.prefix for a in wanted})
             first = node.process.pid
             if flood:
                 # The relay is stopped, ExaBGP fills the pipe and blocks on it, the relay dies.
                 relay = node.relay()
                 os.kill(relay, signal.SIGSTOP)
-                bird.ask("reload", "out", "all")
+                bird.ask("reload", "out", "node4")
+                bird.ask("reload", "out", "node6")
                 await asyncio.sleep(0.3)
+            if case == "watchdog":
+                (node.folder / "relay.parent").unlink()
             os.kill(node.relay(), signal.SIGKILL)
             await until(lambda: node.process.poll() is not None, limit=30)
             node.start()
             assert node.process.pid != first
             await until(lambda: driver.state().known and len(driver.state().confirmed) == 4)
-            await until(lambda: bird.table() == {a.prefix: set() for a in wanted})
-            assert witness.seen("10.24") == []
+            await until(lambda: not bird.stale())
+            assert bird.table().keys() == {a.prefix for a in wanted}
+            assert witness.seen() == []
 
     run(main())
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from agent.bgp.model import EndOfRib, Resync, SessionUp, Update
-from tests.bgp.conftest import BOTH, SESSIONS, Node, announce, blocks, run, session, until
+from agent.bgp.model import EndOfRib, SessionUp, Update
+from tests.bgp.conftest import BOTH, SESSIONS, Node, announce, run, until
 from tests.bgp.routers import TOR4, TOR6, Router
 
 
@@ -27,9 +27,15 @@ def test_both_families_go_both_ways(router: Router, node: Node) -> None:
             assert driver.state().sent == driver.state().confirmed
 
             ends = {(e.peer, e.family) for e in events if isinstance(e, EndOfRib)}
-            await until(lambda: {(e.peer, e.family) for e in events if isinstance(e, EndOfRib)} >= {
-                (peer, family) for peer in (TOR4, TOR6) for family in BOTH
-            }), ends
+            (
+                await until(
+                    lambda: (
+                        {(e.peer, e.family) for e in events if isinstance(e, EndOfRib)}
+                        >= {(peer, family) for peer in (TOR4, TOR6) for family in BOTH}
+                    )
+                ),
+                ends,
+            )
             ups = {e.peer: e for e in events if isinstance(e, SessionUp)}
             assert ups[TOR4].families == BOTH
             assert ups[TOR4].helper
