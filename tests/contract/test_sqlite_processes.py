@@ -496,7 +496,8 @@ def test_a_version_of_the_file_that_was_here_before_is_expired(path: Path) -> No
         later = SqliteStore(path, Later())
         await later.create(pool("b", "10.1.0.0/16"))
         with pytest.raises(Expired):
-            await anext(later.watch(IPPool, since=version))
+            async with asyncio.timeout(5):
+                await anext(later.watch(IPPool, since=version))
         await later.close()
 
     asyncio.run(main())

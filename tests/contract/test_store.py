@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
+import store.sqlite
 from store.base import Event, Store, mutate
 from store.clock import SystemClock
 from store.errors import AlreadyExists, Conflict, Expired, Invalid, NotFound, Unavailable
+from store.local import BATCH
 from store.memory import MemoryStore
 from store.model import (
     BGPConfiguration,
@@ -537,6 +539,28 @@ def test_watch_selects(run: Run) -> None:
             await anext(store.watch(IPAMBlock, since="1", where={"status.used": "1"}))
 
     run(test)
+
+
+@pytest.mark.parametrize("backend", ["memory", "sqlite"])
+def test_a_watch_that_is_far_behind_catches_up_without_being_woken(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.sqlite, "LOOK_EVERY", 30.0)
+    count = BATCH * 2 + 10
+
+    async def main() -> None:
+        ours: Store = MemoryStore(SystemClock())
+        if backend == "sqlite":
+            ours = SqliteStore(tmp_path / "store.db", SystemClock())
+        async with aclosing(ours.watch(IPAMBlock)) as events:
+            await take(events, 1)
+            for i in range(count):
+                await ours.create(block(f"10.{i // 256}.{i % 256}.0/26"))
+            # One look finds BATCH of them; the rest must come without another write.
+            assert len(await take(events, count)) == count
+        await ours.close()
+
+    asyncio.run(main())
 
 
 def test_watchers_do_not_disturb_each_other(run: Run) -> None:
