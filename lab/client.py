@@ -89,7 +89,7 @@ def stop(folder: Folder) -> bool:
     """Ends the lab, also one that hangs or was killed, and removes its folder; False if there was none.
     Raises LabError."""
     try:
-        pid = _peer(folder)
+        pid = peer(folder)
     except NoLab:
         return folders.remove(folder)
     process = os.pidfd_open(pid)
@@ -103,7 +103,7 @@ def stop(folder: Folder) -> bool:
 def enter(folder: Folder, name: str, command: Sequence[str]) -> list[str]:
     """The command line that runs ``command`` in the namespace of a node, pod, ToR or spine. Raises NoLab, Refused."""
     place = ask(folder, Where(name), Place)
-    pid = _peer(folder)
+    pid = peer(folder)
     words = ["nsenter", f"--target={pid}", "--mount", "--pid", f"--net=/proc/{pid}/root{place.netns}"]
     if Path(f"/proc/{pid}/ns/user").stat().st_ino != Path("/proc/self/ns/user").stat().st_ino:
         words += ["--user", "--preserve-credentials"]
@@ -138,7 +138,7 @@ def _connect(folder: Folder) -> socket.socket:
     return connection
 
 
-def _peer(folder: Folder) -> int:
+def peer(folder: Folder) -> int:
     """The supervisor's process id as we see it (unix(7), SO_PEERCRED)."""
     with _connect(folder) as connection:
         pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]

@@ -58,7 +58,9 @@ def claim(folder: Folder) -> int | None:
     None if somebody holds it. Raises LabError for a folder that is not a lab's, or cannot be one."""
     path = folder.path
     if len(os.fsencode(path)) > _LONGEST:
-        raise LabError(f"{path}: a path of at most {_LONGEST} bytes is needed, as unix sockets lie in it")
+        raise LabError(f"{path}: unix sockets lie in it, so at most {_LONGEST} bytes: choose another with --dir")
+    if set(" ;") & set(str(path)):
+        raise LabError(f"{path}: ExaBGP cannot run a path with a space or semicolon: choose another with --dir")
     try:
         path.mkdir(mode=0o755, parents=True, exist_ok=True)
         fd = lock(folder)
