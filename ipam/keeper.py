@@ -305,8 +305,10 @@ class Keeper:
         for pool in tuple(self._ledger.pools()):
             ready = [own for own in self._ledger.of_pool(pool) if own.phase is Phase.READY]
             for own in self._not_needed(pool, ready, now):
-                own.enter(Phase.RELEASING, now)
-                self._ledger.changed(own)
+                # Whoever waited for it must have had the time to take from it.
+                if now - own.since >= self._settings.take_limit:
+                    own.enter(Phase.RELEASING, now)
+                    self._ledger.changed(own)
         for own in [o for o in self._ledger.blocks.values() if o.phase is Phase.LOST and not o.block.used]:
             self._ledger.drop(own)
 

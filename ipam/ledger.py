@@ -156,10 +156,8 @@ class Ledger:
         """Nobody's any more, since then."""
         self._rested.pop(address, None)
         self._rested[address] = since
-        for old, then in tuple(self._rested.items()):
-            if since - then < self._rest:
-                break
-            del self._rested[old]
+        while self._rested and since - next(iter(self._rested.values())) >= self._rest:
+            del self._rested[next(iter(self._rested))]
         found = self.find(address)
         if found:
             own, offset = found

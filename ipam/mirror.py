@@ -119,6 +119,14 @@ class Mirror:
             self._superseded(reason)
             raise Superseded(reason)
 
+    def is_superseded(self, own: Own, seen: IPAMBlock) -> bool:
+        """``check``, as an answer."""
+        try:
+            self.check(own, seen)
+        except Superseded:
+            return True
+        return False
+
     async def _write(self, own: Own) -> bool:
         for _ in range(CONFLICTS):
             wanted = self.status(own)

@@ -5,6 +5,7 @@ The way of an ADD is ``take``, from memory, with one write to the journal; every
     truth    what is handed out, at start          ledger   what is in memory
     keeper   how many blocks, and which            claims   makes one ours, or ends it
     mirror   memory into the blocks' status        sweep    what leaked
+    watches  what people wish, and what they did to our blocks
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from ipam.claims import Claims
 from ipam.errors import Deleted, Exhausted, JournalError, NotReady
 from ipam.journal import Bound, GivenBack, History, Journal
 from ipam.keeper import IDLE, Keeper
-from ipam.ledger import Ledger, Own, Phase
-from ipam.mirror import Mirror, Superseded
+from ipam.ledger import Ledger, Phase
+from ipam.mirror import Mirror
 from ipam.model import Attachment, BlockView, KernelView, Lease, Request, Settings
-from ipam.pool import Pools, Want, block_at, family_of
+from ipam.pool import Want, block_at, family_of
 from ipam.sweep import Sweep
+from ipam.watches import Watches
 from store.base import Store
 from store.clock import Clock
-from store.errors import NotFound, StoreError
-from store.informer import Informer
-from store.model import Condition, IPAMBlock, IPPool, IPReservation, Node, Writer
+from store.errors import StoreError
+from store.model import Condition, IPAMBlock, Writer
 
 __all__ = ["Attachment", "BlockView", "KernelView", "Lease", "NodeIPAM", "Request", "Settings"]
 
@@ -68,7 +69,6 @@ class NodeIPAM:
         self._loaded = False
         self._deleted: dict[Attachment, float] = {}  # since when, oldest first
         self._taken: dict[Attachment, float] = {}  # when, for those not wired yet
-        self._seen: dict[str, str] = {}  # own blocks that the informer has shown: name -> uid
 
         self._mirror = Mirror(
             store,
@@ -100,10 +100,9 @@ class NodeIPAM:
             self._settings,
             add_strays=self._sweep.add_strays,
         )
-        self._pools = Informer(store, IPPool, clock, on_change=self._configure)
-        self._reservations = Informer(store, IPReservation, clock, on_change=self._configure)
-        self._nodes = Informer(store, Node, clock, {"metadata.name": node}, on_change=self._configure)
-        self._blocks = Informer(store, IPAMBlock, clock, {"spec.node": node}, on_change=self._blocks_moved)
+        self._watches = Watches(
+            node, store, self._ledger, self._keeper, clock, self._settings, superseded=self._mirror.is_superseded
+        )
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -127,11 +126,9 @@ class NodeIPAM:
             group.create_task(self._sweep.run())
             group.create_task(self._tend_journal())
             await self._load_at_last()
-            for informer in (self._pools, self._reservations, self._nodes, self._blocks):
-                group.create_task(informer.run())
+            group.create_task(self._watches.run())
             group.create_task(self._mirror.run())
             group.create_task(self._keeper.run())
-            group.create_task(self._check_ownership())
 
     # -- the way of an ADD and a DEL ---------------------------------------------------------------------------------
 
@@ -155,13 +152,14 @@ class NodeIPAM:
         self._taken.pop(attachment, None)
         return lease
 
-    def give_back(self, attachment: Attachment) -> Lease | None:
+    def give_back(self, attachment: Attachment, *, deleted: bool = True) -> Lease | None:
         """To be called when the link is gone. The addresses rest; a later ``take`` of the attachment is refused (also
-        when it had no lease: None). JournalError: nothing is changed; the sweep will find what the DEL could not."""
+        when it had no lease: None), unless this is no DEL (``deleted`` False: an ADD failed, and may be tried again).
+        JournalError: nothing is changed; the sweep will find what the DEL could not."""
         lease = self._ledger.leases.get(attachment)
-        if lease is None and self._was_deleted(attachment):
+        if lease is None and (not deleted or self._was_deleted(attachment)):
             return None
-        self._end(attachment, lease, swept=False)
+        self._end(attachment, lease, swept=not deleted)
         return lease
 
     def lease(self, attachment: Attachment) -> Lease | None:
@@ -309,10 +307,11 @@ class NodeIPAM:
     def _note_deleted(self, attachment: Attachment, at: float) -> None:
         self._deleted.pop(attachment, None)
         self._deleted[attachment] = at
-        for old, then in tuple(self._deleted.items()):
+        while self._deleted:
+            oldest, then = next(iter(self._deleted.items()))
             if len(self._deleted) <= self._settings.deleted_limit and at - then < self._settings.remember_deleted:
                 break
-            del self._deleted[old]
+            del self._deleted[oldest]
 
     def _was_deleted(self, attachment: Attachment) -> bool:
         at = self._deleted.get(attachment)
@@ -346,14 +345,8 @@ class NodeIPAM:
     async def _load(self) -> None:
         """Reads, uncached, what the store says of this node and its blocks. Superseded counts as loaded."""
         async with asyncio.timeout(self._settings.store_limit):
-            pools = await self._store.list(IPPool)
-            reservations = await self._store.list(IPReservation)
-            try:
-                labels = (await self._store.get(Node, self._node)).metadata.labels
-            except NotFound:
-                labels = {}
+            await self._watches.read()
             listing = await self._store.list(IPAMBlock, where={"spec.node": self._node})
-        self._set_wishes(Pools(pools.items, labels), _reserved(reservations.items))
         self._adopt_all(listing.items)
         if not self._keeper.stopped:
             self._add_mirrored(listing.items)
@@ -377,9 +370,7 @@ class NodeIPAM:
             self._keeper.mark(own, obj)
             if own.phase is Phase.NEW and obj.status.releasing and not own.block.used:
                 own.enter(Phase.RELEASING, now)
-            try:
-                self._mirror.check(own, obj)
-            except Superseded:
+            if self._mirror.is_superseded(own, obj):
                 return
 
     def _add_mirrored(self, blocks: tuple[IPAMBlock, ...]) -> None:
@@ -439,69 +430,6 @@ class NodeIPAM:
         self._keeper.moved.ring()
         log.error("%s", reason)
 
-    def _configure(self) -> None:
-        """Called by the informers. Nothing is concluded before all three have the whole state."""
-        if not (self._pools.synced and self._reservations.synced and self._nodes.synced):
-            return
-        node = self._nodes.items.get(self._node)
-        labels = node.metadata.labels if node else {}
-        self._set_wishes(Pools(self._pools.items.values(), labels), _reserved(tuple(self._reservations.items.values())))
-
-    def _set_wishes(self, pools: Pools, reserved: tuple[str, ...]) -> None:
-        self._keeper.pools = pools
-        if reserved != self._keeper.reserved:
-            self._keeper.reserved = reserved
-            self._ledger.reserve(reserved)
-        self._keeper.poke()
-
-    def _blocks_moved(self) -> None:
-        """Called by the informer of our own blocks. It may lag behind our own writes, so a block that it has never
-        shown is not missing, and the status that it shows is not taken for the newest."""
-        if not self._blocks.synced:
-            return
-        shown = {name: obj.metadata.uid for name, obj in self._blocks.items.items()}
-        known = {own.obj.name: own for own in self._ledger.blocks.values()}
-        for name, uid in self._seen.items():
-            own = known.get(name)
-            if shown.get(name) != uid and own is not None and own.obj.metadata.uid == uid:
-                self._keeper.vanished(own)
-        for name, obj in self._blocks.items.items():
-            own = known.get(name)
-            if own is None:
-                self._keeper.found(obj)
-            elif own.obj.metadata.uid == obj.metadata.uid:
-                if self._superseded(own, obj):
-                    return
-                self._keeper.mark(own, obj)
-        self._seen = shown
-
-    def _superseded(self, own: Own, obj: IPAMBlock) -> bool:
-        try:
-            self._mirror.check(own, obj)
-        except Superseded:
-            return True
-        return False
-
-    async def _check_ownership(self) -> None:
-        """Reads our blocks uncached every 5 min: a store restored from a backup sends no events (R5)."""
-        while not self._keeper.stopped:
-            await self._clock.sleep(self._settings.recheck)
-            try:
-                async with asyncio.timeout(self._settings.store_limit):
-                    listing = await self._store.list(IPAMBlock, where={"spec.node": self._node})
-            except (StoreError, TimeoutError) as e:
-                log.warning("ownership of the blocks is not checked this time: %s", e or "no answer from the store")
-                continue
-            there = {obj.metadata.uid: obj for obj in listing.items}
-            for own in tuple(self._ledger.blocks.values()):
-                seen = there.get(own.obj.metadata.uid)
-                if seen is None:
-                    self._keeper.vanished(own)  # which reads it once more
-                elif self._superseded(own, seen):
-                    return
-            for obj in listing.items:
-                self._keeper.found(obj)
-
     async def _tend_journal(self) -> None:
         while True:
             await self._clock.sleep(IDLE)
@@ -513,7 +441,3 @@ class NodeIPAM:
 
     def _rewrite_journal(self) -> None:
         self._journal.rewrite(truth.records(self._ledger, self._sweep.netns, self._deleted))
-
-
-def _reserved(reservations: tuple[IPReservation, ...]) -> tuple[str, ...]:
-    return tuple(cidr for reservation in reservations for cidr in reservation.spec.reserved_cidrs)

@@ -1,0 +1,120 @@
+"""What people wish (pools, reservations, the Node's labels), and what they did to our blocks: by watching the store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+
+from ipam.keeper import Keeper
+from ipam.ledger import Ledger, Own
+from ipam.model import Settings
+from ipam.pool import Pools
+from store.base import Store
+from store.clock import Clock
+from store.errors import NotFound, StoreError
+from store.informer import Informer
+from store.model import IPAMBlock, IPPool, IPReservation, Node
+
+log = logging.getLogger(__name__)
+
+
+class Watches:
+    """``superseded`` says whether a block's object shows a newer server than this one."""
+
+    def __init__(
+        self,
+        node: str,
+        store: Store,
+        ledger: Ledger,
+        keeper: Keeper,
+        clock: Clock,
+        settings: Settings,
+        *,
+        superseded: Callable[[Own, IPAMBlock], bool],
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._ledger = ledger
+        self._keeper = keeper
+        self._clock = clock
+        self._settings = settings
+        self._superseded = superseded
+        self._pools = Informer(store, IPPool, clock, on_change=self._wishes_moved)
+        self._reservations = Informer(store, IPReservation, clock, on_change=self._wishes_moved)
+        self._nodes = Informer(store, Node, clock, {"metadata.name": node}, on_change=self._wishes_moved)
+        self._blocks = Informer(store, IPAMBlock, clock, {"spec.node": node}, on_change=self._blocks_moved)
+        self._seen: dict[str, str] = {}  # own blocks that the informer has shown: name -> uid
+
+    async def read(self) -> None:
+        """Reads the wishes once, uncached. StoreError."""
+        pools = await self._store.list(IPPool)
+        reservations = await self._store.list(IPReservation)
+        try:
+            labels = (await self._store.get(Node, self._node)).metadata.labels
+        except NotFound:
+            labels = {}
+        self._wish(pools.items, reservations.items, labels)
+
+    async def run(self) -> None:
+        """Follows the store until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for informer in (self._pools, self._reservations, self._nodes, self._blocks):
+                group.create_task(informer.run())
+            group.create_task(self._check_ownership())
+
+    def _wishes_moved(self) -> None:
+        """Nothing is concluded before all three have the whole state."""
+        if self._pools.synced and self._reservations.synced and self._nodes.synced:
+            node = self._nodes.items.get(self._node)
+            labels = node.metadata.labels if node else {}
+            self._wish(self._pools.items.values(), self._reservations.items.values(), labels)
+
+    def _wish(self, pools: Iterable[IPPool], reservations: Iterable[IPReservation], labels: Mapping[str, str]) -> None:
+        self._keeper.pools = Pools(pools, labels)
+        reserved = tuple(cidr for reservation in reservations for cidr in reservation.spec.reserved_cidrs)
+        if reserved != self._keeper.reserved:
+            self._keeper.reserved = reserved
+            self._ledger.reserve(reserved)
+        self._keeper.poke()
+
+    def _blocks_moved(self) -> None:
+        """The informer may lag behind our own writes, so a block that it has never shown is not missing, and the status
+        that it shows is not taken for the newest."""
+        if not self._blocks.synced:
+            return
+        shown = {name: obj.metadata.uid for name, obj in self._blocks.items.items()}
+        known = {own.obj.name: own for own in self._ledger.blocks.values()}
+        for name, uid in self._seen.items():
+            own = known.get(name)
+            if shown.get(name) != uid and own is not None and own.obj.metadata.uid == uid:
+                self._keeper.vanished(own)
+        for name, obj in self._blocks.items.items():
+            own = known.get(name)
+            if own is None:
+                self._keeper.found(obj)
+            elif own.obj.metadata.uid == obj.metadata.uid:
+                if self._superseded(own, obj):
+                    return
+                self._keeper.mark(own, obj)
+        self._seen = shown
+
+    async def _check_ownership(self) -> None:
+        """Reads our blocks uncached every 5 min: a store restored from a backup sends no events (R5)."""
+        while not self._keeper.stopped:
+            await self._clock.sleep(self._settings.recheck)
+            try:
+                async with asyncio.timeout(self._settings.store_limit):
+                    listing = await self._store.list(IPAMBlock, where={"spec.node": self._node})
+            except (StoreError, TimeoutError) as e:
+                log.warning("ownership of the blocks is not checked this time: %s", e or "no answer from the store")
+                continue
+            there = {obj.metadata.uid: obj for obj in listing.items}
+            for own in tuple(self._ledger.blocks.values()):
+                seen = there.get(own.obj.metadata.uid)
+                if seen is None:
+                    self._keeper.vanished(own)  # which reads it once more
+                elif self._superseded(own, seen):
+                    return
+            for obj in listing.items:
+                self._keeper.found(obj)
