@@ -24,7 +24,7 @@ from cni.queue import Queue
 from cni.reaper import Reaper
 from ipam.errors import IPAMError
 from ipam.journal import Journal
-from ipam.model import Attachment
+from ipam.model import Attachment, Settings
 from ipam.node import NodeIPAM
 from store.base import Store
 from store.clock import Clock, SystemClock
@@ -53,8 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     start(argv)
 
 
-def start(argv: Sequence[str] | None = None, *, step: Callable[[str], None] = lambda _: None) -> None:
-    """``main`` with a witness of the steps (``verbs.STEPS`` and those of ipam), for tests that end it at one."""
+def start(
+    argv: Sequence[str] | None = None,
+    *,
+    step: Callable[[str], None] = lambda _: None,
+    settings: Settings | None = None,
+) -> None:
+    """``main`` with a witness of the steps (``verbs.STEPS`` and those of ipam) and with ipam's times, for tests."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv, os.environ)
         logging.basicConfig(
@@ -62,7 +67,7 @@ def start(argv: Sequence[str] | None = None, *, step: Callable[[str], None] = la
         )
         # Forked before there is a loop, and before the lock: the child must not keep it.
         with Reaper() as reaper:
-            asyncio.run(serve(options, reaper=reaper, step=step))
+            asyncio.run(serve(options, reaper=reaper, step=step, settings=settings))
     except (CNIError, IPAMError, StoreError, OSError) as e:
         print(f"underlay-cni: {e}", file=sys.stderr)
         sys.exit(1)
@@ -93,7 +98,13 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
     return Options(node=values.node, store=values.store, run=Path(values.run), boot_id=boot_id, log=level)
 
 
-async def serve(options: Options, *, reaper: verbs.Reaps, step: Callable[[str], None] = lambda _: None) -> None:
+async def serve(
+    options: Options,
+    *,
+    reaper: verbs.Reaps,
+    step: Callable[[str], None] = lambda _: None,
+    settings: Settings | None = None,
+) -> None:
     """Waits for the lock, then serves until SIGTERM or SIGINT. Kernel state is left as it is (R14)."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -101,7 +112,7 @@ async def serve(options: Options, *, reaper: verbs.Reaps, step: Callable[[str], 
         loop.add_signal_handler(number, stop.set)
     options.run.mkdir(parents=True, exist_ok=True, mode=0o755)
 
-    work = asyncio.create_task(_locked(options, reaper, step))
+    work = asyncio.create_task(_locked(options, reaper, step, settings))
     ended = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((work, ended), return_when=asyncio.FIRST_COMPLETED)
@@ -115,7 +126,9 @@ async def serve(options: Options, *, reaper: verbs.Reaps, step: Callable[[str], 
             await work
 
 
-async def _locked(options: Options, reaper: verbs.Reaps, step: Callable[[str], None]) -> None:
+async def _locked(
+    options: Options, reaper: verbs.Reaps, step: Callable[[str], None], settings: Settings | None
+) -> None:
     clock = SystemClock()
     with (options.run / "cni.lock").open("a") as lock:
         await _acquire(lock, clock)
@@ -129,7 +142,7 @@ async def _locked(options: Options, reaper: verbs.Reaps, step: Callable[[str], N
             resources.callback(journal.close)
             store = open_store(options.store, clock=clock)
             try:
-                await _run(options, clock, number, netlink, store, journal, reaper, step)
+                await _run(options, clock, number, netlink, store, journal, reaper, step, settings)
             except BaseExceptionGroup as group:
                 raise _first(group) from group
             finally:
@@ -145,6 +158,7 @@ async def _run(
     journal: Journal,
     reaper: verbs.Reaps,
     step: Callable[[str], None],
+    settings: Settings | None,
 ) -> None:
     ipam = NodeIPAM(
         node=options.node,
@@ -155,6 +169,7 @@ async def _run(
         boot_id=options.boot_id,
         start=number,
         link_name=_link_name,
+        settings=settings,
         step=step,
     )
     handler = verbs.Verbs(
