@@ -162,13 +162,13 @@ def _config(command: str, text: bytes) -> Config:
         else:
             config = msgspec.json.decode(text, type=Config)
     except msgspec.ValidationError as e:
+        if problem := _malformed(text):
+            raise problem from e
         what, _, where = str(e).partition(" - at ")
         key = where.strip("`").removeprefix("$").removeprefix(".") or "the whole"
         raise Refusal(INVALID_CONFIG, "invalid network configuration", f"{key}: {what}; correct it") from e
     except (msgspec.MsgspecError, ValueError, RecursionError) as e:
-        raise Refusal(
-            UNDECODABLE, "the network configuration is not JSON", f"standard input, {len(text)} B: {e}"
-        ) from e
+        raise _undecodable(text, e) from e
 
     if config.version not in VERSIONS:
         details = f"cniVersion {config.version!r} is asked for; this plugin speaks {', '.join(VERSIONS)}"
@@ -187,6 +187,19 @@ def _config(command: str, text: bytes) -> Config:
         details = f"mtu: {config.mtu}: IPv4 needs 68, IPv6 1280; leave it out to have the uplinks'"
         raise Refusal(INVALID_CONFIG, "invalid network configuration", details)
     return config
+
+
+def _malformed(text: bytes) -> Refusal | None:
+    """A wrong key in a text that ends too early, or is no JSON further on, is the lesser of its problems."""
+    try:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
+        return _undecodable(text, e)
+    return None
+
+
+def _undecodable(text: bytes, e: Exception) -> Refusal:
+    return Refusal(UNDECODABLE, "the network configuration is not JSON", f"standard input, {len(text)} B: {e}")
 
 
 def _wrong_interface(name: str) -> str:
