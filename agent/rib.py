@@ -1,8 +1,8 @@
 """The RIB of a leaf: what peers told, what of it is let in, and which paths win. Pure.
 
-A route goes down this page: ``AdjRibIn`` (agent/adjrib.py) holds it as the peer told it, ``RULES`` refuse it or let it
-in (R11), ``DECISION`` picks the best paths of its prefix, and ``ecmp`` makes them one set of next hops. ``Rib`` joins
-the parts and looks again only at what changed. Time is an argument: seconds of one monotonic clock.
+A route goes down this page: ``AdjRibIn`` (agent/adjrib.py) holds it as the peer told it, the rules refuse it or let
+it in (R11), ``DECISION`` picks the best paths of its prefix, and ``ecmp`` makes them one set of next hops. ``Rib``
+joins the parts and looks again only at what changed. Time is an argument: seconds of one monotonic clock.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import msgspec
 
 from agent.adjrib import SPEAKER_RESTART, AdjRibIn
 from agent.bgp.model import (
+    Attributes,
     EndOfRib,
     Event,
     Family,
@@ -34,6 +35,9 @@ from agent.prefix import Prefix, PrefixSet, parse
 ECMP_LIMIT: Final = 16
 #: What a path without LOCAL_PREF, or from an external peer, is worth (RFC 4271, 5.1.5).
 LOCAL_PREF: Final = 100
+
+#: Attributes whose verdict is remembered, per peer.
+_PATHS_KEPT: Final = 4096
 
 IPv6_LINK_LOCAL: Final = PrefixSet(["fe80::/10"])
 
@@ -109,6 +113,18 @@ class Context:
         # The most specific subnet first: it is where the kernel would send.
         self._on_link = [(PrefixSet([cidr]), interface) for cidr, interface in sorted(policy.on_link, key=_by_length)]
         self._hops: dict[str, NextHop | Refusal] = {}
+        # Routes share attributes by the thousand, so they are known by the object; kept, so that its id stays its own.
+        self._paths: dict[int, tuple[Attributes, Refusal | None]] = {}
+
+    def path(self, attributes: Attributes) -> Refusal | None:
+        """Which of ``PATH_RULES`` refuses these attributes, if any; each value is looked at once."""
+        found = self._paths.get(id(attributes))
+        if found is None:
+            refused = next((refusal for refusal, applies in PATH_RULES if applies(attributes, self)), None)
+            if len(self._paths) >= _PATHS_KEPT:
+                self._paths.clear()
+            found = self._paths[id(attributes)] = (attributes, refused)
+        return found[1]
 
     def hop(self, next_hop: str) -> NextHop | Refusal:
         """Where that next hop is, or why it is refused; each is worked out once."""
@@ -155,73 +171,72 @@ def is_martian(address: str) -> bool:
     return never or (parsed.version == 4 and parsed.is_reserved) or "%" in address
 
 
-def _is_v4(address: str) -> bool:
-    return ":" not in address
-
-
 def is_default(prefix: Prefix) -> bool:
     return prefix.length == 0
 
 
-def refused_default(route: Received, prefix: Prefix, context: Context) -> bool:
+def refused_default(prefix: Prefix, context: Context) -> bool:
     return is_default(prefix) and not context.peer.default_route
 
 
-def outside_pools(route: Received, prefix: Prefix, context: Context) -> bool:
+def outside_pools(prefix: Prefix, context: Context) -> bool:
     # A default route has a switch of its own.
     return not is_default(prefix) and not context.allowed.covers(prefix)
 
 
-def own_block(route: Received, prefix: Prefix, context: Context) -> bool:
+def own_block(prefix: Prefix, context: Context) -> bool:
     return context.own.covers(prefix)
 
 
-def has_as_set(route: Received, prefix: Prefix, context: Context) -> bool:
-    return bool(route.attributes.as_set)
+def has_as_set(path: Attributes, context: Context) -> bool:
+    return bool(path.as_set)
 
 
-def own_as_in_path(route: Received, prefix: Prefix, context: Context) -> bool:
-    return route.attributes.as_path.count(context.peer.local_as) > context.peer.allowed_own_as
+def own_as_in_path(path: Attributes, context: Context) -> bool:
+    return path.as_path.count(context.peer.local_as) > context.peer.allowed_own_as
 
 
-def first_as_not_peer(route: Received, prefix: Prefix, context: Context) -> bool:
-    peer, path = context.peer, route.attributes.as_path
-    return peer.external and path[:1] != (peer.peer_as,)
+def first_as_not_peer(path: Attributes, context: Context) -> bool:
+    return context.peer.external and path.as_path[:1] != (context.peer.peer_as,)
 
 
-def own_originator(route: Received, prefix: Prefix, context: Context) -> bool:
-    return route.attributes.originator_id == context.router_id != ""
+def own_originator(path: Attributes, context: Context) -> bool:
+    return path.originator_id == context.router_id != ""
 
 
-def own_cluster_list(route: Received, prefix: Prefix, context: Context) -> bool:
-    return context.router_id in route.attributes.cluster_list
+def own_cluster_list(path: Attributes, context: Context) -> bool:
+    return context.router_id in path.cluster_list
 
 
-def next_hop_family(route: Received, prefix: Prefix, context: Context) -> bool:
-    return prefix.bits == 128 and _is_v4(route.next_hop)  # the other way round is RFC 8950
+def next_hop_family(prefix: Prefix, next_hop: str) -> bool:
+    return prefix.bits == 128 and ":" not in next_hop  # the other way round is RFC 8950
 
 
-Rule = Callable[[Received, Prefix, Context], bool]
-
-#: In this order; the first that says yes is the reason.
-RULES: Final[tuple[tuple[Refusal, Rule], ...]] = (
+#: In this order, prefix before path before next hop; the first rule that says yes is the reason.
+PREFIX_RULES: Final[tuple[tuple[Refusal, Callable[[Prefix, Context], bool]], ...]] = (
     (Refusal.DefaultRouteRefused, refused_default),
     (Refusal.OutsidePools, outside_pools),
     (Refusal.OwnBlock, own_block),
+)
+PATH_RULES: Final[tuple[tuple[Refusal, Callable[[Attributes, Context], bool]], ...]] = (
     (Refusal.ASSet, has_as_set),
     (Refusal.OwnASInPath, own_as_in_path),
     (Refusal.FirstASNotPeer, first_as_not_peer),
     (Refusal.OwnOriginator, own_originator),
     (Refusal.OwnClusterList, own_cluster_list),
-    (Refusal.NextHopFamily, next_hop_family),
 )
 
 
 def judge(route: Received, prefix: Prefix, context: Context) -> NextHop | Refusal:
     """Where the route leads if it may come in, else why not."""
-    for refusal, applies in RULES:
-        if applies(route, prefix, context):
+    for refusal, applies in PREFIX_RULES:
+        if applies(prefix, context):
             return refusal
+    refused = context.path(route.attributes)
+    if refused is not None:
+        return refused
+    if next_hop_family(prefix, route.next_hop):
+        return Refusal.NextHopFamily
     return context.hop(route.next_hop)
 
 
@@ -277,10 +292,21 @@ DECISION: Final = (highest_local_pref, shortest_as_path, lowest_origin, lowest_m
 def best_paths(paths: list[Path]) -> list[Path]:
     """The paths that are equally good and better than the others."""
     for step in DECISION:
-        if len(paths) == 1:
+        if all_alike(paths):
             break
         paths = step(paths)
     return paths
+
+
+def all_alike(paths: list[Path]) -> bool:
+    """Equal in everything that any step looks at, as the paths through two ToRs mostly are."""
+    first = _looks(paths[0])
+    return all(_looks(path) == first for path in paths[1:])
+
+
+def _looks(path: Path) -> tuple[object, ...]:
+    a = path.route.attributes
+    return local_pref(path), len(a.as_path), a.origin, a.med, path.external
 
 
 def ecmp(paths: Iterable[Path]) -> tuple[NextHop, ...]:
