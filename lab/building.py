@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from cni.errors import CNIError
 from cni.marks import PROTO_IMPORTS
 from lab import rack
 from lab.errors import LabError
@@ -58,11 +59,15 @@ class Lab:
     async def run(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
+                reason = ""
                 try:
                     await self._build(group)
-                except (LabError, NetError, StoreError, OSError) as e:
+                except* (LabError, NetError, StoreError, CNIError, OSError) as e:
                     _log.exception("the lab could not be built")
-                    self._story.end("failed", f"{e}\nlogs: {self._folder.log} and {self._folder.path}/node-*/log")
+                    reason = str(_first(e))
+                if reason:
+                    logs = f"{self._folder.log} and {self._folder.path}/node-*/log"
+                    self._story.end("failed", f"{reason}\nlogs: {logs}")
                 else:
                     self._story.end("up")
         finally:
@@ -146,9 +151,8 @@ class Lab:
                     self._net, self._clock, self._folder, node, new_id=lambda: secrets.token_hex(32)
                 )
                 group.create_task(machine.run())
-            async with asyncio.timeout(_READY_WITHIN):
-                for machine in self._machines.values():
-                    await machine.ready()
+            for machine in self._machines.values():
+                await machine.ready(limit=_READY_WITHIN)
         pods = [pod for node in topology.nodes for pod in node.pods]
         with step(f"{_count(len(pods), 'pod')}, attached through the shim"):
             async with asyncio.TaskGroup() as adds:
@@ -232,6 +236,12 @@ class Lab:
         if name in self._machines:
             return {"UNDERLAY_NODE": name} | self._machines[name].environment
         return {}
+
+
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    """Of several things that failed together, the first."""
+    one = group.exceptions[0]
+    return _first(one) if isinstance(one, ExceptionGroup) else one
 
 
 def _count(number: int, what: str) -> str:

@@ -77,8 +77,8 @@ def up(racks: int, nodes: int, pods: int, where: Folder) -> None:
         there = client.state(where)
         if there.shape != wanted:
             r, n, p = there.shape
-            shape = f"{r} racks, {n} nodes a rack, {p} pods a node"
-            raise LabError(f"a lab of {shape} is up in {where.path}; take it down first: {_down(where)}")
+            shape = f"--racks {r} --nodes {n} --pods {p}"
+            raise LabError(f"a lab with {shape} is up in {where.path}; {_down(where)} takes it away")
         click.echo(f"A lab is up already in {where.path}; {_down(where)} takes it away.\n")
         _follow(where, told=there.state == "building")
     else:

@@ -44,8 +44,12 @@ def ask(folder: Folder, request: Request, kind: type[T], *, heard: Callable[[Ste
                 if heard:
                     heard(answer)
     except ConnectionError as e:
-        raise NoLab(f"{folder.path}: the lab ended while it was asked: {e.strerror}") from e
-    raise NoLab(f"{folder.path}: the lab ended while it was asked")
+        raise _ended(folder) from e
+    raise _ended(folder)
+
+
+def _ended(folder: Folder) -> NoLab:
+    return NoLab(f"{folder.path}: the lab ended while it was asked; the end of {folder.log} may say why")
 
 
 def alive(folder: Folder) -> bool:

@@ -63,9 +63,13 @@ class Machine:
             for daemon in self._daemons.values():
                 group.create_task(daemon.run())
 
-    async def ready(self) -> None:
-        """Returns when the CNI server answers and the plugin is installed, as a node turns Ready."""
+    async def ready(self, *, limit: float) -> None:
+        """Returns when the CNI server answers and the plugin is installed, as a node turns Ready. Raises LabError
+        after ``limit`` seconds, CNIError if the plugin cannot be installed."""
+        end = self._clock.monotonic() + limit
         while not install.answers(self._run):
+            if self._clock.monotonic() > end:
+                raise LabError(f"the CNI server of {self.node.name} does not answer after {limit:.0f} s")
             await self._clock.sleep(_LOOK_EVERY)
         install.install(_shim(), self._folders["bin"], self._folders["net.d"])
 

@@ -76,5 +76,6 @@ for package in $packages; do
     case $package in bird2) services="$services bird" ;; frr) services="$services frr" ;; esac
 done
 for service in $services; do
-    if has systemctl >/dev/null; then quietly systemctl disable "$service"; fi
+    has systemctl >/dev/null || continue
+    systemctl disable "$service" >"$log" 2>&1 || echo "the service $service starts at boot: systemctl disable $service"
 done

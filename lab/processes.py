@@ -48,7 +48,11 @@ class Daemon:
         while True:
             self._process = process = await self._start()
             self._starts += 1
-            code = await process.wait()
+            try:
+                code = await process.wait()
+            finally:
+                if process.returncode is None:
+                    process.kill()
             self._process = None
             after, self._restart_after = self._restart_after, RESTART_AFTER
             _log.info("%s: %s ended with %s, again in %.1f s", self.member, self.name, code, after)

@@ -86,6 +86,9 @@ class Supervisor:
                 yield Done(msgspec.to_builtins(await self._carry_out(request)))
         except (LabError, NetError, StoreError, TopologyError, msgspec.DecodeError) as e:
             yield Failed(str(e))
+        except Exception as e:
+            _log.exception("a fault of the lab's own, at %r", line)
+            yield Failed(f"a fault of the lab's own: {e!r}: see {self._folder.log}")
 
     async def _carry_out(self, request: Request) -> object:
         lab = self._lab

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from cni.errors import CNIError
+from lab import building
 from lab.errors import LabError
+from lab.folder import Folder
 from lab.matrix import Pod, Report
 from lab.net import Net
 from lab.probe import Prober
 from lab.processes import Daemon
 from lab.runtime import Runtime
+from lab.topology import Topology
 from store.clock import SystemClock
 
 A = Pod("a", ("192.0.2.1", "2001:db8::1"))
@@ -160,3 +164,25 @@ def test_a_daemon_comes_back_after_the_time_that_was_asked_for(net: Net, tmp_pat
         await asyncio.gather(keeper, return_exceptions=True)
 
     asyncio.run(asyncio.wait_for(life(), 10))
+
+
+def test_a_lab_that_cannot_be_built_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise CNIError("no room for the plugin")
+
+    monkeypatch.setattr("cni.install.install", refuses)
+    lab = building.Lab(Folder(tmp_path), Topology.build(racks=1, nodes=1, pods=1), SystemClock())
+    told: list[str] = []
+
+    async def life() -> None:
+        keeper = asyncio.create_task(lab.run())
+        with pytest.raises(LabError, match=r"no room for the plugin\n.*log"):
+            async for step in lab.steps():
+                told.append(step.text)
+        assert (await lab.state()).state == "failed"
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(life(), 30))
+    assert any("1 node" in text for text in told)
+    assert not any("attached" in text for text in told)
