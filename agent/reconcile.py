@@ -31,8 +31,9 @@ GATHER: Final = 0.02
 FULL_PASS: Final = 30.0
 #: Seconds until a refused operation is tried again: doubled each time, up to the second number.
 RETRY: Final = (0.5, 30.0)
-#: Passes in a row that may each find work: what is still wanted then waits for the next wake.
+#: Passes in a row that may each find work, and the rest in seconds after that: somebody else may be at it, too.
 ROUNDS: Final = 4
+UNREST: Final = 1.0
 
 
 class ViewPort(Protocol):
@@ -135,20 +136,23 @@ class Reconciler:
             self._kernel.forget()
             self._full_at = self._clock.monotonic() + FULL_PASS
         at: float | None = None
-        for _ in range(ROUNDS):
+        for left in reversed(range(ROUNDS)):
             self._woken.clear()
-            found = await self._pass()
+            found = await self._pass(last=left == 0)
             if found is None:
                 break
             wanted, worked = found
             at = wanted.wake_at
             if not worked:
                 break
+        else:
+            log.warning("the kernel is not as planned after %d passes: going on in %g s", ROUNDS, UNREST)
+            await self._clock.sleep(UNREST)
         return min(t for t in (at, self._full_at, self._retry_at()) if t is not None)
 
-    async def _pass(self) -> tuple[Plan, bool] | None:
-        """One look and what follows of it: the plan, and whether the kernel was changed, so that another look is due.
-        None if there is nothing to plan from."""
+    async def _pass(self, *, last: bool) -> tuple[Plan, bool] | None:
+        """One look and what follows of it: the plan, and whether the kernel was changed, so that another look is due
+        (but for the ``last``). None if there is nothing to plan from."""
         cluster = self._view.cluster()
         if cluster is None:
             return None
@@ -190,7 +194,7 @@ class Reconciler:
         failures = await self._kernel.apply(operations) if operations else ()
         self._note(failures)
         worked = len(failures) < len(operations)
-        if not worked:
+        if last or not worked:
             # Only now, when the kernel is as wanted or will not be: a blackhole that came back in this very pass must
             # not be withdrawn and announced again.
             if wanted.sessions is not None and wanted.announcements is not None:

@@ -112,6 +112,17 @@ def test_a_nexthop_goes_only_when_no_route_in_the_kernel_uses_it() -> None:
     assert (kernel.routes, kernel.groups, kernel.nexthops) == ({}, {}, {})
 
 
+def test_a_nexthop_that_a_route_uses_without_a_group_is_kept_until_the_route_is_changed() -> None:
+    kernel = FakeKernel()
+    route = imported("10.244.2.0/26", ONE)
+    kernel.nexthops[NEXTHOP_BASE + 1] = ONE
+    kernel.routes[route.key] = (route, NEXTHOP_BASE + 1)
+    first = delta(plan_of([route]), kernel.read())
+    assert first == (ReplaceRoute(route, 0),)
+    converge(plan_of([route]), kernel)
+    assert kernel.nexthops == {}
+
+
 def test_nothing_is_deleted_that_may_not_be_yet() -> None:
     kernel = FakeKernel()
     converge(plan_of([block(), imported("10.244.2.0/26", ONE, TWO), imported("fd00:10:244::/122", SIX)]), kernel)
