@@ -67,6 +67,8 @@ class Supervisor:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             line = await reader.readline()
+            if not line:
+                return  # it only looked whether somebody is there
             async for answer in self._answers(line):
                 writer.write(msgspec.json.encode(answer) + b"\n")
                 await writer.drain()

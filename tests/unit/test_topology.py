@@ -169,6 +169,20 @@ def test_the_table_has_a_mark_for_each_pair() -> None:
     assert rows[2].split() == ["pod-2-1", "●", "·"]
 
 
+def test_beyond_24_pods_a_row_is_a_node() -> None:
+    pods = tuple(Pod(f"pod-{n}-{i}", ()) for n in (1, 2) for i in range(1, 14))
+    paths = tuple(
+        Path(a.name, b.name, f, 1, 0 if (a.name, b.name, f) == ("pod-1-2", "pod-2-5", 4) else 1)
+        for a in pods
+        for b in pods
+        if a != b
+        for f in (4, 6)
+    )
+    rows = matrix.table(Report(nodes=2, pods=pods, paths=paths)).splitlines()
+    assert [row.split() for row in rows[1:3]] == [["node-1", "●", "6"], ["node-2", "●", "●"]]
+    assert rows[3:] == ["  pod-1-2 to pod-2-5, IPv4: 1 of 1 lost"]
+
+
 def state(racks: int, *, cut: bool = False) -> State:
     t = Topology.build(racks=racks, nodes=1, pods=1)
     up = ProcessState(pid=1, state="running", restarts=0)
