@@ -160,20 +160,24 @@ def _make_pair(node: Netlink, pod_ns: int, want: Wiring) -> rtnl.Link:
     except NetlinkError as e:
         if e.number != errno.EEXIST:
             raise
-        # Both names are in question: the node end's can only be ours, left by a kill or just doomed.
-        if rtnl.find(node, want.node_end) is None:
-            raise InterfaceExists(f"the pod already has an interface {want.pod_end}, which is not ours") from e
+        # A link of this name on the node can only be ours, left by a kill. That in the pod may be the end of a doomed
+        # one, if the namespace is used again at once.
         remove(node, want.node_end)
-        try:
-            node.request(make)
-        except NetlinkError as again:
-            if again.number != errno.EEXIST:
-                raise
-            raise InterfaceExists(f"the pod already has an interface {want.pod_end}, which is not ours") from again
+        reap(node)
+        _make_again(node, make, want)
     link = rtnl.find(node, want.node_end)
     if link is None:
         raise NetlinkError(errno.ENODEV, f"{want.node_end} vanished as soon as it was made")
     return link
+
+
+def _make_again(node: Netlink, make: Message, want: Wiring) -> None:
+    try:
+        node.request(make)
+    except NetlinkError as e:
+        if e.number != errno.EEXIST:
+            raise
+        raise InterfaceExists(f"the pod already has an interface {want.pod_end}, which is not ours") from e
 
 
 def pair(want: Wiring, pod_ns: int) -> bytes:

@@ -184,6 +184,13 @@ def test_del_twice_and_without_a_namespace(node: Plugin) -> None:
     refused(node.call("ADD", "c1", "pod-1"), 104, "deleted")
 
 
+def test_a_namespace_can_be_used_again_at_once(node: Plugin) -> None:
+    for i in range(5):
+        ok(node.call("ADD", f"r{i}", "pod-1"))
+        ok(node.call("DEL", f"r{i}", "pod-1"))
+    eventually(node.nothing_left)
+
+
 def test_del_after_the_namespace_is_gone(node: Plugin) -> None:
     ok(node.call("ADD", "c1", "pod-1"))
     path = str(node.net.path("pod-1"))
