@@ -25,6 +25,8 @@ lab-down: need-lab $(VENV)/.lab ## takes the rack away
 	exec $(BIN)/underlay-lab down $(ARGS)
 
 test: need-test lint build/underlay-shim ## everything: lint, unit, contract, netns, bgp, e2e (ARGS="-k block")
+	# In a user namespace everybody is called root: without this, one user's /tmp/pytest-of-root is in the others' way.
+	if [ "$$(id -u)" != 0 ]; then export PYTEST_DEBUG_TEMPROOT=/tmp/ul-$$(id -u); mkdir -p -m 700 "$$PYTEST_DEBUG_TEMPROOT"; fi
 	exec $(AS_ROOT) $(BIN)/python -m pytest -q $(TESTS) $(ARGS)
 
 lint: need-lab $(VENV)/.test ## ruff, mypy, import-linter
