@@ -1,0 +1,181 @@
+"""The agent's view of the store: complete or not at all, local, and on disk for the day the store is away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from agent import lastgood
+from agent.plan import Cluster
+from agent.status import StatusWriter
+from agent.view import View
+from store.base import Store
+from store.clock import SystemClock
+from store.errors import Unavailable
+from store.memory import MemoryStore
+from store.model import BGPNodeStatus, BGPNodeStatusStatus
+from tests.agent_fakes import bgp_peer, block, configuration, node, pool
+
+
+def run(main: Awaitable[None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(10):
+            await main
+
+    asyncio.run(bounded())
+
+
+@asynccontextmanager
+async def viewing(store: Store, path: Path, patience: float = 5.0) -> AsyncIterator[View]:
+    view = View(store, "node-1", SystemClock(), path, lambda: None, patience=patience)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(view.run())
+        try:
+            yield view
+        finally:
+            running.cancel()
+
+
+async def until(view: View, probe: Callable[[Cluster], object]) -> Cluster:
+    while True:
+        found = view.cluster()
+        if found is not None and probe(found):
+            return found
+        await asyncio.sleep(0.01)
+
+
+async def filled(mesh: bool = False) -> MemoryStore:
+    store = MemoryStore(SystemClock())
+    for obj in (node(), node("node-2", "10.0.9.9"), pool("10.244.0.0/16", "pool"), bgp_peer("tor", "10.0.1.0")):
+        await store.create(obj)
+    await store.create(configuration(node_to_node_mesh_enabled=mesh))
+    await store.create(block("10.244.1.0/26"))
+    foreign = block("10.244.2.0/26")
+    await store.create(replace(foreign, spec=replace(foreign.spec, node="node-2")))
+    return store
+
+
+def test_it_sees_what_is_this_node_s_and_nothing_else(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = await filled()
+        async with viewing(store, tmp_path / "snapshot.json") as view:
+            seen = await until(view, lambda c: True)
+            assert seen.node is not None
+            assert seen.node.name == "node-1"
+            assert [b.spec.cidr for b in seen.blocks] == ["10.244.1.0/26"]
+            assert seen.nodes == ()
+            assert seen.live
+
+    run(main())
+
+
+def test_other_nodes_are_watched_while_the_mesh_is_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = await filled(mesh=True)
+        async with viewing(store, tmp_path / "snapshot.json") as view:
+            assert [n.name for n in (await until(view, lambda c: True)).nodes] == ["node-2"]
+            await store.create(node("node-3", "10.0.9.8"))
+            await until(view, lambda c: len(c.nodes) == 2)
+            current = await store.get(type(configuration()), "default")
+            await store.update(replace(current, spec=configuration().spec))
+            await until(view, lambda c: c.nodes == ())
+
+    run(main())
+
+
+def test_a_block_that_another_node_took_is_seen_by_asking(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = await filled()
+        async with viewing(store, tmp_path / "snapshot.json") as view:
+            await until(view, lambda c: True)
+            view.question(frozenset({"10.244.2.0/26", "10.244.3.0/26"}))
+            assert (await until(view, lambda c: c.taken)).taken == {"10.244.2.0/26"}
+
+    run(main())
+
+
+class Away(MemoryStore):
+    """A store that nobody reaches."""
+
+    async def watch(self, *_: object, **__: object):  # type: ignore[no-untyped-def, override]
+        raise Unavailable("away")
+        yield
+
+
+def test_without_the_store_it_starts_from_disk_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "snapshot.json"
+
+    async def main() -> None:
+        async with viewing(await filled(), path) as view:
+            before = await until(view, lambda c: path.exists())
+        async with viewing(Away(SystemClock()), path, patience=0.05) as view:
+            after = await until(view, lambda c: True)
+        assert not after.live
+        assert (after.node, after.peers, after.pools) == (before.node, before.peers, before.pools)
+        assert [b.spec for b in after.blocks] == [b.spec for b in before.blocks]
+
+    run(main())
+
+
+@pytest.mark.parametrize("spoil", [lambda t: t[:-9], lambda t: t.replace(b"10.244.1.0", b"10.244.7.0"), lambda t: b""])
+def test_a_spoilt_file_is_not_believed_and_stays(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "snapshot.json"
+    lastgood.save(path, [block("10.244.1.0/26"), node()])
+    assert lastgood.load(path) == (block("10.244.1.0/26"), node())
+    spoilt = spoil(path.read_bytes())
+    path.write_bytes(spoilt)
+    with pytest.raises(lastgood.Unreadable, match=r"snapshot\.json"):
+        lastgood.load(path)
+    assert path.read_bytes() == spoilt
+
+    async def main() -> None:
+        async with viewing(Away(SystemClock()), path, patience=0.05) as view:
+            await asyncio.sleep(0.3)  # nothing is to come of it
+            assert view.cluster() is None
+
+    run(main())
+
+
+def test_no_file_is_no_view(tmp_path: Path) -> None:
+    assert lastgood.load(tmp_path / "none") == ()
+
+
+def test_an_object_that_became_unusable_stands_as_it_last_could_be(tmp_path: Path) -> None:
+    """R13. A store refuses it; one that grew lax, or another version's object, must not take a session down."""
+    view = View(MemoryStore(SystemClock()), "node-1", SystemClock(), tmp_path / "s", lambda: None)
+    good, bad = bgp_peer("tor", "10.0.1.0"), bgp_peer("tor", "nonsense")
+    assert list(view._sane([good])) == [good]
+    assert list(view._sane([bad])) == [good]
+    never = bgp_peer("other", "nonsense")
+    assert list(view._sane([never])) == [never], "the plan names it"
+
+
+async def told(store: Store, as_number: int) -> BGPNodeStatus:
+    """The first status with this AS number."""
+    async for event in store.watch(BGPNodeStatus):
+        if event.object is not None and event.object.status.as_number == as_number:
+            return event.object
+    raise AssertionError("the watch ended")
+
+
+def test_status_is_written_once_and_only_when_it_differs(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = await filled()
+        writer = StatusWriter(store, "node-1", SystemClock())
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(writer.run())
+            writer.offer(BGPNodeStatusStatus(as_number=1))
+            writer.offer(BGPNodeStatusStatus(as_number=2))
+            first = await told(store, 2)
+            writer.offer(BGPNodeStatusStatus(as_number=2))
+            writer.offer(BGPNodeStatusStatus(as_number=3))
+            last = await told(store, 3)
+            assert last.metadata.uid == first.metadata.uid
+            running.cancel()
+
+    run(main())
