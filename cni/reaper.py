@@ -28,8 +28,8 @@ class Reaper:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._pid = os.fork()
-        if self._pid == 0:
+        self.pid = os.fork()
+        if self.pid == 0:
             ours.close()
             _child(theirs)
         theirs.close()
@@ -51,7 +51,7 @@ class Reaper:
                 answer = await loop.sock_recv(self._socket, 4096)
         except TimeoutError as e:
             # A late answer would be taken for that of the next order.
-            os.kill(self._pid, signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
             self.close()
             raise ReaperError(f"the reaper gave no answer for {limit} s") from e
         except OSError as e:
@@ -63,7 +63,7 @@ class Reaper:
         """Ends the child and waits for it: it closes at once, or after the removal that it is at."""
         if self._socket.fileno() >= 0:
             self._socket.close()
-            os.waitpid(self._pid, 0)
+            os.waitpid(self.pid, 0)
 
 
 def _child(orders: socket.socket) -> NoReturn:

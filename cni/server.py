@@ -172,7 +172,9 @@ class Server:
         request = message.decode(data)
         try:
             call = spec.parse(request.environment, request.config)
-            return 0, await self._carry_out(call, self._pod_ns(received)), call.command
+            # A DEL may find any file where its namespace was mounted.
+            pod_ns = self._pod_ns(received) if call.command in ("ADD", "CHECK") else None
+            return 0, await self._carry_out(call, pod_ns), call.command
         except Refusal as e:
             problem = e
             log.info("%s refused: %s", request.environment.get("CNI_COMMAND", "?")[:16], e)

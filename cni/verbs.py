@@ -130,20 +130,22 @@ class Verbs:
         while True:
             await self._doom_news.wait()
             self._doom_news.clear()
-            names = tuple(self._doomed)
+            doomed = dict(self._doomed)
             try:
                 await self._reaper.reap()
             except ReaperError as e:
-                log.warning("%s; removing %d links myself", e, len(names))
+                log.warning("%s; removing %d links myself", e, len(doomed))
                 try:
                     podnet.reap(self._netlink)
                 except NetlinkError as again:
-                    log.warning("%d doomed links cannot be removed, will try again: %s", len(names), again)
+                    log.warning("%d doomed links cannot be removed, will try again: %s", len(doomed), again)
                     await self._clock.sleep(self._settings.reap_retry)
                     self._doom_news.set()
                     continue
-            for name in names:
-                self._doomed.pop(name, None)
+            for name, addresses in doomed.items():
+                # Doomed again meanwhile: that one is for the next round.
+                if self._doomed.get(name) is addresses:
+                    del self._doomed[name]
 
     # -- ADD ---------------------------------------------------------------------------------------------------------
 
@@ -156,11 +158,13 @@ class Verbs:
                 )
                 raise Refusal(spec.INTERFACE_EXISTS, "the interface exists", f"{details}; DEL it there first")
         known = self._ipam.lease(attachment) is not None
+        touched = not known
         lease = await self._ipam.take(Request(attachment, pod=call.pod))
         self._step("add-journalled")
         try:
             want = self._want(call, lease)
             if not known or look.problems(self._netlink, pod_ns, want, _gateways(lease)):
+                touched = True
                 self._make_way(want)
                 index = podnet.wire(self._netlink, pod_ns, want)
                 self._step("add-wired")
@@ -174,7 +178,9 @@ class Verbs:
                 # A server before us was ended between wiring and journal.
                 self._ipam.bind(attachment, link.index)
         except (CNIError, IPAMError, asyncio.CancelledError):
-            self._undo(attachment, lease)
+            # A pod that lives is not taken down because it could not be looked at.
+            if touched:
+                self._undo(attachment, lease)
             raise
         return spec.result(
             call.config,

@@ -53,6 +53,7 @@ class Plugin:
         self.store = f"sqlite:{folder / 'store.db'}"
         (folder / "boot_id").write_text("boot-1\n")
         self.log = folder / "cni.log"
+        self.program = ROOT / "tests/netns/faulty_cni.py"
         net.add(NODE)
         for i, cidr in enumerate(pools):
             self.create(IPPool(metadata=Meta(name=f"pool-{i}"), spec=IPPoolSpec(cidr=cidr)))
@@ -61,7 +62,7 @@ class Plugin:
 
     def spawn(self, step: str = "none") -> subprocess.Popen[bytes]:
         flags = ["--node", NODE, "--store", self.store, "--run", self.run, "--boot-id", self.folder / "boot_id"]
-        program = [sys.executable, ROOT / "tests/netns/faulty_cni.py", step, *flags]
+        program = [sys.executable, self.program, step, *flags]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         return self.net.spawn(NODE, [str(a) for a in program], log=self.log, cwd=ROOT, env=env)
 

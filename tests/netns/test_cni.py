@@ -36,6 +36,16 @@ def node(plugin: Plugin) -> Plugin:
     return plugin
 
 
+@pytest.fixture
+def node_c(net: Net, tmp_path: Path, shim_c: Path) -> Plugin:
+    """For what the server alone decides, in many cases: through shim.c only."""
+    made = Plugin(net, tmp_path, shim_c)
+    net.add("pod-1")
+    net.add("pod-2")
+    made.start()
+    return made
+
+
 def ok(answer: Answer) -> Answer:
     assert answer.code == 0, answer.text
     return answer
@@ -64,22 +74,22 @@ def test_pods_reach_each_other_with_the_first_packet(node: Plugin) -> None:
         assert ping.returncode == 0, ping.stdout
 
 
-def test_the_wiring_is_what_operators_know(node: Plugin) -> None:
-    result = ok(node.call("ADD", "c1", "pod-1")).json
-    (host,) = json.loads(node.net.run(NODE, ["ip", "-j", "-d", "link", "show", "dev", LINK1]).stdout)
+def test_the_wiring_is_what_operators_know(node_c: Plugin) -> None:
+    result = ok(node_c.call("ADD", "c1", "pod-1")).json
+    (host,) = json.loads(node_c.net.run(NODE, ["ip", "-j", "-d", "link", "show", "dev", LINK1]).stdout)
     assert host["address"] == "ee:ee:ee:ee:ee:ee"
     assert host["operstate"] == "UP"
     assert host["num_tx_queues"] == host["num_rx_queues"] == 1
     assert [i["name"] for i in result["interfaces"]] == [LINK1, "eth0"]
-    assert result["interfaces"][1]["sandbox"] == str(node.net.path("pod-1"))
+    assert result["interfaces"][1]["sandbox"] == str(node_c.net.path("pod-1"))
     assert [ip["interface"] for ip in result["ips"]] == [1, 1]
     assert [ip["address"].partition("/")[2] for ip in result["ips"]] == ["32", "128"]
-    shown = node.net.run("pod-1", ["sh", "-c", "ip route; ip -6 route; ip neigh"]).stdout
+    shown = node_c.net.run("pod-1", ["sh", "-c", "ip route; ip -6 route; ip neigh"]).stdout
     assert "default via 169.254.1.1 dev eth0" in shown
     assert "default via fe80::ecee:eeff:feee:eeee dev eth0" in shown
     assert "169.254.1.1 dev eth0 lladdr ee:ee:ee:ee:ee:ee PERMANENT" in shown
     assert "fe80::ecee:eeff:feee:eeee dev eth0 lladdr ee:ee:ee:ee:ee:ee PERMANENT" in shown
-    assert node.routes() == {ip["address"].partition("/")[0] for ip in result["ips"]}
+    assert node_c.routes() == {ip["address"].partition("/")[0] for ip in result["ips"]}
 
 
 def test_add_again_gives_the_same_and_touches_nothing(node: Plugin) -> None:
@@ -89,32 +99,32 @@ def test_add_again_gives_the_same_and_touches_nothing(node: Plugin) -> None:
     assert node.net.run(NODE, ["ip", "-j", "link"]).stdout == before
 
 
-def test_add_repairs_what_was_broken(node: Plugin) -> None:
-    first = ok(node.call("ADD", "c1", "pod-1"))
-    node.net.ip("pod-1", ["addr flush dev eth0"])
-    assert ok(node.call("ADD", "c1", "pod-1")).json == first.json
-    ok(node.call("CHECK", "c1", "pod-1", node.conf(prevResult=first.json)))
+def test_add_repairs_what_was_broken(node_c: Plugin) -> None:
+    first = ok(node_c.call("ADD", "c1", "pod-1"))
+    node_c.net.ip("pod-1", ["addr flush dev eth0"])
+    assert ok(node_c.call("ADD", "c1", "pod-1")).json == first.json
+    ok(node_c.call("CHECK", "c1", "pod-1", node_c.conf(prevResult=first.json)))
 
 
-def test_the_mtu_is_the_uplinks_or_the_configurations(node: Plugin) -> None:
-    node.net.add("tor-1")
-    node.net.link(NODE, "up", "tor-1", "south", mtu=9000)
-    node.net.address(NODE, "up", ["10.0.0.1/31", "fd00::1/127"])
-    node.net.ip(NODE, ["route add default via 10.0.0.0 dev up", "route add ::/0 via fd00:: dev up"])
-    interfaces = ok(node.call("ADD", "c1", "pod-1", node.conf("1.1.0"))).json["interfaces"]
+def test_the_mtu_is_the_uplinks_or_the_configurations(node_c: Plugin) -> None:
+    node_c.net.add("tor-1")
+    node_c.net.link(NODE, "up", "tor-1", "south", mtu=9000)
+    node_c.net.address(NODE, "up", ["10.0.0.1/31", "fd00::1/127"])
+    node_c.net.ip(NODE, ["route add default via 10.0.0.0 dev up", "route add ::/0 via fd00:: dev up"])
+    interfaces = ok(node_c.call("ADD", "c1", "pod-1", node_c.conf("1.1.0"))).json["interfaces"]
     assert [i["mtu"] for i in interfaces] == [9000, 9000]
-    interfaces = ok(node.call("ADD", "c2", "pod-2", node.conf("1.1.0", mtu=1400))).json["interfaces"]
+    interfaces = ok(node_c.call("ADD", "c2", "pod-2", node_c.conf("1.1.0", mtu=1400))).json["interfaces"]
     assert [i["mtu"] for i in interfaces] == [1400, 1400]
 
 
-def test_a_pod_whose_ipv6_the_runtime_turned_off_has_it_on_its_interface(node: Plugin) -> None:
-    node.net.sysctl("pod-1", {"net.ipv6.conf.all.disable_ipv6": "1", "net.ipv6.conf.default.disable_ipv6": "1"})
-    assert len(ok(node.call("ADD", "c1", "pod-1")).addresses) == 2
+def test_a_pod_whose_ipv6_the_runtime_turned_off_has_it_on_its_interface(node_c: Plugin) -> None:
+    node_c.net.sysctl("pod-1", {"net.ipv6.conf.all.disable_ipv6": "1", "net.ipv6.conf.default.disable_ipv6": "1"})
+    assert len(ok(node_c.call("ADD", "c1", "pod-1")).addresses) == 2
 
 
 @pytest.mark.parametrize("version", ["0.3.1", "0.4.0", "1.0.0", "1.1.0"])
-def test_the_answer_is_in_the_version_of_the_configuration(node: Plugin, version: str) -> None:
-    result = ok(node.call("ADD", "c1", "pod-1", node.conf(version))).json
+def test_the_answer_is_in_the_version_of_the_configuration(node_c: Plugin, version: str) -> None:
+    result = ok(node_c.call("ADD", "c1", "pod-1", node_c.conf(version))).json
     assert result["cniVersion"] == version
     assert [ip.get("version") for ip in result["ips"]] == (["4", "6"] if version < "1" else [None, None])
     assert all(("mtu" in i) == (version == "1.1.0") for i in result["interfaces"])
@@ -136,22 +146,22 @@ def test_the_answer_is_in_the_version_of_the_configuration(node: Plugin, version
     ],
 )
 def test_add_with_a_wrong_environment_leaves_nothing(
-    node: Plugin, change: dict[str, str], code: int, word: str
+    node_c: Plugin, change: dict[str, str], code: int, word: str
 ) -> None:
-    refused(node.call("ADD", "c1", "pod-1", **change), code, word)
-    node.nothing_left()
+    refused(node_c.call("ADD", "c1", "pod-1", **change), code, word)
+    node_c.nothing_left()
 
 
-def test_the_nodes_own_namespace_is_no_pod(node: Plugin) -> None:
-    refused(node.call("ADD", "c1", NODE), 4, "CNI_NETNS")
+def test_the_nodes_own_namespace_is_no_pod(node_c: Plugin) -> None:
+    refused(node_c.call("ADD", "c1", NODE), 4, "CNI_NETNS")
 
 
-def test_a_refused_add_may_be_tried_again(node: Plugin) -> None:
-    node.net.ip("pod-1", ["link add eth0 type veth peer name other"])
-    refused(node.call("ADD", "c1", "pod-1"), 102, "eth0")
-    eventually(node.nothing_left)
-    node.net.ip("pod-1", ["link del eth0"])
-    ok(node.call("ADD", "c1", "pod-1"))
+def test_a_refused_add_may_be_tried_again(node_c: Plugin) -> None:
+    node_c.net.ip("pod-1", ["link add eth0 type veth peer name other"])
+    refused(node_c.call("ADD", "c1", "pod-1"), 102, "eth0")
+    eventually(node_c.nothing_left)
+    node_c.net.ip("pod-1", ["link del eth0"])
+    ok(node_c.call("ADD", "c1", "pod-1"))
 
 
 @pytest.mark.parametrize(
@@ -199,21 +209,27 @@ def test_del_after_the_namespace_is_gone(node: Plugin) -> None:
     eventually(node.nothing_left)
 
 
+def test_del_where_the_namespace_was_mounted_is_a_plain_file(node: Plugin) -> None:
+    ok(node.call("ADD", "c1", "pod-1"))
+    ok(node.call("DEL", "c1", None, CNI_NETNS="/etc/passwd"))
+    eventually(node.nothing_left)
+
+
 def test_del_without_any_add(node: Plugin) -> None:
     ok(node.call("DEL", "c9", "pod-1"))
     ok(node.call("DEL", "c9", ""))
 
 
-def test_del_after_the_network_was_renamed(node: Plugin) -> None:
-    ok(node.call("ADD", "c1", "pod-1"))
-    ok(node.call("DEL", "c1", "pod-1", node.conf() | {"name": "renamed"}))
-    eventually(node.nothing_left)
+def test_del_after_the_network_was_renamed(node_c: Plugin) -> None:
+    ok(node_c.call("ADD", "c1", "pod-1"))
+    ok(node_c.call("DEL", "c1", "pod-1", node_c.conf() | {"name": "renamed"}))
+    eventually(node_c.nothing_left)
 
 
-def test_del_overlooks_a_wrong_key(node: Plugin) -> None:
-    ok(node.call("ADD", "c1", "pod-1"))
-    ok(node.call("DEL", "c1", "pod-1", node.conf(mtu="big", prevResult=7), CNI_ARGS="nonsense"))
-    eventually(node.nothing_left)
+def test_del_overlooks_a_wrong_key(node_c: Plugin) -> None:
+    ok(node_c.call("ADD", "c1", "pod-1"))
+    ok(node_c.call("DEL", "c1", "pod-1", node_c.conf(mtu="big", prevResult=7), CNI_ARGS="nonsense"))
+    eventually(node_c.nothing_left)
 
 
 def test_many_at_once_are_all_different_and_all_go(node: Plugin) -> None:
@@ -250,55 +266,55 @@ def test_many_at_once_are_all_different_and_all_go(node: Plugin) -> None:
         (NODE, "route add {4} dev lo metric 1", "node's route"),
     ],
 )
-def test_check_names_what_was_changed(node: Plugin, where: str, command: str, word: str) -> None:
-    result = ok(node.call("ADD", "c1", "pod-1"))
-    conf = node.conf(prevResult=result.json)
-    assert ok(node.call("CHECK", "c1", "pod-1", conf)).text == ""
+def test_check_names_what_was_changed(node_c: Plugin, where: str, command: str, word: str) -> None:
+    result = ok(node_c.call("ADD", "c1", "pod-1"))
+    conf = node_c.conf(prevResult=result.json)
+    assert ok(node_c.call("CHECK", "c1", "pod-1", conf)).text == ""
     four, six = result.addresses
-    node.net.ip(where, [command.replace("{4}", four).replace("{6}", six).replace("{link}", LINK1)])
-    refused(node.call("CHECK", "c1", "pod-1", conf), 101, word)
+    node_c.net.ip(where, [command.replace("{4}", four).replace("{6}", six).replace("{link}", LINK1)])
+    refused(node_c.call("CHECK", "c1", "pod-1", conf), 101, word)
 
 
-def test_check_lets_later_plugins_be(node: Plugin) -> None:
-    result = ok(node.call("ADD", "c1", "pod-1")).json
-    node.net.ip("pod-1", ["route replace default dev eth0 scope link", "addr add 192.0.2.1/32 dev eth0"])
+def test_check_lets_later_plugins_be(node_c: Plugin) -> None:
+    result = ok(node_c.call("ADD", "c1", "pod-1")).json
+    node_c.net.ip("pod-1", ["route replace default dev eth0 scope link", "addr add 192.0.2.1/32 dev eth0"])
     result["routes"] = [r for r in result["routes"] if r["dst"] == "::/0"]
     result["interfaces"].append({"name": "extra", "sandbox": "/x"})
     result["ips"].append({"address": "192.0.2.1/32", "interface": 2})
-    ok(node.call("CHECK", "c1", "pod-1", node.conf(prevResult=result)))
+    ok(node_c.call("CHECK", "c1", "pod-1", node_c.conf(prevResult=result)))
 
 
-def test_check_of_what_was_never_added(node: Plugin) -> None:
-    refused(node.call("CHECK", "c1", "pod-1"), 7, "prevResult")
-    result = ok(node.call("ADD", "c1", "pod-1")).json
+def test_check_of_what_was_never_added(node_c: Plugin) -> None:
+    refused(node_c.call("CHECK", "c1", "pod-1"), 7, "prevResult")
+    result = ok(node_c.call("ADD", "c1", "pod-1")).json
     other = json.loads(json.dumps(result))
     other["ips"][0]["address"] = "10.244.255.255/32"
-    refused(node.call("CHECK", "c1", "pod-1", node.conf(prevResult=other)), 101, "10.244.255.255")
-    refused(node.call("CHECK", "c1", "pod-2", node.conf(prevResult=result)), 101, "no interface")
+    refused(node_c.call("CHECK", "c1", "pod-1", node_c.conf(prevResult=other)), 101, "10.244.255.255")
+    refused(node_c.call("CHECK", "c1", "pod-2", node_c.conf(prevResult=result)), 101, "no interface")
 
 
 # -- GC, STATUS, VERSION -------------------------------------------------------------------------------------------
 
 
-def test_gc_releases_what_is_not_listed_and_nothing_else(node: Plugin) -> None:
-    keep, drop = ok(node.call("ADD", "c1", "pod-1")), ok(node.call("ADD", "c2", "pod-2"))
-    other = node.conf() | {"name": "other"}
-    node.net.add("pod-3")
-    foreign = ok(node.call("ADD", "c3", "pod-3", other))
+def test_gc_releases_what_is_not_listed_and_nothing_else(node_c: Plugin) -> None:
+    keep, drop = ok(node_c.call("ADD", "c1", "pod-1")), ok(node_c.call("ADD", "c2", "pod-2"))
+    other = node_c.conf() | {"name": "other"}
+    node_c.net.add("pod-3")
+    foreign = ok(node_c.call("ADD", "c3", "pod-3", other))
     plain = {a.partition("/")[0] for answer in (keep, foreign) for a in answer.addresses}
 
-    null = {**node.conf("1.1.0"), "cni.dev/valid-attachments": None, "cni.dev/attachments": None}
-    ok(node.call("GC", conf=null))
-    refused(node.call("GC", conf=node.conf("1.1.0")), 7, "cni.dev/valid-attachments")
-    assert len(node.routes()) == 6
+    null = {**node_c.conf("1.1.0"), "cni.dev/valid-attachments": None, "cni.dev/attachments": None}
+    ok(node_c.call("GC", conf=null))
+    refused(node_c.call("GC", conf=node_c.conf("1.1.0")), 7, "cni.dev/valid-attachments")
+    assert len(node_c.routes()) == 6
 
     valid = [{"containerID": "c1", "ifname": "eth0"}]
-    ok(node.call("GC", conf={**node.conf("1.1.0"), "cni.dev/valid-attachments": valid}))
-    assert node.routes() == plain
-    assert not node.routes() & {a.partition("/")[0] for a in drop.addresses}
-    ok(node.call("GC", conf={**node.conf("1.1.0"), "cni.dev/valid-attachments": []}))
-    assert node.routes() == {a.partition("/")[0] for a in foreign.addresses}
-    refused(node.call("GC", conf={**node.conf("1.0.0"), "cni.dev/valid-attachments": []}), 1, "GC")
+    ok(node_c.call("GC", conf={**node_c.conf("1.1.0"), "cni.dev/valid-attachments": valid}))
+    assert node_c.routes() == plain
+    assert not node_c.routes() & {a.partition("/")[0] for a in drop.addresses}
+    ok(node_c.call("GC", conf={**node_c.conf("1.1.0"), "cni.dev/valid-attachments": []}))
+    assert node_c.routes() == {a.partition("/")[0] for a in foreign.addresses}
+    refused(node_c.call("GC", conf={**node_c.conf("1.0.0"), "cni.dev/valid-attachments": []}), 1, "GC")
 
 
 def test_status_without_a_pool(net: Net, tmp_path: Path, shim_c: Path) -> None:
@@ -308,17 +324,17 @@ def test_status_without_a_pool(net: Net, tmp_path: Path, shim_c: Path) -> None:
     refused(plugin.call("STATUS", conf=plugin.conf("1.1.0")), 50)
 
 
-def test_status_tells_of_sessions(node: Plugin) -> None:
+def test_status_tells_of_sessions(node_c: Plugin) -> None:
     status = {
         "asNumber": 65101,
         "sessions": [{"peer": "tor", "address": "10.0.0.0", "asNumber": 65001, "state": "Idle"}],
     }
-    node.status(BGPNodeStatus, NODE, status)
-    refused(node.call("STATUS", conf=node.conf("1.1.0")), 51, "BGP")
-    ok(node.call("ADD", "c1", "pod-1"))
+    node_c.status(BGPNodeStatus, NODE, status)
+    refused(node_c.call("STATUS", conf=node_c.conf("1.1.0")), 51, "BGP")
+    ok(node_c.call("ADD", "c1", "pod-1"))
     status["sessions"][0]["state"] = "Established"  # type: ignore[index]
-    node.status(BGPNodeStatus, NODE, status)
-    ok(node.call("STATUS", conf=node.conf("1.1.0")))
+    node_c.status(BGPNodeStatus, NODE, status)
+    ok(node_c.call("STATUS", conf=node_c.conf("1.1.0")))
 
 
 def test_version_needs_no_server(plugin: Plugin) -> None:
@@ -340,38 +356,28 @@ def test_version_needs_no_server(plugin: Plugin) -> None:
     ],
     ids=["http", "environment-too-long", "configuration-too-long", "cut", "no-equals", "not-utf8"],
 )
-def test_a_malformed_message_gets_an_error_and_harms_nobody(
-    net: Net, tmp_path: Path, shim_c: Path, message: bytes
-) -> None:
-    node = Plugin(net, tmp_path, shim_c)
-    net.add("pod-1")
-    node.start()
+def test_a_malformed_message_gets_an_error_and_harms_nobody(node_c: Plugin, message: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(10)
-        connection.connect(str(node.run / "cni.sock"))
+        connection.connect(str(node_c.run / "cni.sock"))
         connection.sendall(message)
         connection.shutdown(socket.SHUT_WR)
         answer = connection.recv(1 << 16)
     assert answer.startswith(b"ULR1\x01\0\0\0")
     assert json.loads(answer[12:])["code"] == 6
-    ok(node.call("ADD", "c1", "pod-1"))
+    ok(node_c.call("ADD", "c1", "pod-1"))
 
 
-def test_a_caller_that_says_nothing_is_not_waited_for(net: Net, tmp_path: Path, shim_c: Path) -> None:
-    node = Plugin(net, tmp_path, shim_c)
-    net.add("pod-1")
-    node.start()
+def test_a_caller_that_says_nothing_is_not_waited_for(node_c: Plugin) -> None:
     with socket.socket(socket.AF_UNIX) as silent:
-        silent.connect(str(node.run / "cni.sock"))
-        ok(node.call("ADD", "c1", "pod-1"))
+        silent.connect(str(node_c.run / "cni.sock"))
+        ok(node_c.call("ADD", "c1", "pod-1"))
         silent.settimeout(10)
         assert silent.recv(1) == b""
 
 
-def test_the_socket_is_for_root_alone(net: Net, tmp_path: Path, shim_c: Path) -> None:
-    node = Plugin(net, tmp_path, shim_c)
-    node.start()
-    path = node.run / "cni.sock"
+def test_the_socket_is_for_root_alone(node_c: Plugin) -> None:
+    path = node_c.run / "cni.sock"
     assert path.stat().st_mode & 0o7777 == 0o600
     if os.getuid() != 0 or Path("/proc/self/uid_map").read_text().split()[2] == "1":
         pytest.skip("only uid 0 is mapped here: there is nobody else to call")
@@ -385,7 +391,7 @@ def test_the_socket_is_for_root_alone(net: Net, tmp_path: Path, shim_c: Path) ->
     )
     done = subprocess.run(["python3", "-c", program], capture_output=True, text=True, timeout=10, check=False)
     assert done.stdout.strip() == "b''" or "ConnectionReset" in done.stderr or "BrokenPipe" in done.stderr
-    assert "turned away" in node.log.read_text()
+    assert "turned away" in node_c.log.read_text()
 
 
 # -- without a server ----------------------------------------------------------------------------------------------
