@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cni import install, podnet
 from lab.net import Net
 from store.model import BGPNodeStatus
 from tests.conftest import eventually
-from tests.netns.plugin import NODE, Answer, Plugin
+from tests.netns.plugin import NODE, ROOT, Answer, Plugin
 
 LINK1 = podnet.link_name("c1", "eth0")
 
@@ -476,6 +477,40 @@ def test_a_socket_that_is_not_ours_is_left_alone(net: Net, tmp_path: Path, shim_
         assert plugin.spawn().wait(20) == 1
         assert (plugin.run / "cni.sock").exists()
     assert "end that process" in plugin.log.read_text()
+
+
+def test_the_server_makes_a_router_of_the_node_that_still_hears_its_own_routers(
+    net: Net, tmp_path: Path, shim_c: Path
+) -> None:
+    plugin = Plugin(net, tmp_path, shim_c)
+    net.add("tor-1")
+    net.link(NODE, "up", "tor-1", "south")
+    net.sysctl(
+        NODE, {"net.ipv4.ip_forward": "0", "net.ipv6.conf.all.forwarding": "0", "net.ipv6.conf.up.accept_ra": "1"}
+    )
+    plugin.start()
+    settings = "net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding", "net.ipv6.conf.up.accept_ra"
+    assert net.run(NODE, ["sysctl", "-n", *settings]).stdout.split() == ["1", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--store", "memory:"], "--node is missing"),
+        (["--node", "n"], "--store is missing"),
+        (["--node", "n", "--store", "etcd:x"], "etcd:x"),
+        (["--node", "n", "--store", "memory:", "--log", "loud"], "--log loud"),
+        (["--node", "n", "--store", "memory:", "--boot-id", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path: Path, flags: list[str], words: str) -> None:
+    program = [sys.executable, "-m", "cni.daemon", "--run", str(tmp_path), *flags]
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=20, check=False, cwd=ROOT, env={"UNDERLAY_LOG": "ERROR"}
+    )
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_sigterm_leaves_the_pods_alone_and_takes_the_socket_away(node: Plugin) -> None:
