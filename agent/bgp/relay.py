@@ -44,8 +44,9 @@ PATIENCE = 60.0
 RELOAD_TIME, RELOADS = 3.0, 5
 #: Seconds that a reload waits for what is on its way.
 RELOAD_WAIT = 10.0
-#: Seconds without an UPDATE after which a peer that does not bracket its route refresh is taken to be through.
-QUIET = 2.0
+#: Seconds without an UPDATE after which a peer that does not bracket its route refresh is taken to be through, and
+#: after which one that does is asked again.
+QUIET, ASK_AGAIN = 2.0, 10.0
 #: Connections that have not said who they are: how many, and for how many seconds.
 STRANGERS, STRANGER_TIME = 8, 5.0
 
@@ -71,8 +72,17 @@ class Session:
 
     generation: int
     peering: wire.Peering
-    #: Families that are told again, and when the last UPDATE of one came.
-    resyncing: dict[str, float] = field(default_factory=dict)
+    #: Families that are told again.
+    resyncing: dict[str, Resync] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Resync:
+    """A family that a peer tells again. Its end counts only if its beginning came after the agent heard of it: an
+    earlier request may still be on its way through."""
+
+    heard: float
+    begun: bool = False
 
 
 Answer = Callable[[bool, list[str]], None]
@@ -125,9 +135,10 @@ class Relay:
         self._listen()
         self._ask_loaded()
         self._assert_at = time.monotonic() + self._assert_every
+        rest = min(REST, self._watch_every, self._assert_every)
         while not self._ended:
             waiting = self._answers or self._reload or self._resyncing() or not self._ledger.idle()
-            for key, _ in self._selector.select(TICK if waiting else REST):
+            for key, _ in self._selector.select(TICK if waiting else rest):
                 key.data()
             self._work()
 
@@ -192,9 +203,11 @@ class Relay:
             self._watch()
         self._tell_changes()
         for address, session in self._sessions.items():
-            for family, last in list(session.resyncing.items()):
-                if not session.peering.enhanced and now - last > QUIET:
+            for family, resync in list(session.resyncing.items()):
+                if not session.peering.enhanced and now - resync.heard > QUIET:
                     self._resynced(address, session, family)
+                elif now - resync.heard > ASK_AGAIN:
+                    self._ask_routes(address, session, family)
         for client in list(self._clients.values()):
             if not client.greeted and now - client.since > STRANGER_TIME:
                 self._drop(client, "said nothing")
@@ -301,7 +314,7 @@ class Relay:
             case "update":
                 self._sent(head.peer, neighbor.get("message"))
             case "refresh" if head.direction == "receive":
-                self._refresh(head.peer, neighbor.get("route-refresh"))
+                self._refresh(head.peer, neighbor["route-refresh"])
             case _:
                 return
 
@@ -331,8 +344,8 @@ class Relay:
         if session is None:
             return
         if session.resyncing:
-            for family in session.resyncing:
-                session.resyncing[family] = time.monotonic()
+            for resync in session.resyncing.values():
+                resync.heard = time.monotonic()
             if wire.is_end_of_rib(line):
                 # The end of the session's first telling, which began before the resynchronisation did: what came
                 # before it may never have reached the agent. The end of the second telling is the one that counts.
@@ -427,20 +440,27 @@ class Relay:
         session = self._sessions[address]
         for family in session.peering.families:
             self._tell(wire.KIND_RESYNC, {"peer": address, "generation": session.generation, "family": family})
-            session.resyncing[family] = time.monotonic()
-            if session.peering.refresh:
-                self._say(f"neighbor {address} announce route-refresh {family}", lambda ok, lines: None)
+            self._ask_routes(address, session, family)
         if not session.peering.refresh:
             # No other way to hear them again. Graceful restart, where there is any, covers it.
             log(f"peer {address} has no route refresh (RFC 2918): its session is restarted to hear its routes again")
             self._say(f"neighbor {address} teardown 4", lambda ok, lines: None)
 
-    def _refresh(self, address: str, message: Any) -> None:
-        session = self._sessions.get(address)
-        if session is None or not isinstance(message, dict) or message.get("subtype") != "end":
-            return
+    def _ask_routes(self, address: str, session: Session, family: str) -> None:
+        session.resyncing[family] = Resync(time.monotonic())
+        if session.peering.refresh:
+            self._say(f"neighbor {address} announce route-refresh {family}", lambda ok, lines: None)
+
+    def _refresh(self, address: str, message: dict[str, Any]) -> None:
+        """A peer's marks around its answer (RFC 7313)."""
         family = f"{message.get('afi')} {message.get('safi')}"
-        if family in session.resyncing:
+        session = self._sessions.get(address)
+        resync = session.resyncing.get(family) if session is not None else None
+        if session is None or resync is None:
+            return
+        if message.get("subtype") == "begin":
+            resync.begun = True
+        elif message.get("subtype") == "end" and resync.begun:
             self._resynced(address, session, family)
 
     def _resynced(self, address: str, session: Session, family: str) -> None:

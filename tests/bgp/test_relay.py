@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from agent.bgp.model import SessionUp
-from agent.bgp.speaker import RELAY
+from agent.bgp.speaker import RELAY, relay_command
 from tests.bgp.conftest import SESSIONS, Node, announce, blocks, run, session, until
 from tests.bgp.routers import NODE4, TOR4, Bird
 
@@ -240,3 +240,40 @@ def test_relay_starts_without_any_package() -> None:
     """As ExaBGP starts it: no site packages."""
     done = subprocess.run([sys.executable, "-ISEs", str(RELAY), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+#: Stands for an ExaBGP that has lost its peers (fault 4) or does not: runs the relay as its helper, answers its
+#: commands, and ends when the relay does.
+PARENT = """
+import subprocess, sys
+peers, command = sys.argv[1].split(), sys.argv[2:]
+relay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+for line in relay.stdout:
+    if line.strip() == "show neighbor summary":
+        print("asked", flush=True)
+        relay.stdin.write("Peer            AS        up/down state       |     #sent     #recvd\\n")
+        for peer in peers:
+            relay.stdin.write(f"{peer}      65001 0:00:01 established 1 1\\n")
+    relay.stdin.write("done\\n")
+    relay.stdin.flush()
+"""
+
+
+@pytest.mark.parametrize(
+    ("configured", "running", "killed"),
+    [([TOR4], [], True), ([TOR4], [TOR4], False), ([], [], False)],
+    ids=["lost", "well", "none"],
+)
+def test_watchdog(node: Node, configured: list[str], running: list[str], killed: bool) -> None:
+    """Fault 4: an ExaBGP that runs none of its peers is killed, and only such a one."""
+    node.options = ("--watch-every", "0.05")
+    node.write_conf(frozenset({session("4")} if configured else ()))
+    argv = [sys.executable, "-c", PARENT, " ".join(running), *relay_command(node.folder, *node.options)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        if killed:
+            assert parent.wait(10) == -signal.SIGKILL
+        else:
+            assert [parent.stdout.readline() for _ in range(5)] == ["asked\n"] * 5
+            assert parent.poll() is None
+            parent.kill()
