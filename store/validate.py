@@ -102,6 +102,8 @@ def peer_address(text: str) -> tuple[str, int]:
         address = ip_address(host)
     except ValueError:
         raise ValueError("write an IPv4 or IPv6 address, with a port as 10.0.0.1:1179 or [fd00::1]:1179") from None
+    if address.version == 6 and address.ipv4_mapped is not None:
+        raise ValueError(f"write the IPv4 address as {address.ipv4_mapped}")
     if brackets and address.version == 4:
         raise ValueError(f"only an IPv6 address stands in brackets: write {address}{f':{port}' if port else ''}")
     if str(address) != host:
