@@ -16,6 +16,11 @@ CALICO_GROUP = "projectcalico.org/v3"
 
 #: Node annotation: the AS number of this node, where it differs from BGPConfiguration's ``asNumber``.
 ANNOTATION_ASN = "underlay.network/as-number"
+#: IPAMBlock annotation: addresses that people want released, in canonical text with commas between. The block's owner
+#: carries it out and removes it (R2); see ``release_wanted``.
+ANNOTATION_RELEASE = "underlay.network/release"
+#: Finalizer of a block: deleting it only marks it, until its owner has let go of it (R5).
+FINALIZER_OWNER = "underlay.network/owner"
 
 
 class _Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
@@ -296,6 +301,12 @@ def block_name(cidr: str) -> str:
     text = f"0{text}" if text.startswith("-") else text
     text = f"{text}0" if text.endswith("-") else text
     return f"{text}-{length}"
+
+
+def release_wanted(block: IPAMBlock) -> tuple[str, ...]:
+    """The addresses that the block's release annotation names, each once, in their order, as they are written there."""
+    text = block.metadata.annotations.get(ANNOTATION_RELEASE, "")
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def to_wire(obj: Resource) -> dict[str, Any]:
