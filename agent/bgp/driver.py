@@ -89,6 +89,8 @@ class Driver:
         self._held: set[tuple[str, str]] = set()
         self._confirmed: set[tuple[str, str]] = set()
         self._withdrawn_at: dict[str, float] = {}
+        #: Table generation -> pairs of the table before: the relay may announce them until it took this one.
+        self._superseded: dict[int, frozenset[tuple[str, str]]] = {}
 
     # -- what is wanted -------------------------------------------------------------------------------------------
 
@@ -119,14 +121,17 @@ class Driver:
             rows.append([a.peer, a.prefix, a.next_hop, a.med, sorted(a.communities), sorted(a.large_communities)])
         if rows == self._rows and unsent == self._unsent:
             return
+        before = frozenset((str(row[0]), str(row[1])) for row in self._rows or ())
         self._rows, self._unsent = rows, unsent
-        self._send_table()
+        self._send_table(before)
         self.changed.set()
 
     def state(self) -> SpeakerState:
         return SpeakerState(
             known=self._known,
-            sent=frozenset(self._held),
+            sent=frozenset(self._held).union(
+                pair for pairs in self._superseded.values() for pair in pairs if pair[0] in self._generations
+            ),
             confirmed=frozenset(self._confirmed),
             withdrawn_at=dict(self._withdrawn_at),
             refused={**self._refused, **{a: p for a, p in self._duplicates.items() if a not in self._refused}},
@@ -186,15 +191,16 @@ class Driver:
         if self._writer is not None:
             self._writer.write(wire.pack(request) + b"\n")
 
-    def _send_table(self) -> None:
+    def _send_table(self, before: frozenset[tuple[str, str]]) -> None:
         if self._known and self._rows is not None:
             self._table += 1
+            self._superseded[self._table] = before
             self._request({"do": "table", "generation": self._table, "routes": self._rows})
 
     def _lost(self, reason: str) -> None:
         _log.warning("the speaker is gone: %s", reason)
         self._known, self._mark = False, None
-        self._held, self._confirmed = set(), set()
+        self._held, self._confirmed, self._superseded = set(), set(), {}
         self._generations = {}
         self._sink(SpeakerLost(reason=reason))
         self.changed.set()
@@ -222,8 +228,9 @@ class Driver:
                     self._sent(told["peer"], prefix, state)
             case wire.KIND_REFUSED:
                 for prefix in told["prefixes"]:
-                    self._unsent[told["peer"], prefix] = "ExaBGP refused it: see exabgp.log"
+                    self._unsent[(told["peer"], prefix)] = "ExaBGP refused it: see exabgp.log"
             case wire.KIND_TABLE:
+                self._superseded = {g: p for g, p in self._superseded.items() if g > told["generation"]}
                 if told["problem"]:
                     _log.warning("%s", told["problem"])
             case wire.KIND_CONF:
@@ -254,7 +261,7 @@ class Driver:
         for peer, about in told["peers"].items():
             if self._generations.get(peer) != about["generation"]:
                 self._up(peer, about)
-        self._send_table()
+        self._send_table(frozenset((peer, prefix) for peer, prefix in told["wanted"]))
         self._reconfigure.set()
 
     def _up(self, peer: str, about: dict[str, Any]) -> None:

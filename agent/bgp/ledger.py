@@ -268,6 +268,9 @@ class Ledger:
         found, self._changes = list(self._changes.values()), {}
         return found
 
+    def wanted(self) -> list[tuple[str, str]]:
+        return [(address, prefix) for address, routes in (self._wanted or {}).items() for prefix in routes]
+
     def held(self) -> list[tuple[str, str]]:
         return [(p.address, prefix) for p in self._peers.values() if p.up for prefix in sorted(p.held)]
 

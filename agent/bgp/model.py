@@ -123,8 +123,9 @@ Event = SessionUp | SessionDown | Update | EndOfRib | Resync | SpeakerLost
 class SpeakerState(msgspec.Struct, frozen=True, kw_only=True):
     """What the driver knows of the speaker at one moment; part of the agent's Snapshot.
 
-    ``sent``: (peer, prefix) pairs that a peer that is up may still hold of us: put on the wire and not yet reported
-    withdrawn. ``confirmed``: pairs whose UPDATE was reported as sent. Both are empty until the relay has told its table
+    ``sent``: (peer, prefix) pairs that a peer that is up may still hold of us: put on the wire, or about to be by a
+    table that is being replaced, and not yet reported withdrawn. ``confirmed``: pairs whose UPDATE was reported as sent
+    (what people are shown as sent). Both are empty until the relay has told its table
     (``known`` is False until then, and nothing may be deleted).
     """
 

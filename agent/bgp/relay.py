@@ -44,9 +44,8 @@ PATIENCE = 60.0
 RELOAD_TIME, RELOADS = 3.0, 5
 #: Seconds that a reload waits for what is on its way.
 RELOAD_WAIT = 10.0
-#: Seconds without an UPDATE after which a peer that does not bracket its route refresh is taken to be through, and
-#: after which one that does is asked again.
-QUIET, ASK_AGAIN = 2.0, 10.0
+#: Seconds without an UPDATE after which a peer that does not bracket its route refresh is taken to be through.
+QUIET = 2.0
 #: Connections that have not said who they are: how many, and for how many seconds.
 STRANGERS, STRANGER_TIME = 8, 5.0
 
@@ -90,10 +89,18 @@ Answer = Callable[[bool, list[str]], None]
 
 class Relay:
     def __init__(
-        self, folder: Path, configuration: Path, *, buffer: int, assert_every: float, watch_every: float
+        self,
+        folder: Path,
+        configuration: Path,
+        *,
+        buffer: int,
+        assert_every: float,
+        watch_every: float,
+        silence: float,
     ) -> None:
         self._folder, self._configuration = folder, configuration
         self._limit, self._assert_every, self._watch_every = buffer, assert_every, watch_every
+        self._silence = silence
         self._selector = selectors.DefaultSelector()
         self._input = bytearray()
         self._output: deque[bytes] = deque()
@@ -204,10 +211,12 @@ class Relay:
         self._tell_changes()
         for address, session in self._sessions.items():
             for family, resync in list(session.resyncing.items()):
-                if not session.peering.enhanced and now - resync.heard > QUIET:
+                silent = now - resync.heard
+                if resync.begun and silent > self._silence:
+                    self._ask_routes(address, session, family)  # it never said the end
+                elif not resync.begun and silent > (self._silence if session.peering.enhanced else QUIET):
+                    # An ExaBGP peer that has nothing in a family answers nothing, not even begin and end.
                     self._resynced(address, session, family)
-                elif now - resync.heard > ASK_AGAIN:
-                    self._ask_routes(address, session, family)
         for client in list(self._clients.values()):
             if not client.greeted and now - client.since > STRANGER_TIME:
                 self._drop(client, "said nothing")
@@ -562,6 +571,9 @@ class Relay:
             "table": table,
             "problem": self._problem,
             "peers": {address: self._about(session) for address, session in self._sessions.items()},
+            "wanted": []
+            if self._table is None
+            else [(p, x) for p, routes in self._table.routes.items() for x in routes],
             "held": self._ledger.held(),
             "confirmed": self._ledger.confirmed(),
         }
@@ -658,6 +670,7 @@ def main() -> None:
     parser.add_argument("--buffer", type=int, default=32 << 20, help="bytes that the agent may be behind")
     parser.add_argument("--assert-every", type=float, default=300, help="seconds between repetitions of the table")
     parser.add_argument("--watch-every", type=float, default=5, help="seconds between looks at ExaBGP's peers")
+    parser.add_argument("--silence", type=float, default=10, help="seconds to wait for the answer to a route refresh")
     options = parser.parse_args()
     os.umask(0o077)
     # The signals that mean something to ExaBGP may reach its whole group: it speaks to us by closing our input.
@@ -669,6 +682,7 @@ def main() -> None:
         buffer=options.buffer,
         assert_every=options.assert_every,
         watch_every=options.watch_every,
+        silence=options.silence,
     ).run()
 
 

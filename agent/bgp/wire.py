@@ -19,7 +19,7 @@ MARK = "underlay:"
 
 FAMILIES = ("ipv4 unicast", "ipv6 unicast")
 
-KIND_HELLO = "hello"  # all the relay knows: conf, table, peers, pairs held and confirmed
+KIND_HELLO = "hello"  # all the relay knows: conf, table, peers, pairs wanted, held and confirmed
 KIND_UP = "up"
 KIND_DOWN = "down"
 KIND_UPDATE = "update"  # a peer's UPDATE or End-of-RIB

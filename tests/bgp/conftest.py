@@ -64,27 +64,20 @@ def blocks(count: int, **changes: Any) -> frozenset[Announcement]:
 class Node:
     """The node's side: its run folder, its speaker process, as a supervisor would keep it."""
 
-    def __init__(self, net: Net, folder: Path) -> None:
-        self._net = net
+    def __init__(self, net: Net, folder: Path, name: str = "node") -> None:
+        self._net, self._name = net, name
         self.folder = folder / "run" / "speaker"
         self.options: tuple[str, ...] = ()
         self.process: Any = None
-        self.starts = 0
 
     def start(self) -> None:
         speaker.prepare(self.folder, *self.options)
         argv = [sys.executable, "-P", "-m", "agent.bgp.speaker", "--run", str(self.folder.parent)]
-        self.process = self._net.spawn("node", argv, log=self.folder.parent.parent / "speaker.log")
-        self.starts += 1
+        self.process = self._net.spawn(self._name, argv, log=self.folder.parent.parent / "speaker.log")
 
-    def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.process.pid, how)
         self.process.wait()
-
-    def supervise(self) -> None:
-        """Starts it again if it ended."""
-        if self.process.poll() is not None:
-            self.start()
 
     def relay(self) -> int:
         """The relay's pid."""

@@ -14,8 +14,14 @@ from tests.bgp.conftest import BOTH, SESSIONS, Node, Witness, announce, blocks, 
 from tests.bgp.routers import TOR4, Bird, Router
 
 
-@pytest.mark.parametrize("with_agent", [True, False], ids=["agent", "no-agent"])
-def test_killed_speaker_loses_no_route(router: Router, node: Node, net: Net, tmp_path: Path, with_agent: bool) -> None:
+@pytest.mark.parametrize(
+    ("with_agent", "how"),
+    [(True, signal.SIGKILL), (False, signal.SIGKILL), (False, signal.SIGTERM)],
+    ids=["kill-agent", "kill-alone", "term-alone"],
+)
+def test_speaker_restart_loses_no_route(
+    router: Router, node: Node, net: Net, tmp_path: Path, with_agent: bool, how: signal.Signals
+) -> None:
     """Faults 8 and 11, R14: the relay gives the table again and only then the End-of-RIB."""
     wanted = blocks(12)
     prefixes = {a.prefix for a in wanted}
@@ -32,14 +38,14 @@ def test_killed_speaker_loses_no_route(router: Router, node: Node, net: Net, tmp
             await witness.begin(prefixes)
             if with_agent:
                 events.clear()
-                node.kill()
+                node.kill(how)
                 await until(lambda: any(isinstance(e, SpeakerLost) for e in events))
                 assert not driver.state().known
                 await until(router.stale)
                 node.start()
                 await until(lambda: len(driver.state().confirmed) == 12)
         if not with_agent:
-            node.kill()
+            node.kill(how)
             await until(router.stale)
             node.start()
         # No stale route is left, so the peer has the new table and its End-of-RIB.

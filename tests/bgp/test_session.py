@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from agent.bgp.model import EndOfRib, SessionUp, Update
-from tests.bgp.conftest import BOTH, SESSIONS, Node, announce, run, until
-from tests.bgp.routers import TOR4, TOR6, Router
+from pathlib import Path
+
+from agent.bgp.model import EndOfRib, Event, Session, SessionUp, Update
+from lab.net import Net
+from tests.bgp.conftest import BOTH, SESSIONS, Node, announce, blocks, run, session, until
+from tests.bgp.routers import NODE4, NODE_AS, TOR4, TOR6, Router, wire
 
 
 def test_both_families_go_both_ways(router: Router, node: Node) -> None:
@@ -26,16 +29,8 @@ def test_both_families_go_both_ways(router: Router, node: Node) -> None:
             await until(lambda: driver.state().confirmed == {(a.peer, a.prefix) for a in wanted})
             assert driver.state().sent == driver.state().confirmed
 
-            ends = {(e.peer, e.family) for e in events if isinstance(e, EndOfRib)}
-            (
-                await until(
-                    lambda: (
-                        {(e.peer, e.family) for e in events if isinstance(e, EndOfRib)}
-                        >= {(peer, family) for peer in (TOR4, TOR6) for family in BOTH}
-                    )
-                ),
-                ends,
-            )
+            everything = {(peer, family) for peer in (TOR4, TOR6) for family in BOTH}
+            await until(lambda: {(e.peer, e.family) for e in events if isinstance(e, EndOfRib)} >= everything)
             ups = {e.peer: e for e in events if isinstance(e, SessionUp)}
             assert ups[TOR4].families == BOTH
             assert ups[TOR4].helper
@@ -45,5 +40,58 @@ def test_both_families_go_both_ways(router: Router, node: Node) -> None:
             assert got["10.9.0.0/24"].next_hop == TOR4
             assert got["fd09::/64"].next_hop == TOR6
             assert got["10.9.0.0/24"].attributes.as_path == (65001,)
+
+    run(main())
+
+
+def test_two_nodes_of_a_mesh(net: Net, tmp_path: Path, node: Node) -> None:
+    """Node to node: one side waits, both speak iBGP, and either may restart its agent or its speaker."""
+    wire(net)
+    (tmp_path / "other").mkdir()
+    other = Node(net, tmp_path / "other", "tor")
+    other.options = ("--silence", "1")
+    here = frozenset({session("4", peer_as=NODE_AS), session("6", peer_as=NODE_AS)})
+    there = frozenset(
+        Session(
+            name="mesh",
+            address=s.local_address,
+            local_address=s.address,
+            local_as=NODE_AS,
+            peer_as=NODE_AS,
+            router_id=TOR4,
+            families=s.families,
+            passive=True,
+        )
+        for s in here
+    )
+    back = frozenset({announce("10.245.0.0/26", peer=NODE4, next_hop=TOR4)})
+
+    def learned(events: list[Event]) -> set[str]:
+        return {r.prefix for e in events if isinstance(e, Update) for r in e.announced}
+
+    def ended(events: list[Event]) -> int:
+        return sum(isinstance(e, EndOfRib) for e in events)
+
+    async def main() -> None:
+        node.start()
+        other.start()
+        async with node.driver() as (one, told_one), other.driver() as (two, told_two):
+            one.set_sessions(here)
+            two.set_sessions(there)
+            one.set_announcements(blocks(4))
+            two.set_announcements(back)
+            await until(lambda: learned(told_two) == {a.prefix for a in blocks(4)})
+            await until(lambda: learned(told_one) == {"10.245.0.0/26"})
+            await until(lambda: ended(told_one) >= 4 and ended(told_two) >= 4)
+        async with other.driver() as (again, told_again):
+            again.set_sessions(there)
+            again.set_announcements(back)
+            await until(lambda: ended(told_again) == 4)
+            assert learned(told_again) == {a.prefix for a in blocks(4)}
+            node.kill()
+            told_again.clear()
+            node.start()
+            await until(lambda: ended(told_again) == 4, limit=20)
+            assert learned(told_again) == {a.prefix for a in blocks(4)}
 
     run(main())
