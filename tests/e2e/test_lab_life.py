@@ -25,9 +25,14 @@ NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", 
 
 
 @pytest.fixture
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    # Not tmp_path, which is too long for the sockets in it.
-    lab = Lab(tmp_path_factory.mktemp("l") / "lab")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like tmp_path, which is too long for the sockets in it."""
+    return tmp_path_factory.mktemp("l")
+
+
+@pytest.fixture
+def small(short: Path) -> Iterator[Lab]:
+    lab = Lab(short / "lab")
     try:
         yield lab
     finally:
@@ -102,15 +107,15 @@ def test_a_folder_with_other_things_is_refused_and_kept(small: Lab) -> None:
     shutil.rmtree(small.folder.path)
 
 
-@pytest.mark.parametrize("name", ["x" * 80, "with space"])
-def test_a_folder_that_cannot_hold_sockets_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(folders.LabError, match="--dir"):
-        folders.claim(Folder(tmp_path / name))
-    assert not (tmp_path / name).exists()
+@pytest.mark.parametrize(("name", "why"), [("x" * 80, "at most 67 bytes"), ("a b", "a path with a space")])
+def test_a_folder_that_cannot_hold_sockets_is_refused(short: Path, name: str, why: str) -> None:
+    with pytest.raises(folders.LabError, match=f"{why}.*--dir"):
+        folders.claim(Folder(short / name))
+    assert not (short / name).exists()
 
 
-def test_a_folder_has_one_owner_at_a_time(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "lab")
+def test_a_folder_has_one_owner_at_a_time(short: Path) -> None:
+    folder = Folder(short / "lab")
     lock = folders.claim(folder)
     assert lock is not None
     assert folders.claim(folder) is None
