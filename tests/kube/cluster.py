@@ -1,0 +1,417 @@
+"""A real API server for a test: etcd, kube-apiserver and kube-controller-manager on loopback ports of this process's
+network namespace.
+
+One cluster serves many tests: ``reset`` puts etcd back, key by key, to what it held at the start, whatever a test did,
+and starts again what a test killed. Everything dies with this process.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import itertools
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from cni import netns
+from tests.kube.build import NotHere, Programs
+
+#: The garbage collector frees the blocks of a deleted Node; the others make a namespace behave as one.
+CONTROLLERS = ("garbage-collector-controller", "namespace-controller", "serviceaccount-controller")
+#: Seconds for a process to answer, on a machine that does something else too.
+START_LIMIT = 120
+#: Keys that come and go by themselves, and that no test of ours can be disturbed by.
+_RESTLESS = ("/registry/leases/", "/registry/masterleases/", "/registry/peerserverleases/")
+_EVERYTHING = "/registry/"
+#: Seconds in which a controller answers to a deletion that it was told of.
+_SETTLE = 0.05
+_ROUNDS = 40
+_ORPHAN = "/api/v1/namespaces/default/configmaps/orphan"
+#: Below the range of ephemeral ports, so nothing else in the namespace takes one.
+_ports = itertools.count(16000, 4)
+
+
+class ClusterError(Exception):
+    """A process of the cluster did not start or answer; the message has the end of its log."""
+
+
+class Refused(Exception):
+    """The API server's answer was not a success. ``code`` is HTTP's, ``status`` the body."""
+
+    def __init__(self, code: int, status: Mapping[str, Any]) -> None:
+        self.code = code
+        self.status = status
+        super().__init__(f"{code} {status.get('reason', '')}: {status.get('message', '')}")
+
+
+class _Ports(NamedTuple):
+    etcd: int
+    peer: int
+    api: int
+    controllers: int
+
+
+class Cluster:
+    """``folder`` takes data, keys and logs. Nothing runs before ``start``."""
+
+    def __init__(self, folder: Path, programs: Programs, *, controllers: Sequence[str] = CONTROLLERS) -> None:
+        self.folder = folder
+        self._programs = programs
+        self._controllers = controllers
+        first = next(_ports)
+        self._ports = _Ports(first, first + 1, first + 2, first + 3)
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._connection: http.client.HTTPSConnection | None = None
+        self._baseline: dict[str, tuple[str, str]] = {}
+        self._pki = folder / "pki"
+        self.admin_token = "admin-token"
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self._ports.api}"
+
+    @property
+    def ca(self) -> Path:
+        """What a client checks the API server's certificate against."""
+        return self._pki / "ca.crt"
+
+    @property
+    def client_certificate(self) -> tuple[Path, Path]:
+        """Certificate and key of an administrator."""
+        return self._pki / "admin.crt", self._pki / "admin.key"
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def start(self, documents: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Brings it up with ``documents`` (CRDs first) applied; what is there then is what ``reset`` goes back to."""
+        self._pki.mkdir(parents=True)
+        _make_keys(self._pki)
+        (self._pki / "tokens.csv").write_text(
+            f"{self.admin_token},admin,1,system:masters\nmanager-token,system:kube-controller-manager,2\n"
+        )
+        self.start_etcd()
+        self.start_apiserver()
+        self.apply(documents)
+        # Its garbage collector looks for new kinds every 30 s only, so it comes after ours are there.
+        self.start_controller_manager()
+        self.remember()
+
+    def start_etcd(self) -> None:
+        client, peer = f"http://127.0.0.1:{self._ports.etcd}", f"http://127.0.0.1:{self._ports.peer}"
+        self._spawn(
+            "etcd",
+            self._programs.etcd,
+            f"--data-dir={self.folder / 'etcd'}",
+            f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=default={peer}",
+            "--unsafe-no-fsync",
+            "--log-level=warn",
+        )
+        self._await("etcd", lambda: self._etcd("/v3/maintenance/status", {}))
+
+    def start_apiserver(self) -> None:
+        self._spawn(
+            "kube-apiserver",
+            self._programs.apiserver,
+            f"--etcd-servers=http://127.0.0.1:{self._ports.etcd}",
+            "--etcd-compaction-interval=0",
+            "--bind-address=127.0.0.1",
+            # Asked for where there is no default route; nobody uses it, as there is no reconciler of endpoints.
+            "--advertise-address=192.0.2.1",
+            f"--secure-port={self._ports.api}",
+            f"--tls-cert-file={self._pki / 'server.crt'}",
+            f"--tls-private-key-file={self._pki / 'server.key'}",
+            f"--client-ca-file={self.ca}",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            f"--service-account-signing-key-file={self._pki / 'server.key'}",
+            f"--service-account-key-file={self._pki / 'server.crt'}",
+            f"--token-auth-file={self._pki / 'tokens.csv'}",
+            "--authorization-mode=Node,RBAC",
+            "--enable-admission-plugins=NodeRestriction,OwnerReferencesPermissionEnforcement",
+            "--service-cluster-ip-range=10.96.0.0/16",
+            "--endpoint-reconciler-type=none",
+            "--profiling=false",
+        )
+        self._await("kube-apiserver", lambda: self.request("GET", "/readyz"))
+
+    def start_controller_manager(self) -> None:
+        self._spawn(
+            "kube-controller-manager",
+            self._programs.controller_manager,
+            f"--kubeconfig={self.kubeconfig('manager-token')}",
+            f"--controllers={','.join(self._controllers)}",
+            f"--root-ca-file={self.ca}",
+            f"--tls-cert-file={self._pki / 'server.crt'}",
+            f"--tls-private-key-file={self._pki / 'server.key'}",
+            "--bind-address=127.0.0.1",
+            f"--secure-port={self._ports.controllers}",
+            "--use-service-account-credentials=true",
+            "--leader-elect=false",
+            "--kube-api-qps=500",
+            "--kube-api-burst=1000",
+        )
+        # It works once it has read every kind, and collected what has no owner.
+        owner = {"apiVersion": "v1", "kind": "Node", "name": "nobody", "uid": "nobody"}
+        space, _, name = _ORPHAN.rpartition("/")
+        self.request("POST", space, {"metadata": {"name": name, "ownerReferences": [owner]}})
+        self._await("kube-controller-manager", self._controllers_are_at_work)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to ``etcd``, ``kube-apiserver`` or ``kube-controller-manager``: on SIGTERM an API server with an open
+        watch lingers for a minute."""
+        process = self._processes.pop(name)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def pid(self, name: str) -> int:
+        return self._processes[name].pid
+
+    def close(self) -> None:
+        self._disconnect()
+        for name in [*self._processes]:
+            self.kill(name)
+
+    # -- one cluster, many tests ----------------------------------------------------------------------------------
+
+    def remember(self) -> None:
+        """Takes what etcd holds now for what ``reset`` goes back to."""
+        self._baseline = {key: (kv["mod_revision"], kv["value"]) for key, kv in self.keys(values=True).items()}
+
+    def reset(self) -> None:
+        """Back to the start, in etcd itself: no finalizer, policy or controller has a say, and watches are told."""
+        for name, start in (
+            ("etcd", self.start_etcd),
+            ("kube-apiserver", self.start_apiserver),
+            ("kube-controller-manager", self.start_controller_manager),
+        ):
+            process = self._processes.get(name)
+            if process is None or process.poll() is not None:
+                self._processes.pop(name, None)
+                start()
+        # A controller may be about to answer to what a test did last, so it is looked at until nothing moves.
+        for _ in range(_ROUNDS):
+            undone = self._undo()
+            if not undone:
+                return
+            time.sleep(_SETTLE)
+        raise ClusterError(f"something writes these again and again: {', '.join(undone)}")
+
+    def keys(self, *, values: bool) -> dict[str, dict[str, str]]:
+        """All keys that stay by themselves: mod_revision and, if asked for, value (both as etcd's JSON has them)."""
+        asked = {"key": _b64(_EVERYTHING), "range_end": _b64(_EVERYTHING[:-1] + "0"), "keys_only": not values}
+        found = {}
+        for kv in self._etcd("/v3/kv/range", asked).get("kvs", []):
+            key = base64.b64decode(kv["key"]).decode()
+            if not key.startswith(_RESTLESS):
+                found[key] = kv
+        return found
+
+    # -- the API, without the client that is being tested ---------------------------------------------------------
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        token: str | None = None,
+        content_type: str = "application/json",
+    ) -> dict[str, Any]:
+        """One request, as administrator unless ``token`` says otherwise. Refused; OSError while it is down."""
+        headers = {"Authorization": f"Bearer {token or self.admin_token}", "Content-Type": content_type}
+        data = None if body is None else json.dumps(body)
+        for last in (False, True):
+            connection = self._connect()
+            try:
+                connection.request(method, path, body=data, headers=headers)
+                answer = connection.getresponse()
+                text = answer.read()
+                break
+            except (OSError, http.client.HTTPException) as e:
+                self._disconnect()
+                # A kept connection that the server has closed meanwhile is no news of the server.
+                if last or not isinstance(e, http.client.RemoteDisconnected | BrokenPipeError):
+                    raise
+        value = json.loads(text) if text[:1] == b"{" else {"message": text.decode(errors="replace")}
+        if answer.status >= 400:
+            raise Refused(answer.status, value)
+        return dict(value)
+
+    def apply(self, documents: Iterable[Mapping[str, Any]]) -> None:
+        """Server-side apply. CRDs are waited for until they are served."""
+        for document in documents:
+            path = f"{self._path(document)}?fieldManager=tests&force=true"
+            self.request("PATCH", path, document, content_type="application/apply-patch+yaml")
+            if document["kind"] == "CustomResourceDefinition":
+                self._await_crd(document["metadata"]["name"])
+
+    def token(self, account: str, *, namespace: str, node: str = "") -> str:
+        """A token of a ServiceAccount, as the kubelet of ``node`` would put it into a pod."""
+        spec: dict[str, Any] = {"expirationSeconds": 3600}
+        if node:
+            uid = self.request("GET", f"/api/v1/nodes/{node}")["metadata"]["uid"]
+            spec["boundObjectRef"] = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": uid}
+        answer = self.request(
+            "POST",
+            f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token",
+            {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec},
+        )
+        return str(answer["status"]["token"])
+
+    def kubeconfig(self, token: str | None = None, *, path: Path | None = None) -> Path:
+        """A kubeconfig file for a token (default: the administrator's)."""
+        token = token or self.admin_token
+        path = path or self.folder / f"{token[:40]}.kubeconfig"
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "test",
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+            "clusters": [{"name": "test", "cluster": {"server": self.url, "certificate-authority": str(self.ca)}}],
+            "users": [{"name": "test", "user": {"token": token}}],
+        }
+        path.write_text(yaml.safe_dump(config))
+        path.chmod(0o600)
+        return path
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+
+    def _spawn(self, name: str, program: Path, *arguments: str) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                [program, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=lambda: netns.die_with_parent(signal.SIGKILL),
+            )
+
+    def _await(self, name: str, probe: Callable[[], object]) -> None:
+        end = time.monotonic() + START_LIMIT
+        while True:
+            why: object
+            try:
+                probe()
+            except (OSError, http.client.HTTPException, Refused, ClusterError) as e:
+                why = e
+            else:
+                return
+            ended = self._processes[name].poll()
+            if ended is not None or time.monotonic() > end:
+                said = "is not ready" if ended is None else f"ended with {ended}"
+                tail = (self.folder / f"{name}.log").read_text(errors="replace")[-3000:]
+                raise ClusterError(f"{name} {said}: {why}\n{tail}")
+            time.sleep(0.05)
+
+    def _controllers_are_at_work(self) -> None:
+        for namespace in ("default", "kube-node-lease", "kube-public", "kube-system"):
+            self.request("GET", f"/api/v1/namespaces/{namespace}/serviceaccounts/default")
+        try:
+            self.request("GET", _ORPHAN)
+        except Refused as e:
+            if e.code != 404:
+                raise
+        else:
+            raise ClusterError("an object whose owner is gone is still there")
+
+    def _await_crd(self, name: str) -> None:
+        def established() -> None:
+            crd = self.request("GET", f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}")
+            conditions = {c["type"]: c for c in crd.get("status", {}).get("conditions") or []}
+            if conditions.get("Established", {}).get("status") != "True":
+                raise ClusterError(f"{name} is not served: {conditions}")
+            spec = crd["spec"]
+            self.request("GET", f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}")
+
+        self._await("kube-apiserver", established)
+
+    def _path(self, document: Mapping[str, Any]) -> str:
+        """Where the API server has the object, by what it says of its kinds."""
+        version, kind, meta = document["apiVersion"], document["kind"], document["metadata"]
+        root = f"/apis/{version}" if "/" in version else f"/api/{version}"
+        resources = self.request("GET", root)["resources"]
+        found = next(r for r in resources if r["kind"] == kind and "/" not in r["name"])
+        space = f"/namespaces/{meta.get('namespace', 'default')}" if found["namespaced"] else ""
+        return f"{root}{space}/{found['name']}/{meta['name']}"
+
+    def _connect(self) -> http.client.HTTPSConnection:
+        if self._connection is None:
+            context = ssl.create_default_context(cafile=str(self.ca))
+            self._connection = http.client.HTTPSConnection("127.0.0.1", self._ports.api, timeout=30, context=context)
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _undo(self) -> list[str]:
+        """Deletes and writes back in etcd what differs from the start, and says what did."""
+        present = self.keys(values=False)
+        added = present.keys() - self._baseline.keys()
+        changed = [
+            key
+            for key, (revision, _) in self._baseline.items()
+            if key not in present or present[key]["mod_revision"] != revision
+        ]
+        for key in added:
+            self._etcd("/v3/kv/deleterange", {"key": _b64(key)})
+        for key in changed:
+            value = self._baseline[key][1]
+            written = self._etcd("/v3/kv/put", {"key": _b64(key), "value": value})
+            self._baseline[key] = (written["header"]["revision"], value)
+        return [*added, *changed]
+
+    def _etcd(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self._ports.etcd, timeout=30)
+        try:
+            connection.request("POST", path, body=json.dumps(body))
+            answer = connection.getresponse()
+            text = answer.read()
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise ClusterError(f"etcd {path}: {answer.status} {text.decode(errors='replace')}")
+        return dict(json.loads(text))
+
+
+def _b64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def _make_keys(folder: Path) -> None:
+    """A CA, the server's certificate for loopback, and an administrator's."""
+    if shutil.which("openssl") is None:
+        raise NotHere("openssl is not installed: apt-get install openssl")
+    # Python 3.13 asks for keyUsage and key identifiers, as RFC 5280 does.
+    _openssl(folder, "ca", "/CN=test-ca", "basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign,cRLSign")
+    names = "subjectAltName=IP:127.0.0.1,DNS:localhost,DNS:kubernetes.default.svc"
+    signed = ("basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature")
+    _openssl(folder, "server", "/CN=kube-apiserver", *signed, names, "extendedKeyUsage=serverAuth", ca=True)
+    _openssl(folder, "admin", "/O=system:masters/CN=admin", *signed, "extendedKeyUsage=clientAuth", ca=True)
+
+
+def _openssl(folder: Path, name: str, subject: str, *extensions: str, ca: bool = False) -> None:
+    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    argv += ["-config", os.devnull, "-subj", subject, "-keyout", f"{name}.key", "-out", f"{name}.crt"]
+    argv += ["-CA", "ca.crt", "-CAkey", "ca.key"] if ca else []
+    for extension in (*extensions, "subjectKeyIdentifier=hash"):
+        argv += ["-addext", extension]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode != 0:
+        raise ClusterError(f"{' '.join(argv)}: {done.stderr}")

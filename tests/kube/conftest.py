@@ -1,0 +1,65 @@
+"""A real API server for tests: ``cluster`` is shared and put back before each, ``spare`` makes one of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.kube.build import NotHere, Programs, find
+from tests.kube.cluster import Cluster
+
+MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
+
+
+def manifests() -> list[dict[str, Any]]:
+    """What an operator applies, in order."""
+    files = sorted(MANIFESTS.glob("crds/*.yaml"))
+    return [document for file in files for document in yaml.safe_load_all(file.read_text()) if document]
+
+
+@pytest.fixture(scope="session")
+def programs() -> Programs:
+    try:
+        return find()
+    except NotHere as e:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI skips nothing: {e}", pytrace=False)
+        pytest.skip(str(e))
+
+
+@pytest.fixture(scope="session")
+def _shared(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"), programs)
+    try:
+        cluster.start(manifests())
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def cluster(_shared: Cluster) -> Cluster:
+    """The cluster of this session with our manifests applied, and nothing of any other test in it."""
+    _shared.reset()
+    return _shared
+
+
+@pytest.fixture
+def spare(programs: Programs, tmp_path: Path) -> Iterator[Callable[[], Cluster]]:
+    """Makes clusters that are not shared and not started: for two at once, or to break beyond repair."""
+    made: list[Cluster] = []
+
+    def make() -> Cluster:
+        made.append(Cluster(tmp_path / f"cluster-{len(made)}", programs))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for cluster in made:
+            cluster.close()
