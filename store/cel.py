@@ -1,0 +1,309 @@
+"""What a custom resource may not say, in CEL: the rules of ``store.validate`` for the API server. Pure.
+
+Source of the language: Kubernetes, "Common Expression Language in Kubernetes" and "Validation rules" of
+CustomResourceDefinitions; everything here is in Kubernetes 1.31. What CEL cannot say is in ``store.validate`` alone:
+the grammar of a selector inside parentheses. What an object is beside others is in ``manifests/policies.yaml``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from store.kubewire import LINE_PATTERN
+from store.model import (
+    BGPConfiguration,
+    BGPConfigurationSpec,
+    BGPNodeStatusStatus,
+    BGPPeerSpec,
+    IPAMBlock,
+    IPAMBlockSpec,
+    IPAMBlockStatus,
+    IPPoolSpec,
+    IPReservationSpec,
+    Resource,
+)
+
+Schema = dict[str, Any]
+
+#: Addresses that one block can have in the API server: Calico's largest block (a /20, a /116).
+MAX_ALLOCATIONS = 4096
+#: Prefixes that a list of CIDRs can have: bounds what the API server may spend on checking it.
+MAX_CIDRS = 1024
+# What an IPv6 prefix needs at most, a selector (store.selector.MAX_LENGTH), a name.
+_CIDR_LENGTH = 43
+_SELECTOR_LENGTH = 4096
+_NAME_LENGTH = 253
+
+
+def _rule(rule: str, message: str, *, says: str = "", at: str = "") -> dict[str, str]:
+    """``says`` is a CEL expression that makes a better message; ``at`` the path of the field below that is to blame."""
+    made = {"rule": rule, "message": message}
+    if says:
+        made["messageExpression"] = says
+    if at:
+        made["fieldPath"] = at
+    return made
+
+
+def _check(*rules: dict[str, str], **schema: Any) -> Schema:
+    return {**schema, "x-kubernetes-validations": list(rules)}
+
+
+def _either(*cases: str) -> str:
+    return " || ".join(f"({case})" for case in cases)
+
+
+# isCIDR and masked() take four spellings of one IPv6 prefix; only the text of the masked one is canonical. (A message
+# with that text would be better, but the API server reckons with any length of it, and refuses the whole rule.)
+_CANONICAL = "isCIDR(self) && string(cidr(self).masked()) == self"
+_CIDR = _rule(
+    _CANONICAL,
+    "write an IPv4 or IPv6 prefix, as 10.244.0.0/16 or fd00:10:244::/48: one prefix has one spelling, without bits "
+    "beyond its length",
+)
+_CIDR_OR_ADDRESS = _rule(
+    _either("isIP(self) && ip.isCanonical(self)", _CANONICAL),
+    "write an IPv4 or IPv6 address or prefix in its one spelling, without bits beyond its length",
+)
+_NOT_ROUTED = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/8", "fe80::/10", "ff00::/8")
+_ROUTED = _rule(
+    f"!isCIDR(self) || !{list(_NOT_ROUTED)}.exists(s, cidr(s).containsCIDR(self) || cidr(self).containsCIDR(s))",
+    "it contains loopback, link-local, multicast or reserved addresses, which cannot be routed to a pod",
+)
+
+_LABEL = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_NAME_PATTERN = rf"{_LABEL}(\.{_LABEL})*"
+_NAME = _rule(
+    f"self.matches(r'^{_NAME_PATTERN}$')",
+    "write lower-case letters, digits, '-' and '.', beginning and ending with a letter or digit (RFC 1123)",
+)
+_NAME_OR_NOTHING = {**_NAME, "rule": _either("self == ''", _NAME["rule"])}
+#: For every kind: the API server's own rule for names does not bound what stands between two dots.
+METADATA: Schema = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": _NAME_LENGTH, "pattern": f"^{_NAME_PATTERN}$"}},
+}
+
+_AS_NUMBER = (
+    _rule(
+        "self != 23456",
+        "23456 stands for AS numbers that do not fit into 16 bits (RFC 6793); private ones are 64512..65534",
+    ),
+    _rule("self != 65535", "65535 is reserved (RFC 7300); private ones are 64512..65534"),
+)
+
+_NO_OVERLAY = _rule(
+    "self == 'Never'",
+    "write Never or leave it out: Underlay has no overlay, the routers learn every block by BGP and carry pod "
+    "addresses as they are; peer with them (BGPPeer) instead of tunnelling past them",
+)
+
+
+def _selector_pattern() -> str:
+    """Calico's grammar (``store.selector``) as far as a regular expression goes: what stands in parentheses is let
+    through."""
+    word, text = "[A-Za-z0-9_./-]+", "(\"[^\"]*\"|'[^']*')"
+    values = rf"\{{\s*({text}(\s*,\s*{text})*)?\s*\}}"
+    atom = "|".join(
+        (
+            r"all\s*\(\s*\)",
+            rf"has\s*\(\s*{word}\s*\)",
+            rf"{word}\s*(==|!=)\s*{text}",
+            rf"{word}\s+(not\s+)?in\s*{values}",
+            rf"{word}\s+(contains|starts\s+with|ends\s+with)\s*{text}",
+            r"\(.*\)",
+        )
+    )
+    term = rf"(!\s*)*({atom})"
+    return rf"(?s)^\s*({term}(\s*(&&|\|\|)\s*{term})*)?\s*$"
+
+
+_SELECTOR = _rule(
+    # A raw string in CEL, whose end no pattern of ours contains.
+    f"self.matches(r'''{_selector_pattern()}''')",
+    "it is no selector: write all(), has(label), label == 'value', label in {'a', 'b'}, joined by && and ||",
+)
+
+
+def _immutable(what: str) -> dict[str, str]:
+    stays = f"as long as the {what} lives; make another {what} instead"
+    return _rule("self == oldSelf", f"it stays {stays}", says=f"'it stays ' + oldSelf + ' {stays}'")
+
+
+# An absent blockSize and a 0 are the same wish.
+_SIZE, _OLD_SIZE = ((f"(has({it}.blockSize) ? {it}.blockSize : 0)") for it in ("self", "oldSelf"))
+_LONGEST = "(cidr(self.cidr).ip().family() == 4 ? 32 : 128)"
+_DEFAULT_SIZE = "(cidr(self.cidr).ip().family() == 4 ? 26 : 122)"
+_POOL = (
+    _rule(
+        f"!isCIDR(self.cidr) || {_SIZE} == 0 || ({_SIZE} >= cidr(self.cidr).prefixLength() && {_SIZE} <= {_LONGEST})",
+        "blockSize is the prefix length of a block, which lies inside the pool: not below the pool's own, at most 32 "
+        "(128 for IPv6)",
+        at=".blockSize",
+    ),
+    _rule(
+        f"!isCIDR(self.cidr) || {_SIZE} != 0 || cidr(self.cidr).prefixLength() <= {_DEFAULT_SIZE}",
+        "the pool is smaller than a block of the default size (26, 122): write a blockSize",
+        at=".blockSize",
+    ),
+    _rule(
+        f"{_SIZE} == {_OLD_SIZE}",
+        "blockSize stays as it is as long as the pool lives; make another pool instead",
+        at=".blockSize",
+    ),
+)
+
+# What stands in model.block_name: "::" at either end has a 0 beside it, as a name begins and ends with a digit.
+_BLOCK_NAME = (
+    "(self.spec.cidr.startsWith('::') ? '0' : '') + "
+    "self.spec.cidr.replace('::/', '::0/').replace('.', '-').replace(':', '-').replace('/', '-')"
+)
+_BLOCK = (
+    _rule(
+        f"!isCIDR(self.spec.cidr) || self.metadata.name == {_BLOCK_NAME}",
+        "a block is named by its CIDR, as 10-244-3-64-26, so that each has one name",
+        says=f"'write ' + {_BLOCK_NAME} + ': a block is named by its CIDR, so that each has one name'",
+        at=".metadata.name",
+    ),
+    _rule(
+        "!has(self.status) || !has(self.status.allocations) || !isCIDR(self.spec.cidr) || "
+        "self.status.allocations.all(a, !isIP(a) || cidr(self.spec.cidr).containsIP(a))",
+        "an address is outside the block",
+        at=".status.allocations",
+    ),
+)
+
+_PEER_HOST = (
+    "(self.startsWith('[') && self.contains(']') ? self.substring(1, self.indexOf(']')) : "
+    "self.split(':').size() == 2 ? self.split(':')[0] : self)"
+)
+_PEER_PORT = (
+    "(self.startsWith('[') && self.contains(']') ? self.substring(self.indexOf(']') + 1) : "
+    "self.split(':').size() == 2 ? ':' + self.split(':')[1] : '')"
+)
+_PEER_FORM = "write an IPv4 or IPv6 address in its one spelling, with a port as 10.0.0.1:1179 or [fd00::1]:1179"
+_PEER = (
+    _rule(f"[{_PEER_HOST}].all(h, isIP(h) && ip.isCanonical(h))", _PEER_FORM),
+    _rule(
+        f"[{_PEER_PORT}].all(p, p == '' || (p.matches('^:[0-9]{{1,5}}$') && "
+        "int(p.substring(1)) >= 1 && int(p.substring(1)) <= 65535))",
+        "the port is in 1..65535",
+    ),
+    _rule(f"!self.startsWith('[') || {_PEER_HOST}.contains(':')", "only an IPv6 address stands in brackets"),
+    _rule(
+        f"[{_PEER_HOST}].all(h, !isIP(h) || !(ip(h).isUnspecified() || cidr('224.0.0.0/4').containsIP(h) || "
+        "cidr('ff00::/8').containsIP(h)))",
+        "no peer can have that address",
+    ),
+)
+_DURATION_PATTERN = r"r'^([0-9]{1,9}(\.[0-9]{1,9})?(h|ms|m|s))+$'"
+_DURATION = (
+    _rule(
+        f"self.matches({_DURATION_PATTERN})",
+        "write a duration with its unit, as 120s, 2m or 1h30m",
+    ),
+    _rule(
+        f"!self.matches({_DURATION_PATTERN}) || duration(self) <= duration('4095s')",
+        "write 0s..4095s (RFC 4724 has 12 bits for it)",
+    ),
+)
+_ONE_WAY = _rule(
+    "!has(self.node) || self.node == '' || !has(self.nodeSelector) || self.nodeSelector == ''",
+    "a peer says its nodes in one way: leave out node or nodeSelector",
+    at=".nodeSelector",
+)
+
+#: Beside what the model's types say: the schema of a field, by the struct and its name on the wire.
+FIELDS: Mapping[tuple[type, str], Schema] = {
+    (IPPoolSpec, "cidr"): _check(_CIDR, _ROUTED, _immutable("pool"), maxLength=_CIDR_LENGTH),
+    (IPPoolSpec, "blockSize"): {
+        "minimum": 0,
+        "maximum": 128,
+        "description": "Prefix length of a block; 0 or nothing is the family's default, 26 or 122. It never changes.",
+    },
+    (IPPoolSpec, "nodeSelector"): _check(_SELECTOR, maxLength=_SELECTOR_LENGTH),
+    (IPPoolSpec, "natOutgoing"): _check(
+        _rule(
+            "!self",
+            "it is not served: pods keep their own address on the whole way; translate at the border of your network "
+            "where private addresses must not leave",
+        )
+    ),
+    (IPPoolSpec, "ipipMode"): _check(_NO_OVERLAY, maxLength=64),
+    (IPPoolSpec, "vxlanMode"): _check(_NO_OVERLAY, maxLength=64),
+    (IPPoolSpec, "assignmentMode"): {"enum": ["Automatic", "Manual"]},
+    # Calico writes [Workload, Tunnel] into every pool by itself.
+    (IPPoolSpec, "allowedUses"): _check(
+        _rule("self.all(use, use in ['Workload', 'Tunnel'])", "addresses for other uses are not served"),
+        _rule("'Workload' in self", "write [Workload]: pods are what pools are for"),
+        maxItems=16,
+        items={"maxLength": 64},
+    ),
+    (IPReservationSpec, "reservedCIDRs"): {
+        "maxItems": MAX_CIDRS,
+        "x-kubernetes-list-type": "set",
+        "items": _check(_CIDR_OR_ADDRESS, maxLength=_CIDR_LENGTH),
+    },
+    (IPAMBlockSpec, "cidr"): _check(_CIDR, _immutable("block"), maxLength=_CIDR_LENGTH),
+    (IPAMBlockSpec, "pool"): _check(_NAME, _immutable("block"), maxLength=_NAME_LENGTH),
+    (IPAMBlockSpec, "node"): _check(_NAME, _immutable("block"), maxLength=_NAME_LENGTH),
+    # As store.kubewire writes them.
+    (IPAMBlockStatus, "allocations"): _check(
+        _rule(
+            "self.all(a, isIP(a) && ip.isCanonical(a))",
+            "each key is an address: write an IPv4 or IPv6 address in its one spelling",
+        ),
+        type="object",
+        maxProperties=MAX_ALLOCATIONS,
+        additionalProperties={"type": "string", "maxLength": 1024, "pattern": LINE_PATTERN},
+        description="Who has which address: network, container, interface, pod (or -), since when (or -).",
+        **{"x-kubernetes-map-type": "atomic"},
+    ),
+    (IPAMBlockStatus, "used"): {"minimum": 0, "default": 0},
+    (IPAMBlockStatus, "free"): {"minimum": 0, "default": 0},
+    (BGPConfigurationSpec, "asNumber"): _check(*_AS_NUMBER, minimum=1, maximum=4294967294),
+    (BGPConfigurationSpec, "importCIDRs"): {
+        "maxItems": MAX_CIDRS,
+        "x-kubernetes-list-type": "set",
+        "items": _check(_CIDR, maxLength=_CIDR_LENGTH),
+    },
+    (BGPPeerSpec, "peerIP"): _check(*_PEER, maxLength=64),
+    (BGPPeerSpec, "asNumber"): _check(*_AS_NUMBER, minimum=1, maximum=4294967294),
+    (BGPPeerSpec, "node"): _check(_NAME_OR_NOTHING, maxLength=_NAME_LENGTH),
+    (BGPPeerSpec, "nodeSelector"): _check(_SELECTOR, maxLength=_SELECTOR_LENGTH),
+    (BGPPeerSpec, "numAllowedLocalASNumbers"): {"minimum": 0, "maximum": 10},
+    (BGPPeerSpec, "maxRestartTime"): _check(*_DURATION, maxLength=64),
+    (BGPPeerSpec, "holdTime"): {"minimum": 3, "maximum": 65535, "description": "Seconds."},
+    (BGPPeerSpec, "maxPrefixes"): {
+        "minimum": 1,
+        "description": "Received prefixes, counted before filters, beyond which the peer is removed.",
+    },
+    (BGPPeerSpec, "importCIDRs"): {
+        "maxItems": MAX_CIDRS,
+        "x-kubernetes-list-type": "set",
+        "items": _check(_CIDR, maxLength=_CIDR_LENGTH),
+    },
+    (BGPPeerSpec, "defaultRoute"): {"enum": ["Never", "Fallback"]},
+}
+
+#: Rules on a struct, where one field is measured by another.
+STRUCTS: Mapping[type, Schema] = {
+    IPPoolSpec: _check(*_POOL),
+    BGPPeerSpec: _check(_ONE_WAY),
+    IPAMBlockStatus: {"x-kubernetes-map-type": "atomic"},
+    BGPNodeStatusStatus: {"x-kubernetes-map-type": "atomic"},
+}
+
+#: Rules on a whole object: those that look at its name, or at spec and status together.
+OBJECTS: Mapping[type[Resource], Sequence[dict[str, str]]] = {
+    IPAMBlock: _BLOCK,
+    BGPConfiguration: (
+        _rule(
+            "self.metadata.name == 'default'",
+            "write default: one configuration holds for all nodes; for the AS number of one node set "
+            "the annotation underlay.network/as-number on it",
+            at=".metadata.name",
+        ),
+    ),
+}
