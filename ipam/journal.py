@@ -81,6 +81,16 @@ _encode = msgspec.json.Encoder().encode
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 
 
+def read(path: Path) -> History:
+    """What a journal's file adds up to, for who only looks: nothing is written, cut or removed. JournalError."""
+    damage: list[str] = []
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise JournalError(f"journal {path} cannot be read: {e.strerror or e}") from e
+    return _add_up(_records(data, damage), damage)
+
+
 class Journal:
     """The file of one boot. One process writes it: the CNI server, which holds its lock as long as it lives."""
 
