@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -49,13 +50,16 @@ class Claims:
     async def claim(self, pool: IPPool, reserved: tuple[str, ...], cidr: str = "") -> Own:
         """A new block of the pool (this very one, if given) that is ours alone. Exhausted, saying why."""
         for waiting in [c for c, o in self.pending.items() if o.spec.pool == pool.name and cidr in ("", c)]:
-            own = await self.settle(waiting)
-            if own is not None:
-                return own
-        return await self._settled(await self._create_at(pool, cidr) if cidr else await self._create(pool, reserved))
+            with contextlib.suppress(Exhausted):
+                return await self.settle(waiting)
+        obj = await self._create_at(pool, cidr) if cidr else await self._create(pool, reserved)
+        self.pending[obj.spec.cidr] = obj
+        self._step("block-created")
+        return await self.settle(obj.spec.cidr)
 
-    async def settle(self, cidr: str) -> Own | None:
-        """Looks, uncached, whether a pending block is ours and overlaps nothing. Adopts it, or gives it back: None."""
+    async def settle(self, cidr: str) -> Own:
+        """Looks, uncached, whether a pending block is ours and overlaps nothing, and adopts it. Otherwise it is given
+        back, and Exhausted says why."""
         obj = self.pending[cidr]
         async with asyncio.timeout(self._settings.store_limit):
             pools = await self._store.list(IPPool)
@@ -63,13 +67,13 @@ class Claims:
         seen = next((b for b in blocks.items if b.metadata.uid == obj.metadata.uid), None)
         if seen is None or seen.metadata.deletion_timestamp:
             self.pending.pop(cidr, None)
-            return None
+            raise Exhausted(f"block {cidr} was deleted while it was being claimed; another one is tried next time")
         problem = _problem(seen, pools.items, blocks.items)
         if problem:
             log.error("block %s is given back: %s", cidr, problem)
             await self._delete(seen)
             self.pending.pop(cidr, None)
-            return None
+            raise Exhausted(f"block {cidr} of pool {seen.spec.pool} cannot be used: {problem}")
         self.pending.pop(cidr, None)
         own = self._ledger.adopt(seen, Phase.NEW, self._clock.monotonic())
         self._check(own, seen)
@@ -114,17 +118,6 @@ class Claims:
             return False
         self._step("block-deleted")
         return True
-
-    async def _settled(self, obj: IPAMBlock) -> Own:
-        self.pending[obj.spec.cidr] = obj
-        self._step("block-created")
-        own = await self.settle(obj.spec.cidr)
-        if own is None:
-            raise Exhausted(
-                f"block {obj.spec.cidr} of pool {obj.spec.pool} overlaps another pool or a block of another: pools "
-                f"must not overlap, delete one of the two"
-            )
-        return own
 
     async def _create(self, pool: IPPool, reserved: tuple[str, ...]) -> IPAMBlock:
         """Probes by create; lists once in a while, when that met too many blocks of others."""
@@ -186,10 +179,11 @@ def _problem(obj: IPAMBlock, pools: tuple[IPPool, ...], blocks: tuple[IPAMBlock,
         return f"its pool {obj.spec.pool} is gone, or has another range"
     for pool in pools:
         if pool.name != obj.spec.pool and overlap(cidr, pool.spec.cidr):
-            return f"IPPool {pool.name} ({pool.spec.cidr}) overlaps it"
+            return f"IPPool {pool.name} ({pool.spec.cidr}) overlaps it: delete one of the two pools"
     for block in blocks:
         if block.name != obj.name and overlap(cidr, block.spec.cidr):
-            return f"block {block.spec.cidr} of node {block.spec.node}, pool {block.spec.pool} overlaps it"
+            other = f"block {block.spec.cidr} of node {block.spec.node}, pool {block.spec.pool}"
+            return f"{other} overlaps it: delete that block once nothing uses it"
     return ""
 
 

@@ -117,13 +117,11 @@ class Journal:
 
     def history(self) -> History:
         """Reads the file from its beginning. Whatever is damaged is left out, told of in ``damage`` and logged; half a
-        record at the end is cut off. JournalError."""
+        record at the end is cut off by the next write. JournalError."""
         damage: list[str] = []
         try:
             data = self.path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            os.ftruncate(self._fd, whole)
-            self._size = whole
+            self._size = data.rfind(b"\n") + 1
         except OSError as e:
             raise self._error("cannot be read", e) from e
         history = _add_up(_records(data, damage), damage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -154,7 +155,8 @@ class Keeper:
             for want in wants:
                 await self._serve(want)
             for cidr in tuple(self._claims.pending):
-                await self._claims.settle(cidr)
+                with contextlib.suppress(Exhausted):  # which has been logged, and the block given back
+                    await self._claims.settle(cidr)
             await self._claim_ahead()
             self._release()
             await self._delete()
@@ -203,8 +205,8 @@ class Keeper:
                 seen = blackholes is not None and own.cidr in blackholes and not own.obj.status.releasing
                 if seen or now - own.since >= self._settings.blackhole_limit:
                     self._make_ready(own, now)
-            elif blackholes is not None:
-                self._watch_withdrawal(own, own.cidr in blackholes, now)
+            else:
+                self._watch_withdrawal(own, blackholes is None or own.cidr in blackholes, now)
 
     def _make_ready(self, own: Own, now: float) -> None:
         """From here on it hands out, but for what lives in it already, if it was ours before."""
@@ -218,6 +220,10 @@ class Keeper:
 
     def _watch_withdrawal(self, own: Own, blackhole: bool, now: float) -> None:
         """The agent takes the blackhole away once the block is withdrawn (R9); counted only after it could know."""
+        if own.block.used:  # a live route was found in it
+            own.enter(Phase.NEW, now)
+            self._ledger.changed(own)
+            return
         told = own.obj.status.releasing and own.obj.status.writer == self._writer
         if blackhole or not told:
             own.gone_at = None

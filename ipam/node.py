@@ -18,7 +18,7 @@ import msgspec
 
 from ipam import truth
 from ipam.claims import Claims
-from ipam.errors import Deleted, Exhausted, JournalError, NotReady
+from ipam.errors import Deleted, Exhausted, JournalError, KernelUnavailable, NotReady
 from ipam.journal import Bound, GivenBack, History, Journal
 from ipam.keeper import IDLE, Keeper
 from ipam.ledger import Ledger, Phase
@@ -368,7 +368,7 @@ class NodeIPAM:
                 continue
             own = self._ledger.adopt(obj, Phase.NEW, now)
             self._keeper.mark(own, obj)
-            if own.phase is Phase.NEW and obj.status.releasing and not own.block.used:
+            if own.phase is Phase.NEW and obj.status.releasing:
                 own.enter(Phase.RELEASING, now)
             if self._mirror.is_superseded(own, obj):
                 return
@@ -376,9 +376,6 @@ class NodeIPAM:
     def _add_mirrored(self, blocks: tuple[IPAMBlock, ...]) -> None:
         found = truth.mirrored(blocks, self._writer.boot_id)
         added = truth.add_mirrored(self._ledger, found, self._history, self._kernel.links(), self._link_name)
-        for own in self._ledger.blocks.values():
-            if own.phase is Phase.RELEASING and own.block.used:
-                own.enter(Phase.NEW, self._clock.monotonic())
         if added:
             self._rewrite_journal()
 
@@ -404,12 +401,12 @@ class NodeIPAM:
             pause = min(2 * pause, self._settings.backoff_max)
             try:
                 await self._load()
-            except (StoreError, TimeoutError) as e:
+            except (StoreError, TimeoutError, KernelUnavailable, JournalError) as e:
                 self._away(e)
             self._keeper.poke()
 
     def _away(self, e: Exception) -> None:
-        self._why_not = f"the blocks cannot be read from the store: {e or 'no answer'}"
+        self._why_not = f"the blocks cannot be read yet: {e or 'no answer from the store'}"
         log.warning("%s", self._why_not)
 
     # -- while it runs ------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,6 +15,7 @@ from ipam.errors import Deleted, Exhausted, JournalError, KernelUnavailable, Not
 from ipam.journal import Journal
 from ipam.ledger import Phase
 from ipam.node import Lease, NodeIPAM, Request, Settings
+from ipam.pool import candidates
 from store.errors import Unavailable
 from store.memory import MemoryStore
 from store.model import (
@@ -46,7 +48,12 @@ def run(directory: Path, test: Callable[[Rig], Awaitable[None]], *objects: IPPoo
         finally:
             await rig.down()
 
-    asyncio.run(main())
+    play(main())
+
+
+def play(story: Coroutine[Any, Any, None]) -> None:
+    """Runs it; the limit is for a story that waits on a clock that nobody moves."""
+    asyncio.run(asyncio.wait_for(story, 60))
 
 
 class Killed(BaseException):
@@ -607,7 +614,7 @@ def test_a_kernel_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
             await rig.up()
         await rig.down()
 
-    asyncio.run(main())
+    play(main())
 
 
 @pytest.mark.parametrize("point", ["journal-written", "journal-copied", "journal-renamed", "block-created", "mirrored"])
@@ -645,7 +652,7 @@ def test_killed_at_any_step_nothing_is_lost_and_nothing_twice(tmp_path: Path, po
             assert len(held) == len(set(held))
             await rig.down()
 
-    asyncio.run(main())
+    play(main())
 
 
 # -- blocks: claim ahead, blackholes, give back (R4, R9) -------------------------------------------------------------
@@ -793,6 +800,55 @@ def test_a_block_that_is_needed_again_stays(tmp_path: Path) -> None:
     run(tmp_path, test, SMALL)
 
 
+def test_a_live_route_found_in_a_block_on_its_way_out_keeps_it(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        cidr = await one_too_many(rig)
+        await rig.clock.advance(1)
+        rig.kernel.wire("ulstray", (cidr.partition("/")[0],))
+        await rig.clock.advance(31)
+        await rig.sync_blackholes()
+        await rig.clock.advance(20)
+        assert cidr in await rig.own_blocks()
+        assert rig.phases()[cidr] is Phase.READY
+
+    run(tmp_path, test, SMALL)
+
+
+def test_a_block_is_not_deleted_before_the_agent_could_know(tmp_path: Path) -> None:
+    class Deaf(MemoryStore):
+        deaf = False
+
+        async def update_status(self, obj):  # type: ignore[no-untyped-def]
+            if self.deaf:
+                raise Unavailable("no writes at present")
+            return await super().update_status(obj)
+
+    async def main() -> None:
+        clock = FakeClock()
+        store = Deaf(clock)
+        await store.create(SMALL)
+        rig = Rig(tmp_path, store=store, clock=clock)
+        await rig.up()
+        for i in range(13):
+            await rig.add(i)
+        await rig.clock.advance(1)
+        for i in range(13):
+            rig.delete(i)
+        await rig.clock.advance(1)
+        rig.agent = False
+        rig.kernel.set_blackholes(set())  # the agent has not come to it yet
+        store.deaf = True
+        await rig.clock.advance(60)
+        assert Phase.RELEASING in rig.phases().values()
+        assert len(await rig.own_blocks()) == 2
+        store.deaf = False
+        await rig.clock.advance(20)
+        assert len(await rig.own_blocks()) == 1
+        await rig.down()
+
+    play(main())
+
+
 def test_a_release_survives_a_restart(tmp_path: Path) -> None:
     async def test(rig: Rig) -> None:
         cidr = await one_too_many(rig)
@@ -866,7 +922,7 @@ def test_a_block_that_overlaps_anothers_is_given_back(tmp_path: Path) -> None:
         rig.check_alive()
         await rig.down()
 
-    asyncio.run(main())
+    play(main())
 
 
 def test_a_claim_whose_check_was_cut_off_is_checked_before_use(tmp_path: Path) -> None:
@@ -891,7 +947,7 @@ def test_a_claim_whose_check_was_cut_off_is_checked_before_use(tmp_path: Path) -
         assert await rig.own_blocks() == []
         await rig.down()
 
-    asyncio.run(main())
+    play(main())
 
 
 def test_probing_lists_only_after_8_conflicts(tmp_path: Path) -> None:
@@ -910,8 +966,6 @@ def test_probing_lists_only_after_8_conflicts(tmp_path: Path) -> None:
             return await super().create(obj)
 
     async def main() -> None:
-        from ipam.pool import candidates
-
         clock = FakeClock()
         store = Counting(clock)
         big = pool("big", "10.1.0.0/20", 28)
@@ -926,7 +980,7 @@ def test_probing_lists_only_after_8_conflicts(tmp_path: Path) -> None:
         assert [view.cidr for view in rig.ipam.blocks()] == [list(candidates(big, "node-1"))[100]]
         await rig.down()
 
-    asyncio.run(main())
+    play(main())
 
 
 def test_an_exhausted_pool_says_so_and_is_not_hammered(tmp_path: Path) -> None:
@@ -1007,6 +1061,95 @@ def test_blocks_deleted_while_the_server_was_away_are_made_again(tmp_path: Path)
     run(tmp_path, test, V4, V6)
 
 
+def test_a_missing_block_that_nobody_would_claim_is_made_again_for_what_lives_in_it(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        for i in range(17):
+            await waited(rig, rig.add(i))
+        for i in range(16):
+            rig.delete(i)
+        await rig.clock.advance(1)
+        (second,) = (view.cidr for view in rig.ipam.blocks() if view.used)
+        await rig.down()
+        for cidr in await rig.own_blocks():
+            await rig.store.delete(IPAMBlock, block_name(cidr))
+        await rig.up()
+        assert second in await rig.own_blocks()
+
+    run(tmp_path, test, SMALL)
+
+
+def test_one_list_that_lacks_a_block_does_not_make_it_missing(tmp_path: Path) -> None:
+    class Stale(MemoryStore):
+        stale = False
+
+        async def list(self, kind, *, where=None):  # type: ignore[no-untyped-def]
+            listing = await super().list(kind, where=where)
+            return msgspec.structs.replace(listing, items=()) if self.stale and kind is IPAMBlock else listing
+
+    async def main() -> None:
+        clock = FakeClock()
+        store = Stale(clock)
+        await store.create(SMALL)
+        rig = Rig(tmp_path, store=store, clock=clock)
+        await rig.up()
+        before = rig.ipam.blocks()
+        version = (await store.list(IPAMBlock)).version
+        rig.agent = False
+        store.stale = True
+        await rig.clock.advance(310)
+        store.stale = False
+        await rig.clock.advance(10)
+        assert rig.ipam.blocks() == before
+        assert (await store.list(IPAMBlock)).version == version
+        await rig.down()
+
+    play(main())
+
+
+def test_a_route_that_nobody_knew_of_is_found_before_a_new_block_hands_out(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        second = list(candidates(SMALL, "node-1"))[1]
+        rig.kernel.wire("ulstray", (second.partition("/")[0],))
+        for i in range(16):
+            await rig.add(i)
+        await rig.clock.advance(1)
+        assert rig.phases()[second] is Phase.READY
+        lease = await rig.add("next")
+        assert rig.ipam._ledger.owner(second.partition("/")[0]) is not None
+        assert lease.addresses != (second.partition("/")[0],)
+
+    run(tmp_path, test, SMALL)
+
+
+def test_a_claim_that_is_marked_at_once_is_not_used(tmp_path: Path) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path)
+        await rig.create(SMALL)
+        marked = []
+
+        def mark(name: str) -> None:
+            if name == "block-created" and not marked:
+                objects = rig.memory._objects[IPAMBlock]
+                ((key, block),) = objects.items()
+                meta = msgspec.structs.replace(
+                    block.metadata, deletion_timestamp="2026-01-01T00:00:00Z", finalizers=("example.com/hold",)
+                )
+                objects[key] = msgspec.structs.replace(block, metadata=meta)
+                marked.append(block.spec.cidr)  # type: ignore[attr-defined]
+
+        rig.step = mark
+        await rig.up()
+        with pytest.raises(Exhausted, match="deleted while it was being claimed"):
+            await waited(rig, rig.add(1))
+        await rig.clock.advance(3)
+        lease = await waited(rig, rig.add(1))
+        assert rig.ipam._ledger.find(lease.addresses[0])[0].cidr not in marked  # type: ignore[index]
+        assert marked
+        await rig.down()
+
+    play(main())
+
+
 def test_a_store_restored_from_a_backup_is_noticed_within_5_minutes(tmp_path: Path) -> None:
     async def test(rig: Rig) -> None:
         await rig.add(1)
@@ -1066,7 +1209,7 @@ def test_an_answer_to_a_create_that_was_lost_costs_no_block(tmp_path: Path) -> N
         assert len(await rig.own_blocks()) == len(rig.ipam.blocks()) == 2
         await rig.down()
 
-    asyncio.run(main())
+    play(main())
 
 
 # -- sweeps (R7) ---------------------------------------------------------------------------------------------------
@@ -1267,7 +1410,7 @@ def test_nodes_that_race_for_few_blocks_never_share_one(tmp_path: Path) -> None:
         for rig in rigs:
             await rig.down()
 
-    asyncio.run(main())
+    play(main())
 
 
 def test_settings_may_be_given(tmp_path: Path) -> None:
@@ -1282,7 +1425,7 @@ def test_settings_may_be_given(tmp_path: Path) -> None:
         assert (await rig.add(3)).addresses == first.addresses
         await rig.down()
 
-    asyncio.run(main())
+    play(main())
 
 
 def test_before_its_start_the_server_refuses(tmp_path: Path) -> None:
@@ -1304,4 +1447,4 @@ def test_before_its_start_the_server_refuses(tmp_path: Path) -> None:
         assert ipam.free() == 0
         journal.close()
 
-    asyncio.run(main())
+    play(main())
