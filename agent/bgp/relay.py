@@ -1,28 +1,20 @@
 """The relay: ExaBGP's helper process, which outlives the agent and remembers what is announced (R14).
 
 ExaBGP runs it as ``python -ISEs relay.py FOLDER CONFIGURATION``: no site packages, standard library only, so that it
-starts in 40 ms and cannot be broken by an installation. It always drains its standard input (a helper that does not
-read blocks ExaBGP whole, exabgp.md fault 5), never blocks on its output (both pipes full would be a deadlock), and
-serves the agent over FOLDER/relay.sock. See ``wire`` for the words on that socket.
-
-It ends when ExaBGP closes its input. A relay that finds that ExaBGP had another before it kills ExaBGP: what was on its
-way died with the other one, and a restart of the speaker, which graceful restart covers, is the way back to the truth.
+starts in 40 ms and cannot be broken by an installation. ``helper`` is its side to ExaBGP, ``link`` its side to the
+agent, ``ledger`` what it says to whom, ``table`` what it keeps on disk. It ends when ExaBGP closes its input.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import selectors
 import signal
-import socket
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +24,10 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from agent.bgp import table as tables
 from agent.bgp import wire
+from agent.bgp.helper import Speaker, log
 from agent.bgp.ledger import Command, Ledger
+from agent.bgp.link import Link
 
-#: Bytes read from a pipe or socket at once.
-CHUNK = 1 << 18
 #: Seconds between looks at what is late while something is on its way, and while nothing is.
 TICK, REST = 0.05, 1.0
 #: Seconds for which a command may stay unanswered.
@@ -46,23 +38,6 @@ RELOAD_TIME, RELOADS = 3.0, 5
 RELOAD_WAIT = 10.0
 #: Seconds without an UPDATE after which a peer that does not bracket its route refresh is taken to be through.
 QUIET = 2.0
-#: Connections that have not said who they are: how many, and for how many seconds.
-STRANGERS, STRANGER_TIME = 8, 5.0
-
-
-@dataclass(eq=False)
-class Client:
-    """A connection on relay.sock; ``greeted`` makes it the agent's."""
-
-    socket: socket.socket
-    since: float
-    greeted: bool = False
-    buffer: bytearray = field(default_factory=bytearray)
-    queue: deque[bytes] = field(default_factory=deque)
-    queued: int = 0
-    number: int = 0
-    #: Lines were dropped because it was slow: it is told everything again once it has taken what is queued.
-    overflowed: bool = False
 
 
 @dataclass(eq=False)
@@ -84,7 +59,15 @@ class Resync:
     begun: bool = False
 
 
-Answer = Callable[[bool, list[str]], None]
+@dataclass(eq=False)
+class Reload:
+    """A configuration that ExaBGP is to load: its mark, and how far that is."""
+
+    mark: str
+    since: float
+    tries: int = 0
+    signalled: float = 0
+    asked: bool = False
 
 
 class Relay:
@@ -99,32 +82,26 @@ class Relay:
         silence: float,
     ) -> None:
         self._folder, self._configuration = folder, configuration
-        self._limit, self._assert_every, self._watch_every = buffer, assert_every, watch_every
-        self._silence = silence
+        self._assert_every, self._watch_every, self._silence = assert_every, watch_every, silence
         self._selector = selectors.DefaultSelector()
-        self._input = bytearray()
-        self._output: deque[bytes] = deque()
-        self._answers: deque[tuple[Answer, list[str], float]] = deque()
+        self._speaker = Speaker(self._selector, self._event)
+        self._agent = Link(self._selector, buffer, greet=self._greet, request=self._request, left=self._left)
         self._ledger = Ledger()
         self._table: tables.Table | None = None
         self._problem = ""
         self._sessions: dict[str, Session] = {}
         self._opens: dict[str, dict[str, Any]] = {}
-        self._clients: dict[int, Client] = {}
-        self._agent: Client | None = None
         self._base = int(time.monotonic() * 1000)
         self._loaded: str | None = None
         self._reload: Reload | None = None
         self._watch_at = self._assert_at = time.monotonic()
         self._missed = 0
         self._flush_due = False
-        self._ended = self._shutdown = False
-        self._parent = os.getppid()
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        self._replaces_another()
+        self._speaker.start(self._folder)
         try:
             self._table = tables.load(self._table_path)
             if self._table is not None:
@@ -135,16 +112,12 @@ class Relay:
             self._problem = str(e)
         if self._problem:
             log(self._problem)
-        self._catch_sigterm()
-        for descriptor in (0, 1):
-            os.set_blocking(descriptor, False)
-        self._selector.register(0, selectors.EVENT_READ, self._read_speaker)
-        self._listen()
+        self._agent.listen(self._folder / "relay.sock")
         self._ask_loaded()
         self._assert_at = time.monotonic() + self._assert_every
         rest = min(REST, self._watch_every, self._assert_every)
-        while not self._ended:
-            waiting = self._answers or self._reload or self._resyncing() or not self._ledger.idle()
+        while not self._speaker.ended:
+            waiting = self._speaker.unanswered() or self._reload or self._resyncing() or not self._ledger.idle()
             for key, _ in self._selector.select(TICK if waiting else rest):
                 key.data()
             self._work()
@@ -153,56 +126,20 @@ class Relay:
     def _table_path(self) -> Path:
         return self._folder / "table.json"
 
-    def _replaces_another(self) -> None:
-        """Records which ExaBGP this relay serves; kills it if a relay served it before."""
-        # Field 22 of proc(5) stat: the start time, with the pid a name that is not used twice.
-        started = Path(f"/proc/{self._parent}/stat").read_text().rpartition(")")[2].split()[19]
-        record, me = self._folder / "relay.parent", f"{self._parent} {started}"
-        with contextlib.suppress(FileNotFoundError):
-            if record.read_text() == me:
-                self._restart("a relay of this ExaBGP died before")
-        record.write_text(me)
-
-    def _catch_sigterm(self) -> None:
-        """ExaBGP ends its helper when it shuts down, which it says first, and when it could not read its file as it
-        reloaded (fault 3): then it runs on with nobody to command it, and must go."""
-        wake, waker = socket.socketpair()
-        for end in (wake, waker):
-            end.setblocking(False)
-        signal.set_wakeup_fd(waker.fileno())
-        self._waker = waker
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
-
-        def woken() -> None:
-            if signal.SIGTERM not in wake.recv(64):
-                return
-            self._read_speaker()
-            if not self._shutdown:
-                self._restart("it ended its relay without shutting down")
-            self._ended = True
-
-        self._selector.register(wake, selectors.EVENT_READ, woken)
-
-    def _restart(self, reason: str) -> None:
-        """Ends ExaBGP without a word to the peers, so that those in graceful restart keep our routes."""
-        log(f"restarting ExaBGP: {reason}")
-        if os.getppid() == self._parent:
-            os.kill(self._parent, signal.SIGKILL)
-        self._ended = True
-
     def _work(self) -> None:
         now = time.monotonic()
-        if self._answers and now - self._answers[0][2] > PATIENCE:
-            self._restart(f"no answer for {PATIENCE:.0f} s")
+        asked = self._speaker.unanswered()
+        if asked is not None and now - asked > PATIENCE:
+            self._speaker.restart(f"no answer for {PATIENCE:.0f} s")
         if self._reload is None:
             if now >= self._assert_at:
                 self._assert_at = now + self._assert_every
                 self._ledger.assert_all()
                 self._flush_due = True
-            self._command(now)
+            self._tell_peers(now)
             if self._flush_due and self._ledger.idle():
                 self._flush_due = False
-                self._flush_speaker()
+                self._flush_peers()
         else:
             self._reload_step(now)
         if now >= self._watch_at:
@@ -217,94 +154,33 @@ class Relay:
                 elif not resync.begun and silent > (self._silence if session.peering.enhanced else QUIET):
                     # An ExaBGP peer that has nothing in a family answers nothing, not even begin and end.
                     self._resynced(address, session, family)
-        for client in list(self._clients.values()):
-            if not client.greeted and now - client.since > STRANGER_TIME:
-                self._drop(client, "said nothing")
-        if self._agent is not None and self._agent.overflowed and not self._agent.queue:
-            self._agent.overflowed = False
-            self._hello(self._agent)
+        self._agent.tend(now)
 
     # -- ExaBGP ---------------------------------------------------------------------------------------------------
 
-    def _read_speaker(self) -> None:
-        while True:
-            try:
-                data = os.read(0, CHUNK)
-            except BlockingIOError:
-                return
-            if not data:
-                self._ended = True
-                return
-            self._input += data
-            lines = self._input.split(b"\n")
-            self._input = lines.pop()
-            for line in lines:
-                if line.startswith(b"{"):
-                    self._event(bytes(line))
-                else:
-                    self._reply(bytes(line).decode("ascii", "replace").strip())
-
-    def _say(self, line: str, answer: Answer) -> None:
-        self._answers.append((answer, [], time.monotonic()))
-        self._output.append(line.encode("ascii") + b"\n")
-        self._write_speaker()
-
-    def _write_speaker(self) -> None:
-        while self._output:
-            try:
-                done = os.write(1, self._output[0])
-            except BlockingIOError:
-                break
-            except BrokenPipeError:
-                self._ended = True
-                return
-            if done < len(self._output[0]):
-                self._output[0] = self._output[0][done:]
-            else:
-                self._output.popleft()
-        if self._output and 1 not in self._selector.get_map():
-            self._selector.register(1, selectors.EVENT_WRITE, self._write_speaker)
-        elif not self._output and 1 in self._selector.get_map():
-            self._selector.unregister(1)
-
-    def _reply(self, line: str) -> None:
-        if not self._answers:
-            if line:
-                log(f"unexpected answer {line[:100]!r}")
-            return
-        answer, lines, _ = self._answers[0]
-        if line not in ("done", "error"):
-            lines.append(line)
-            return
-        self._answers.popleft()
-        answer(line == "done", lines)
-
-    def _command(self, now: float) -> None:
+    def _tell_peers(self, now: float) -> None:
         for command in self._ledger.commands(now):
-            self._tell_speaker(command)
+            self._say(command)
 
-    def _flush_speaker(self) -> None:
+    def _flush_peers(self) -> None:
         """Second half of an assertion: ExaBGP sends all it was told, where the peer brackets that (RFC 7313). The peer
         takes what it lacked and drops what was not said again; what it had does not change."""
         for address, session in self._sessions.items():
             if session.peering.enhanced and self._ledger.known:
-                self._say(f"neighbor {address} flush adj-rib out", lambda ok, lines: None)
+                self._speaker.say(f"neighbor {address} flush adj-rib out")
 
-    def _tell_speaker(self, command: Command) -> None:
+    def _say(self, command: Command) -> None:
         def answer(ok: bool, lines: list[str]) -> None:
             if not ok and command.generation >= 0:
                 log(f"ExaBGP refused {str(command.line)[:200]!r} {' '.join(lines)[:200]}")
             self._ledger.answered(command, ok, time.monotonic())
 
-        self._say(command.line, answer)
+        self._speaker.say(command.line, answer)
 
     def _event(self, line: bytes) -> None:
         head = wire.head(line)
         if head is None:
-            if b'"notification": "shutdown"' in line[:1024]:
-                self._shutdown = True
-            else:
-                log(f"a line of ExaBGP was not understood: {line[:200]!r}")
+            log(f"a line of ExaBGP was not understood: {line[:200]!r}")
             return
         if head.kind == "update" and head.direction == "receive":
             self._received(head.peer, line)
@@ -332,19 +208,19 @@ class Relay:
             case "connected":
                 self._opens.pop(address, None)
                 for command in self._ledger.connected(address):
-                    self._tell_speaker(command)
+                    self._say(command)
             case "up":
                 opens = self._opens.get(address, {})
                 peering = wire.peering(opens.get("send"), opens.get("receive"))
                 self._base += 1
                 self._sessions[address] = Session(self._base, peering)
                 self._ledger.up(address, self._base, peering.families)
-                self._tell(wire.KIND_UP, {"peer": address, **self._about(self._sessions[address])})
+                self._agent.tell(wire.KIND_UP, {"peer": address, **self._about(self._sessions[address])})
             case "down":
                 session = self._sessions.pop(address, None)
                 if session is not None:
                     self._ledger.down(address)
-                    self._tell(
+                    self._agent.tell(
                         wire.KIND_DOWN, {"peer": address, "generation": session.generation, "reason": str(reason)}
                     )
 
@@ -359,8 +235,7 @@ class Relay:
                 # The end of the session's first telling, which began before the resynchronisation did: what came
                 # before it may never have reached the agent. The end of the second telling is the one that counts.
                 return
-        if self._agent is not None:
-            self._send(self._agent, wire.KIND_UPDATE, b"%d %s" % (session.generation, line))
+        self._agent.pass_on(wire.KIND_UPDATE, b"%d %s" % (session.generation, line))
 
     def _sent(self, address: str, message: Any) -> None:
         if not isinstance(message, dict):
@@ -388,10 +263,10 @@ class Relay:
             running = [line for line in lines if line and not line.startswith("Peer ")]
             self._missed = self._missed + 1 if ok and not running and self._configured() else 0
             if self._missed > 1:
-                self._restart("its peers are configured and it runs none")
+                self._speaker.restart("its peers are configured and it runs none")
 
-        if self._reload is None and not self._answers:
-            self._say("show neighbor summary", answer)
+        if self._reload is None and self._speaker.unanswered() is None:
+            self._speaker.say("show neighbor summary", answer)
 
     def _configured(self) -> list[str]:
         try:
@@ -409,12 +284,12 @@ class Relay:
                 marks = set(re.findall(rf'description "{wire.MARK}([0-9a-f]*)', "\n".join(lines)))
                 self._loaded = marks.pop() if len(marks) == 1 else "" if not marks else "mixed"
 
-        self._say("show neighbor configuration", answer)
+        self._speaker.say("show neighbor configuration", answer)
 
     def _reload_step(self, now: float) -> None:
         reload = self._reload
         assert reload is not None
-        if self._answers:
+        if self._speaker.unanswered() is not None:
             return
         if not reload.asked:
             reload.asked = True
@@ -422,21 +297,23 @@ class Relay:
         elif self._loaded == reload.mark:
             self._reload = None
             self._ledger.forget(self._configured())
-            self._tell(wire.KIND_CONF, {"mark": reload.mark, "problem": ""})
+            self._agent.tell(wire.KIND_CONF, {"mark": reload.mark, "problem": ""})
         elif reload.signalled == 0:
             # Nothing may be on its way: ExaBGP would forget the signal without a word (fault 2).
             if reload.tries == 0 and not self._ledger.idle() and now < reload.since + RELOAD_WAIT:
-                self._command(now)
+                self._tell_peers(now)
                 return
             reload.signalled, reload.tries = now, reload.tries + 1
-            os.kill(self._parent, signal.SIGUSR1)
+            self._speaker.reload()
         elif now < reload.signalled + RELOAD_TIME:
             self._ask_loaded()
         elif reload.tries < RELOADS:
             reload.signalled = 0
         else:
-            self._tell(wire.KIND_CONF, {"mark": reload.mark, "problem": f"not loaded in {RELOADS} tries: restarting"})
-            self._restart(f"{RELOADS} reloads were not taken")
+            self._agent.tell(
+                wire.KIND_CONF, {"mark": reload.mark, "problem": f"not loaded in {RELOADS} tries: restarting"}
+            )
+            self._speaker.restart(f"{RELOADS} reloads were not taken")
 
     # -- route refresh --------------------------------------------------------------------------------------------
 
@@ -448,17 +325,17 @@ class Relay:
         link-local of two next hops (fault 14), needs a second parser, and costs ExaBGP a copy of every route."""
         session = self._sessions[address]
         for family in session.peering.families:
-            self._tell(wire.KIND_RESYNC, {"peer": address, "generation": session.generation, "family": family})
+            self._agent.tell(wire.KIND_RESYNC, {"peer": address, "generation": session.generation, "family": family})
             self._ask_routes(address, session, family)
         if not session.peering.refresh:
             # No other way to hear them again. Graceful restart, where there is any, covers it.
             log(f"peer {address} has no route refresh (RFC 2918): its session is restarted to hear its routes again")
-            self._say(f"neighbor {address} teardown 4", lambda ok, lines: None)
+            self._speaker.say(f"neighbor {address} teardown 4")
 
     def _ask_routes(self, address: str, session: Session, family: str) -> None:
         session.resyncing[family] = Resync(time.monotonic())
         if session.peering.refresh:
-            self._say(f"neighbor {address} announce route-refresh {family}", lambda ok, lines: None)
+            self._speaker.say(f"neighbor {address} announce route-refresh {family}")
 
     def _refresh(self, address: str, message: dict[str, Any]) -> None:
         """A peer's marks around its answer (RFC 7313)."""
@@ -473,82 +350,33 @@ class Relay:
             self._resynced(address, session, family)
 
     def _resynced(self, address: str, session: Session, family: str) -> None:
-        del session.resyncing[family]
-        self._tell(wire.KIND_END, {"peer": address, "generation": session.generation, "family": family})
+        session.resyncing.pop(family, None)
+        self._agent.tell(wire.KIND_END, {"peer": address, "generation": session.generation, "family": family})
 
     # -- the agent ------------------------------------------------------------------------------------------------
 
-    def _listen(self) -> None:
-        path = self._folder / "relay.sock"
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(path))
-        path.chmod(0o600)
-        listener.listen(8)
-        listener.setblocking(False)
-
-        def accept() -> None:
-            with contextlib.suppress(BlockingIOError, ConnectionError):
-                connection, _ = listener.accept()
-                connection.setblocking(False)
-                client = Client(connection, time.monotonic())
-                self._clients[connection.fileno()] = client
-                self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(client))
-                if len(self._clients) > STRANGERS:
-                    self._drop(next(c for c in self._clients.values() if not c.greeted), "too many connections")
-
-        self._selector.register(listener, selectors.EVENT_READ, accept)
-
-    def _serve(self, client: Client) -> None:
-        """Readable, or writable again."""
-        self._flush(client)
-        if client.socket.fileno() not in self._clients:
-            return
-        try:
-            data = client.socket.recv(CHUNK)
-        except BlockingIOError:
-            return
-        except OSError as e:
-            self._drop(client, str(e))
-            return
-        client.buffer += data
-        while (end := client.buffer.find(b"\n")) >= 0:
-            line = bytes(client.buffer[:end])
-            del client.buffer[: end + 1]
-            try:
-                self._request(client, json.loads(line))
-            except (ValueError, KeyError, TypeError, RecursionError, tables.TableError) as e:
-                if not client.greeted:
-                    self._drop(client, f"not a request: {line[:60]!r}")
-                    return
-                self._tell(wire.KIND_ERROR, {"problem": f"not a request: {line[:60]!r} ({e})"})
-        if not data or len(client.buffer) > (wire.MAX_LINE if client.greeted else 4096):
-            self._drop(client, "closed" if not data else "line too long")
-
-    def _request(self, client: Client, request: Any) -> None:
-        if request["do"] == "hello":
-            if request["version"] != wire.VERSION:
-                raise ValueError(f"version {request['version']!r}, this relay speaks {wire.VERSION}")
-            if self._agent is not None and self._agent is not client:
-                self._drop(self._agent, "another agent came")
-            client.greeted, self._agent = True, client
-            self._hello(client)
-            return
-        if not client.greeted:
-            raise ValueError("hello comes first")
+    def _request(self, request: dict[str, Any]) -> None:
         match request["do"]:
             case "table":
-                self._take(tables.parse(request["generation"], request["routes"]))
+                try:
+                    given = tables.parse(request["generation"], request["routes"])
+                except tables.TableError as e:
+                    raise ValueError(str(e)) from e
+                self._take(given)
             case "reload":
                 self._reload = Reload(str(request["mark"]), time.monotonic())
             case "restart":
-                self._restart("the agent asked for it")
+                self._speaker.restart("the agent asked for it")
             case "resync":
                 if request["peer"] in self._sessions:
                     self._resync(request["peer"])
             case other:
                 raise ValueError(f"unknown request {other!r}")
+
+    def _left(self) -> None:
+        """Nobody waits for routes that are told again."""
+        for session in self._sessions.values():
+            session.resyncing.clear()
 
     def _take(self, given: tables.Table) -> None:
         self._ledger.want(given.routes)
@@ -560,9 +388,9 @@ class Relay:
             # Announced all the same: a full disk must not stop routing; the next table tries again.
             self._problem = f"{self._table_path} cannot be written ({e}): the speaker would restart with an old table"
             log(self._problem)
-        self._tell(wire.KIND_TABLE, {"generation": given.generation, "problem": self._problem})
+        self._agent.tell(wire.KIND_TABLE, {"generation": given.generation, "problem": self._problem})
 
-    def _hello(self, client: Client) -> None:
+    def _greet(self) -> None:
         """Tells all there is to know, and has every peer tell its routes again."""
         table = None if self._table is None else self._table.generation
         hello = {
@@ -571,14 +399,12 @@ class Relay:
             "table": table,
             "problem": self._problem,
             "peers": {address: self._about(session) for address, session in self._sessions.items()},
-            "wanted": []
-            if self._table is None
-            else [(p, x) for p, routes in self._table.routes.items() for x in routes],
+            "wanted": self._ledger.wanted(),
             "held": self._ledger.held(),
             "confirmed": self._ledger.confirmed(),
         }
         self._ledger.changes()
-        self._send(client, wire.KIND_HELLO, wire.pack(hello))
+        self._agent.tell(wire.KIND_HELLO, hello)
         for address in self._sessions:
             self._resync(address)
 
@@ -596,71 +422,9 @@ class Relay:
     def _tell_changes(self) -> None:
         for change in self._ledger.changes():
             if change.states:
-                self._tell(wire.KIND_SENT, {"peer": change.peer, "states": change.states})
+                self._agent.tell(wire.KIND_SENT, {"peer": change.peer, "states": change.states})
             if change.refused:
-                self._tell(wire.KIND_REFUSED, {"peer": change.peer, "prefixes": change.refused})
-
-    def _tell(self, kind: str, payload: object) -> None:
-        if self._agent is not None:
-            self._send(self._agent, kind, wire.pack(payload))
-
-    def _send(self, client: Client, kind: str, payload: bytes) -> None:
-        if client.overflowed:
-            return
-        line = wire.frame(client.number, kind, payload)
-        if client.queued + len(line) > self._limit:
-            # All but a line half sent goes; a hello, which tells everything again, follows when the rest was taken.
-            log(f"the agent is {client.queued} bytes behind: it will be told everything again")
-            client.overflowed = True
-            return
-        client.number += 1
-        client.queue.append(line)
-        client.queued += len(line)
-        self._flush(client)
-
-    def _flush(self, client: Client) -> None:
-        while client.queue:
-            try:
-                done = client.socket.send(client.queue[0])
-            except BlockingIOError:
-                break
-            except OSError as e:
-                self._drop(client, str(e))
-                return
-            client.queued -= done
-            if done < len(client.queue[0]):
-                client.queue[0] = client.queue[0][done:]
-            else:
-                client.queue.popleft()
-        if client.socket.fileno() in self._clients:
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.queue else 0)
-            self._selector.modify(client.socket, events, lambda: self._serve(client))
-
-    def _drop(self, client: Client, reason: str) -> None:
-        descriptor = client.socket.fileno()
-        if self._clients.pop(descriptor, None) is None:
-            return
-        self._selector.unregister(client.socket)
-        client.socket.close()
-        if client is self._agent:
-            self._agent = None
-            for session in self._sessions.values():
-                session.resyncing.clear()
-        log(f"{'the agent' if client.greeted else 'a stranger'} is gone: {reason}")
-
-
-@dataclass(eq=False)
-class Reload:
-    mark: str
-    since: float
-    tries: int = 0
-    signalled: float = 0
-    asked: bool = False
-
-
-def log(message: str) -> None:
-    sys.stderr.write(f"relay: {message}\n")
-    sys.stderr.flush()
+                self._agent.tell(wire.KIND_REFUSED, {"peer": change.peer, "prefixes": change.refused})
 
 
 def main() -> None:
