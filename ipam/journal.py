@@ -75,6 +75,8 @@ class History(msgspec.Struct, frozen=True):
     freed: tuple[GivenBack, ...] = ()
     #: One line for each damaged place.
     damage: tuple[str, ...] = ()
+    #: Bytes of half a record at the end.
+    tail: int = 0
 
 
 _encode = msgspec.json.Encoder().encode
@@ -88,7 +90,8 @@ def read(path: Path) -> History:
         data = path.read_bytes()
     except OSError as e:
         raise JournalError(f"journal {path} cannot be read: {e.strerror or e}") from e
-    return _add_up(_records(data, damage), damage)
+    history = _add_up(_records(data, damage), damage)
+    return msgspec.structs.replace(history, tail=len(data) - data.rfind(b"\n") - 1)
 
 
 class Journal:
@@ -118,14 +121,9 @@ class Journal:
     def history(self) -> History:
         """Reads the file from its beginning. Whatever is damaged is left out, told of in ``damage`` and logged; half a
         record at the end is cut off by the next write. JournalError."""
-        damage: list[str] = []
-        try:
-            data = self.path.read_bytes()
-            self._size = data.rfind(b"\n") + 1
-        except OSError as e:
-            raise self._error("cannot be read", e) from e
-        history = _add_up(_records(data, damage), damage)
-        for line in damage:
+        history = read(self.path)
+        self._size = os.fstat(self._fd).st_size - history.tail
+        for line in history.damage:
             log.warning("journal %s: %s", self.path, line)
         return history
 
