@@ -41,10 +41,7 @@ def read_all(files: Sequence[str]) -> list[Document]:
     lines: list[str] = []
     for file in files:
         name = "stdin" if file == "-" else file
-        try:
-            raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        except OSError as e:
-            raise Usage([f"{file}: cannot be read: {e.strerror}"]) from None
+        raw = read_file(file)
         try:
             objects = load(raw, source=name, note=lambda text, name=name: click.echo(f"note: {name}: {text}", err=True))  # type: ignore[misc]
         except Invalid as e:
@@ -56,6 +53,14 @@ def read_all(files: Sequence[str]) -> list[Document]:
     if not documents:
         raise Failure([f"no object in {', '.join(files)}"])
     return documents
+
+
+def read_file(name: str) -> bytes:
+    """The file's bytes; ``-`` is stdin. Raises Usage."""
+    try:
+        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as e:
+        raise Usage([f"{name}: cannot be read: {e.strerror}"]) from None
 
 
 async def write_all(store: Store, documents: Sequence[Document], mode: Mode, *, dry_run: bool) -> int:

@@ -12,6 +12,8 @@ OK: Final = 0
 REFUSED: Final = 1
 #: The command line is wrong. (click's own number too)
 USAGE: Final = 2
+#: ``ipam check`` could not look at everything. (Not ``UNAVAILABLE``: who runs checkers knows 0, 1 and 2)
+UNSEEN: Final = 2
 #: The store cannot be reached, or is broken.
 UNAVAILABLE: Final = 3
 

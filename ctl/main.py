@@ -17,6 +17,7 @@ from store.errors import StoreError, Unavailable
 
 if TYPE_CHECKING:
     from ctl.documents import Mode
+    from ctl.look import Here
     from store.base import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -172,6 +173,73 @@ def ipam_show(ctx: click.Context, show_blocks: bool, address: str | None, url: s
     return _on_store(ctx, url, lambda store: show_ipam(store, show_blocks=show_blocks))
 
 
+def run_option(command: F) -> F:
+    return click.option(
+        "--run",
+        metavar="DIR",
+        envvar="UNDERLAY_RUN",
+        help="Run directory of this node's underlay-cni: its journal and this kernel are looked at too.",
+    )(command)
+
+
+@ipam.command("check")
+@click.option("-o", "--output", "form", type=click.Choice(["table", "json"]), default="table")
+@click.option("--node", "nodes", multiple=True, metavar="NODE", help="Only what concerns its blocks. May be repeated.")
+@run_option
+@store_option
+@click.pass_context
+def ipam_check(ctx: click.Context, form: str, nodes: tuple[str, ...], run: str | None, url: str | None) -> int:
+    """Compares pools, blocks, nodes and, on a node, its journal and kernel. Exits with 1 for findings, 2 if something
+    could not be looked at."""
+    from ctl.show import show_check, show_unseen
+
+    here = _here(run, nodes[0] if len(nodes) == 1 else "")
+    try:
+        return _on_store(ctx, url, lambda store: show_check(store, form, nodes=nodes, here=here))
+    except StoreError as e:
+        return show_unseen(form, nodes, [f"the store: {line}" for line in explain(e)])
+
+
+@ipam.command("release")
+@click.option("--ip", "addresses", multiple=True, metavar="ADDRESS", help="Asks its node to release it.")
+@click.option("--block", "blocks", multiple=True, metavar="CIDR", help="Ends a block whose node is gone.")
+@click.option("--from-report", "report", metavar="FILE", help="The leaks of 'ipam check -o json'; - is stdin.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--force", is_flag=True, help="With --block: also of a node that is there.")
+@run_option
+@store_option
+@click.pass_context
+def ipam_release(
+    ctx: click.Context,
+    addresses: tuple[str, ...],
+    blocks: tuple[str, ...],
+    report: str | None,
+    yes: bool,
+    force: bool,
+    run: str | None,
+    url: str | None,
+) -> int:
+    """Releases addresses that nobody uses, or blocks whose node is gone."""
+    from ctl import release
+
+    if sum(map(bool, (addresses, blocks, report))) != 1:
+        raise Usage(["say what to release, in one way: --ip ADDRESS, --block CIDR or --from-report FILE"])
+    if force and not blocks:
+        raise Usage(["--force goes with --block only"])
+    if addresses:
+        return _on_store(ctx, url, lambda store: release.release_addresses(store, addresses))
+    if blocks:
+        return _on_store(ctx, url, lambda store: release.release_blocks(store, blocks, yes=yes, force=force))
+
+    from ctl.documents import read_file
+    from ctl.report import read
+    from store.clock import SystemClock
+
+    found = read(read_file(report or ""), report or "")
+    here = _here(run, found.local) if found.local else None
+    return _on_store(ctx, url, lambda store: release.release_report(store, SystemClock(), found, here=here, yes=yes))
+
+
 @cli.command()
 @store_option
 @click.pass_context
@@ -184,6 +252,17 @@ def version(ctx: click.Context, url: str | None) -> int:
         click.echo(f"store   none ({NO_STORE})")
         return OK
     return _on_store(ctx, url, show_store)
+
+
+def _here(run: str | None, node: str) -> Here | None:
+    """This node, if its run directory is given: the one that is named, else UNDERLAY_NODE, else this machine."""
+    if not run:
+        return None
+    import socket
+
+    from ctl.look import Here
+
+    return Here(node or os.environ.get("UNDERLAY_NODE") or socket.gethostname(), Path(run))
 
 
 def _on_store(

@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from ctl.failures import OK, REFUSED, Failure, Usage
+from ctl.failures import OK, REFUSED, UNSEEN, Failure, Usage
 from ctl.kinds import UnknownKind, find_kinds, reference, reference_to
 from ctl.tables import Table, table
 from store.base import Store
 from store.clock import SystemClock
 from store.errors import BadSelector, NotFound
 from store.model import BGPNodeStatus, BGPPeer, IPAMBlock, IPPool, IPReservation, Node, Resource
+
+if TYPE_CHECKING:
+    from ctl.look import Here
+    from ctl.report import Report
 
 _KUBECTL_TERM = re.compile(r"\s*([A-Za-z0-9_./-]+)\s*(=|==|!=)\s*([A-Za-z0-9_.-]*)\s*")
 
@@ -128,6 +132,29 @@ async def show_address(store: Store, text: str) -> int:
     return OK
 
 
+async def show_check(store: Store, form: str, *, nodes: Sequence[str], here: Here | None) -> int:
+    """Prints what a check found, and what it could not look at. 0 clean, 1 findings, 2 not all could be looked at."""
+    from ctl.look import check
+
+    return _print_report(await check(store, SystemClock(), nodes=tuple(dict.fromkeys(nodes)), here=here), form)
+
+
+def show_unseen(form: str, nodes: Sequence[str], lines: Sequence[str]) -> int:
+    """Prints that nothing at all could be looked at, in the form of a check."""
+    from ctl import report
+
+    nothing = report.Report(
+        version=report.VERSION,
+        at=SystemClock().now(),
+        nodes=tuple(nodes),
+        local="",
+        looked=(),
+        unseen=tuple(lines),
+        findings=(),
+    )
+    return _print_report(nothing, form)
+
+
 def show_version() -> None:
     """Prints the version of this client."""
     from importlib.metadata import version
@@ -188,6 +215,23 @@ async def _refuse_unknown_node(store: Store, name: str) -> None:
     if not await _is_node(store, name):
         names = [n.name for n in (await store.list(Node)).items]
         raise Failure([f"there is no node {name!r}; there are {', '.join(names) or 'none'}"])
+
+
+def _print_report(found: Report, form: str) -> int:
+    from ctl import report
+
+    if form == "json":
+        click.echo(report.write(found), nl=False)
+    else:
+        if found.findings:
+            _print_table(report.page(found))
+            click.echo()
+        for line in report.remedies(found):
+            click.echo(line)
+        click.echo(report.summary(found))
+    for line in found.unseen:
+        click.echo(f"underlayctl: could not look at {line}", err=True)
+    return UNSEEN if found.unseen else REFUSED if found.findings else OK
 
 
 def _print_documents(objects: Sequence[Resource], form: str, *, single: bool) -> None:
