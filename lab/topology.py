@@ -32,7 +32,7 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
 
 POOLS: Final = (
     Pool(name="pods-v4", cidr="10.244.0.0/16", block_size=26),
-    Pool(name="pods-v6", cidr="fd00:10:244::/48", block_size=122),
+    Pool(name="pods-v6", cidr="fd00:10:244::/112", block_size=122),
 )
 
 
