@@ -68,8 +68,8 @@ def test_equal_paths_over_both_spines_are_one_route(fabric: Net) -> None:
 
 
 def test_a_tor_takes_blocks_of_the_pools_and_nothing_else(fabric: Net, tmp_path: Path) -> None:
-    good = ["10.244.7.64/26", "10.244.9.9/32", "fd00:10:244:7::/122", "fd00:10:244:9::9/128"]
-    bad = ["10.244.0.0/16", "10.244.8.0/25", "192.0.2.0/26", "10.1.0.0/31", "fd00:10:244::/48", "2001:db8::/122"]
+    good = ["10.244.7.64/26", "10.244.9.9/32", "fd00:10:244::700/122", "fd00:10:244::909/128"]
+    bad = ["10.244.0.0/16", "10.244.8.0/25", "192.0.2.0/26", "10.1.0.0/31", "fd00:10:244::/112", "2001:db8::/122"]
     speak(fabric, tmp_path / "node", MAP.nodes[0], good + bad)
 
     def taken(router: str, *words: str) -> set[str]:
