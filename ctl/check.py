@@ -215,7 +215,8 @@ def _allocations(view: View) -> Iterator[Finding]:
     for place in _places(view):
         for a in place.block.status.allocations:
             at = number(a.address)
-            if at is None or not place.range.holds(at):
+            inside = at is not None and place.range.holds(at)
+            if not inside:
                 yield _of_address(
                     place,
                     "AllocationOutsideBlock",
@@ -223,10 +224,8 @@ def _allocations(view: View) -> Iterator[Finding]:
                     f"{holder(a)} on {place.node} has it, and it is not inside {place.block.spec.cidr}",
                     f"restart underlay-cni on {place.node}, which writes what it knows; if it stays, delete the pod",
                 )
-            if at is None:
-                continue
             who = f"{holder(a)} on {place.node}"
-            if at in held:
+            if at is not None and at in held:
                 yield _of_address(
                     place,
                     "AddressTwice",
@@ -234,6 +233,8 @@ def _allocations(view: View) -> Iterator[Finding]:
                     f"both {held[at]} and {who} have it",
                     "packets reach one of the two at best: delete one of the pods, or both",
                 )
+                continue
+            if at is None or not inside:
                 continue
             held[at] = who
             if a.container == UNKNOWN:

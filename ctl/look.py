@@ -95,7 +95,7 @@ async def _list(store: Store, kind: type[R], looked: list[str], unseen: list[str
         async with asyncio.timeout(LIMIT):
             found = (await store.list(kind)).items
     except (StoreError, TimeoutError) as e:
-        unseen.append(f"{kind.PLURAL}: {e or f'no answer within {LIMIT:g} s'}")
+        unseen.append(f"{kind.PLURAL}: {str(e) or f'no answer within {LIMIT:g} s'}")
         return None
     looked.append(f"{len(found)} {kind.PLURAL}")
     return found
