@@ -1,0 +1,299 @@
+"""The rights of our accounts: exactly these, each of them used by tokens of our pods, with all policies in force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+
+from tests.conftest import eventually
+from tests.kube.build import Programs
+from tests.kube.cluster import Cluster
+from tests.kube.installed import (
+    ACCOUNTS,
+    AGENT,
+    CNI,
+    NAMESPACE,
+    SPEAKER,
+    Installed,
+    Wire,
+    block,
+    denial,
+    install,
+    node_status,
+    path,
+    pool,
+    status_of,
+)
+
+FOLLOW = ("get", "list", "watch")
+#: What each process does with each kind; why is said in the manifest.
+RIGHTS: dict[str, dict[str, tuple[str, ...]]] = {
+    CNI: {
+        "ippools": FOLLOW,
+        "ipreservations": FOLLOW,
+        "ipamblocks": (*FOLLOW, "create", "update", "delete"),
+        "ipamblocks/status": ("update",),
+        "bgpnodestatuses": ("get",),
+        "nodes": FOLLOW,
+        "events": ("create", "patch"),
+        "pods": FOLLOW,
+        "namespaces": ("get",),
+    },
+    AGENT: {
+        "ippools": FOLLOW,
+        "ipamblocks": FOLLOW,
+        "bgpconfigurations": FOLLOW,
+        "bgppeers": FOLLOW,
+        "bgpnodestatuses": ("get", "create"),
+        "bgpnodestatuses/status": ("update",),
+        "nodes": FOLLOW,
+        "events": ("create", "patch"),
+    },
+    SPEAKER: {},
+}
+#: Only where pods may choose pool or address.
+OPTIONAL = "underlay-cni-annotations"
+EACH = [(a, r, v) for a, rights in RIGHTS.items() for r, verbs in rights.items() for v in verbs]
+
+MERGE = "application/merge-patch+json"
+BINDINGS = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
+
+
+@pytest.fixture(scope="module")
+def _installed(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+    with install(tmp_path_factory.mktemp("rbac"), programs) as made:
+        _populate(made)
+        made.cluster.remember()
+        yield made
+
+
+def _populate(made: Installed) -> None:
+    """One object of each kind, so that there is something to read and to write."""
+
+    def ours(plural: str, kind: str, name: str, spec: Wire) -> None:
+        body = {"apiVersion": "underlay.network/v1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+        made.cluster.request("POST", path(plural), body)
+
+    made.cluster.request("POST", path("ippools"), pool("pool", "10.0.0.0/16"))
+    ours("ipreservations", "IPReservation", "router", {"reservedCIDRs": ["10.0.0.1"]})
+    ours("bgpconfigurations", "BGPConfiguration", "default", {"asNumber": 64512})
+    ours("bgppeers", "BGPPeer", "tor", {"peerIP": "192.0.2.1", "asNumber": 65001})
+    made.cluster.request("POST", path("ipamblocks"), block("10.0.0.0/26", "node-1"))
+    made.cluster.request("POST", path("bgpnodestatuses"), node_status("node-1"))
+
+
+@pytest.fixture
+def installed(_installed: Installed) -> Installed:
+    _installed.cluster.reset()
+    return _installed
+
+
+@pytest.fixture
+def cluster(installed: Installed) -> Cluster:
+    return installed.cluster
+
+
+class Resource(NamedTuple):
+    """Where a kind is, an object that is there, how a node narrows a list, and a new object."""
+
+    root: str
+    name: str
+    where: str = ""
+    new: Wire | None = None
+
+
+def _event(name: str) -> Wire:
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": name, "namespace": "default"},
+        "involvedObject": {"apiVersion": "v1", "kind": "Node", "name": "node-1"},
+        "reason": "PoolExhausted",
+        "message": "pool has no free block left: add a pool",
+        "type": "Warning",
+        "count": 1,
+    }
+
+
+EVENTS = "/api/v1/namespaces/default/events"
+RESOURCES = {
+    "ippools": Resource(path("ippools"), "pool"),
+    "ipreservations": Resource(path("ipreservations"), "router"),
+    "bgpconfigurations": Resource(path("bgpconfigurations"), "default"),
+    "bgppeers": Resource(path("bgppeers"), "tor"),
+    "ipamblocks": Resource(path("ipamblocks"), "10-0-0-0-26", "spec.node=node-1", block("10.0.0.64/26", "node-1")),
+    "bgpnodestatuses": Resource(path("bgpnodestatuses"), "node-1", "", node_status("node-1")),
+    "nodes": Resource("/api/v1/nodes", "node-1", "metadata.name=node-1"),
+    "pods": Resource(f"/api/v1/namespaces/{NAMESPACE}/pods", f"{CNI}-node-1"),
+    "namespaces": Resource("/api/v1/namespaces", "default"),
+    "events": Resource(EVENTS, "seen", "", _event("new")),
+}
+#: Pods of one node, whatever their namespace.
+PODS_HERE = "/api/v1/pods?fieldSelector=spec.nodeName%3Dnode-1"
+
+
+def listed(resource: str) -> str:
+    if resource == "pods":
+        return PODS_HERE
+    root, _, where, _ = RESOURCES[resource]
+    return f"{root}?fieldSelector={where.replace('=', '%3D')}" if where else f"{root}?limit=500"
+
+
+def use(installed: Installed, account: str, resource: str, verb: str) -> None:
+    """Does it as the account's pod on node-1 would; Refused if it may not."""
+    cluster, token = installed.cluster, installed.tokens[account, "node-1"]
+    resource, _, sub = resource.partition("/")
+    root, name, _, new = RESOURCES[resource]
+    at = f"{root}/{name}"
+    match verb:
+        case "get":
+            assert cluster.request("GET", at, token=token)["metadata"]["name"] == name
+        case "list":
+            names = [
+                item["metadata"]["name"] for item in cluster.request("GET", listed(resource), token=token)["items"]
+            ]
+            assert name in names
+        case "watch":
+            assert status_of(cluster, f"{listed(resource)}&watch=true", token=token) == 200
+        case "create":
+            if resource == "bgpnodestatuses":
+                cluster.request("DELETE", at)
+            cluster.request("POST", root, new, token=token)
+        case "update":
+            obj = cluster.request("GET", at)
+            if sub:
+                obj["status"] = {"used": 1, "free": 63} if resource == "ipamblocks" else {"asNumber": 64512}
+            else:
+                obj["metadata"]["annotations"] = {"a": "b"}
+            before = obj["metadata"]["resourceVersion"]
+            after = cluster.request("PUT", f"{at}/{sub}" if sub else at, obj, token=token)
+            assert after["metadata"]["resourceVersion"] != before
+        case "patch":
+            cluster.request("POST", root, _event(name))
+            after = cluster.request("PATCH", at, {"count": 2}, token=token, content_type=MERGE)
+            assert after["count"] == 2
+        case "delete":
+            cluster.request("DELETE", at, token=token)
+        case _:
+            raise AssertionError(f"no use of {verb} is known")
+
+
+@pytest.mark.parametrize(("account", "resource", "verb"), EACH)
+def test_every_right_is_of_use(installed: Installed, account: str, resource: str, verb: str) -> None:
+    use(installed, account, resource, verb)
+
+
+def granted(cluster: Cluster, token: str, namespace: str) -> set[tuple[str, str]]:
+    """Resource and verb, as the API server sums up all roles; without what everybody has who is known at all."""
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": namespace},
+    }
+    answer = cluster.request("POST", "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", review, token=token)
+    rules = answer["status"]["resourceRules"]
+    found = set()
+    for rule in rules:
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                assert "resourceNames" not in rule or group not in ("", "underlay.network"), rule
+                found |= {(f"{resource} {group}".strip(), verb) for verb in rule["verbs"]}
+    return found
+
+
+@pytest.mark.parametrize("account", ACCOUNTS)
+@pytest.mark.parametrize("namespace", ["default", "kube-system", NAMESPACE])
+def test_no_account_has_any_other_right(cluster: Cluster, installed: Installed, account: str, namespace: str) -> None:
+    anybody = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "anybody", "namespace": "default"}}
+    cluster.apply([anybody])
+    everybodys = granted(cluster, cluster.token("anybody", namespace="default"), namespace)
+    core = ("nodes", "events", "pods", "namespaces")
+    wanted = {
+        (resource if resource in core else f"{resource} underlay.network", verb)
+        for resource, verbs in RIGHTS[account].items()
+        for verb in verbs
+    }
+    assert granted(cluster, installed.tokens[account, "node-1"], namespace) - everybodys == wanted
+
+
+#: What an intruder with one of our tokens would like.
+WISHES: dict[str, Callable[[Cluster, str], int]] = {
+    "secrets": lambda c, t: status_of(c, "/api/v1/secrets", token=t),
+    "config maps": lambda c, t: status_of(c, "/api/v1/namespaces/kube-system/configmaps", token=t),
+    "logs of a pod": lambda c, t: status_of(c, f"/api/v1/namespaces/{NAMESPACE}/pods/{CNI}-node-2/log", token=t),
+    "a pod": lambda c, t: _code(c, "POST", "/api/v1/namespaces/default/pods", {"metadata": {"name": "p"}}, t),
+    "a token": lambda c, t: _code(c, "POST", f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{CNI}/token", {}, t),
+    "to change a node": lambda c, t: _code(c, "PATCH", "/api/v1/nodes/node-1", {"metadata": {"labels": {"a": "b"}}}, t),
+    "to delete a node": lambda c, t: _code(c, "DELETE", "/api/v1/nodes/node-2", None, t),
+    "a pool": lambda c, t: _code(c, "POST", path("ippools"), pool("new", "10.9.0.0/16"), t),
+    "to delete a pool": lambda c, t: _code(c, "DELETE", path("ippools", "pool"), None, t),
+    "to change a peer": lambda c, t: _code(c, "PATCH", path("bgppeers", "tor"), {"spec": {"asNumber": 65002}}, t),
+    "to patch a block": lambda c, t: _code(c, "PATCH", path("ipamblocks", "10-0-0-0-26"), {"metadata": {}}, t),
+    "to delete all blocks": lambda c, t: _code(c, "DELETE", path("ipamblocks"), None, t),
+    "to delete a status": lambda c, t: _code(c, "DELETE", path("bgpnodestatuses", "node-1"), None, t),
+    "rights": lambda c, t: _code(c, "PATCH", f"{BINDINGS}/{OPTIONAL}", {"metadata": {"labels": {"a": "b"}}}, t),
+}
+
+
+def _code(cluster: Cluster, method: str, at: str, body: object, token: str) -> int:
+    content = MERGE if method == "PATCH" else "application/json"
+    refusal = denial(cluster, method, at, body, token=token, content_type=content)
+    return refusal.code if refusal else 200
+
+
+@pytest.mark.parametrize("account", ACCOUNTS)
+def test_what_an_intruder_would_like_is_refused(installed: Installed, account: str) -> None:
+    token = installed.tokens[account, "node-1"]
+    assert {wish: ask(installed.cluster, token) for wish, ask in WISHES.items()} == dict.fromkeys(WISHES, 403)
+
+
+def test_the_speaker_may_do_nothing_and_has_no_token(cluster: Cluster, installed: Installed) -> None:
+    token = installed.tokens[SPEAKER, "node-1"]
+    readable = [r for r in RESOURCES if status_of(cluster, listed(r), token=token) != 403]
+    assert readable == []
+    for account, volumes in ((SPEAKER, 0), (AGENT, 1)):
+        pod = cluster.request("GET", f"/api/v1/namespaces/{NAMESPACE}/pods/{account}-node-1")
+        assert len(pod["spec"].get("volumes", [])) == volumes, account
+
+
+def test_without_the_optional_role_the_cni_server_sees_no_pod_and_does_all_else(installed: Installed) -> None:
+    cluster, token = installed.cluster, installed.tokens[CNI, "node-1"]
+    cluster.request("DELETE", f"{BINDINGS}/{OPTIONAL}")
+    eventually(lambda: status_of(cluster, PODS_HERE, token=token) == 403)
+    assert status_of(cluster, "/api/v1/namespaces/default", token=token) == 403
+    for resource, verbs in RIGHTS[CNI].items():
+        if resource not in ("pods", "namespaces"):
+            for verb in verbs:
+                use(installed, CNI, resource, verb)
+
+
+def test_our_namespace_takes_pods_that_work_in_the_nodes_network(cluster: Cluster) -> None:
+    """Where pod security is enforced by default, the label of the namespace lets ours in."""
+    pod: Wire = {
+        "metadata": {"name": "agent"},
+        "spec": {
+            "hostNetwork": True,
+            "serviceAccountName": AGENT,
+            "containers": [
+                {"name": "main", "image": "underlay", "securityContext": {"capabilities": {"add": ["NET_ADMIN"]}}}
+            ],
+        },
+    }
+    strict = {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "baseline"}}}
+    cluster.request("PATCH", "/api/v1/namespaces/default", strict, content_type=MERGE)
+    cluster.request("POST", f"/api/v1/namespaces/{NAMESPACE}/pods", pod)
+    other = {**pod, "spec": {**pod["spec"], "serviceAccountName": "default"}}
+    eventually(lambda: _code(cluster, "POST", "/api/v1/namespaces/default/pods", other, cluster.admin_token) == 403)
+
+
+def test_the_anonymous_and_other_accounts_are_as_they_were(cluster: Cluster) -> None:
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "other", "namespace": NAMESPACE}}
+    cluster.apply([account])
+    other = cluster.token("other", namespace=NAMESPACE, node="node-1")  # of our namespace, and yet no process of ours
+    for token in ("", other):
+        assert status_of(cluster, "/version", token=token) == 200
+        readable = [r for r in RESOURCES if status_of(cluster, listed(r), token=token) != 403]
+        assert readable == []
+    assert _code(cluster, "POST", path("ipamblocks"), block("10.0.0.64/26", "node-1"), other) == 403
