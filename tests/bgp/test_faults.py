@@ -160,7 +160,7 @@ def test_agent_that_does_not_read(bird: Bird, node: Node) -> None:
             events.clear()
             for _ in range(500):
                 bird.ask("reload", "out", "node4")  # the event loop does not run meanwhile
-                if log.read_text().count("bytes behind") == 2:
+                if log.read_text().count("bytes behind") >= 2:
                     break
 
             def whole() -> bool:
@@ -171,7 +171,7 @@ def test_agent_that_does_not_read(bird: Bird, node: Node) -> None:
 
             await until(whole)
             assert not any(isinstance(e, SessionDown | SessionUp) for e in events)
-        assert log.read_text().count("bytes behind") == 2
+        assert log.read_text().count("bytes behind") >= 2
 
     run(main())
 
