@@ -168,6 +168,10 @@ _resolve("int", r"^[-+]?(?:0|[1-9][0-9]*)$|^0x[0-9a-fA-F]+$", "-+0123456789")
 _resolve("float", r"^[-+]?[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?$", "-+0123456789")
 
 
+# Without resourceVersion: who replaces an object may mean it.
+_FOREIGN_METADATA = ("uid", "generation", "creationTimestamp", "deletionTimestamp", "finalizers", "ownerReferences")
+
+
 # -- from plain values to resources --------------------------------------------------------------------------------
 
 
@@ -208,11 +212,21 @@ class _Reader:
             if len(self.problems) == known:
                 self._problem(where, "", named, str(e))
             return
+        if value["apiVersion"] == CALICO_GROUP:
+            self._note_foreign(obj, value["metadata"], where)
         self.problems += [Problem(f"{where}: {p.field}", p.value, p.remedy) for p in validate(obj)]
         before = self._where.setdefault((kind, obj.name), where)
         if before != where:
             self._problem(where, "metadata.name", obj.name, f"it stands in {before} already: which one is meant?")
         self.found.append(obj)
+
+    def _note_foreign(self, obj: Resource, metadata: dict[str, Any], where: str) -> None:
+        """What is known here and still says nothing when it comes from another system's store."""
+        for name in _FOREIGN_METADATA:
+            if name in metadata:
+                self._note(f"{where}: metadata.{name} is left out: it is of the store that the file comes from")
+        if isinstance(obj, IPPool) and "Tunnel" in obj.spec.allowed_uses:
+            self._note(f"{where}: spec.allowedUses: Tunnel means nothing here: there is no tunnel")
 
     def _list(self, value: dict[str, Any], where: str, item_kind: str) -> None:
         items = value.get("items", [])

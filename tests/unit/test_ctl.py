@@ -335,6 +335,54 @@ def test_one_object_in_two_documents_is_refused(ctl: Ctl) -> None:
     assert ctl.all(IPPool) == ()
 
 
+CALICO = """
+apiVersion: projectcalico.org/v3
+kind: IPPool
+metadata:
+  name: default-ipv4-ippool
+  uid: 1f5f9b1a-6e5c-4e3c-8b5a-2a8d3d1f6c55
+spec:
+  cidr: 10.244.0.0/16
+  ipipMode: Never
+  namespaceSelector: all()
+---
+apiVersion: projectcalico.org/v3
+kind: BGPPeer
+metadata:
+  name: tor
+spec:
+  peerIP: 10.0.0.1
+  asNumber: 65001
+  keepOriginalNextHop: false
+"""
+
+
+def test_a_calico_file_is_applied_with_a_line_for_each_field_that_was_ignored(ctl: Ctl) -> None:
+    code, out, err = ctl("apply", "-f", ctl.file(CALICO, "calico.yaml"))
+    assert (code, out) == (0, "ippool/default-ipv4-ippool created\nbgppeer/tor created\n")
+    lines = err.splitlines()
+    assert all(line.startswith("note: calico.yaml: ") for line in lines)
+    assert [next(f for f in line.split() if f.startswith(("metadata.", "spec."))) for line in lines] == [
+        "spec.namespaceSelector",
+        "metadata.uid",
+        "spec.keepOriginalNextHop",
+    ]
+
+
+def test_a_calico_file_is_refused_with_a_line_for_each_field_that_is_not_served(ctl: Ctl) -> None:
+    text = CALICO.replace("ipipMode: Never", "ipipMode: Always\n  vxlanMode: CrossSubnet\n  natOutgoing: true")
+    text = text.replace(
+        "keepOriginalNextHop: false", "keepOriginalNextHop: true\n  password: {secretKeyRef: {name: x}}"
+    )
+    code, out, err = ctl("apply", "-f", ctl.file(text, "calico.yaml"))
+    assert (code, out) == (1, "")
+    refused = [line for line in err.splitlines() if not line.startswith("note: ")]
+    fields = ("ipipMode", "vxlanMode", "natOutgoing", "keepOriginalNextHop", "password")
+    assert [sum(f"spec.{field}:" in line for line in refused) for field in fields] == [1] * len(fields)
+    assert len(refused) == len(fields)
+    assert ctl.all(IPPool) == ()
+
+
 def test_create_refuses_what_exists_and_replace_what_does_not(ctl: Ctl) -> None:
     file = ctl.file(POOL)
     code, _, err = ctl("replace", "-f", file)

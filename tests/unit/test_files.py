@@ -116,7 +116,29 @@ spec:
     assert isinstance(peer, BGPPeer)
     assert peer.spec.peer_ip == "[fd00::1]:1179"
     left_out = {"logSeverityScreen", "serviceClusterIPs", "listenPort", "keepOriginalNextHop", "sourceAddress"}
-    assert {note.split("spec.")[1].split()[0] for note in notes} == left_out
+    stamps = ["metadata.uid", "metadata.creationTimestamp"]
+    said = [note.split(": ")[1].split()[0] for note in notes]
+    assert sorted(said) == sorted([*(f"spec.{field}" for field in left_out), *stamps, "spec.allowedUses"])
+
+
+def test_our_own_files_carry_their_stamps_without_a_word() -> None:
+    notes: list[str] = []
+    text = """
+apiVersion: underlay.network/v1
+kind: IPPool
+metadata: {name: a, uid: x, generation: 3, finalizers: [a/b], creationTimestamp: "2024-05-01T10:00:00Z"}
+spec: {cidr: 10.244.0.0/16, allowedUses: [Workload, Tunnel]}
+"""
+    assert load(text, note=notes.append)
+    assert notes == []
+    load(text.replace("underlay.network/v1", "projectcalico.org/v3"), note=notes.append)
+    assert [note.split(": ")[1] for note in notes] == [
+        "metadata.uid is left out",
+        "metadata.generation is left out",
+        "metadata.creationTimestamp is left out",
+        "metadata.finalizers is left out",
+        "spec.allowedUses",
+    ]
 
 
 def test_a_node_as_kubectl_exports_it() -> None:
