@@ -20,6 +20,7 @@ from agent.reconcile import Reconciler
 from agent.status import StatusWriter
 from agent.view import View
 from cni.errors import CNIError
+from cni.lock import alone
 from cni.podnet import link_name
 from store.base import Store
 from store.clock import Clock, SystemClock
@@ -48,13 +49,14 @@ def main() -> int:
 async def run(settings: config.Config, clock: Clock) -> None:
     """The agent, until it is told to stop by SIGTERM or SIGINT. Raises what it cannot work without."""
     settings.state.mkdir(parents=True, exist_ok=True)
+    settings.run.mkdir(parents=True, exist_ok=True)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     store = open_store(settings.store, clock=clock)
     try:
         with closing(Kernel()) as kernel:
-            work = asyncio.create_task(_work(settings, clock, store, kernel))
+            work = asyncio.create_task(_alone(settings, clock, store, kernel))
             ending = asyncio.create_task(stop.wait())
             try:
                 await asyncio.wait({work, ending}, return_when=asyncio.FIRST_COMPLETED)
@@ -66,6 +68,12 @@ async def run(settings: config.Config, clock: Clock) -> None:
     finally:
         await store.close()
     log.info("stopped; routes and sessions stay")
+
+
+async def _alone(settings: config.Config, clock: Clock, store: Store, kernel: Kernel) -> None:
+    """Two agents would take the speaker and each other's routes in turn: the second waits for the first one's end."""
+    async with alone(settings.run / "agent.lock", clock):
+        await _work(settings, clock, store, kernel)
 
 
 async def _work(settings: config.Config, clock: Clock, store: Store, kernel: Kernel) -> None:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Final
 
 import msgspec
 
 from cni import podnet, server, verbs
 from cni.errors import CNIError
 from cni.kernel import NetlinkView
+from cni.lock import alone
 from cni.netlink import Netlink
 from cni.queue import Queue
 from cni.reaper import Reaper
@@ -32,8 +31,6 @@ from store.errors import StoreError
 from store.open import open_store
 
 log = logging.getLogger(__name__)
-
-_LOCK_POLL: Final = 0.02
 
 
 class StartError(CNIError):
@@ -130,8 +127,7 @@ async def _locked(
     options: Options, reaper: verbs.Reaps, step: Callable[[str], None], settings: Settings | None
 ) -> None:
     clock = SystemClock()
-    with (options.run / "cni.lock").open("a") as lock:
-        await _acquire(lock, clock)
+    async with alone(options.run / "cni.lock", clock):
         number = count_start(options.run, options.boot_id)
         log.info("start %d of boot %s on node %s", number, options.boot_id, options.node)
         podnet.prepare_node()
@@ -187,20 +183,6 @@ async def _run(
         finally:
             for task in behind:
                 task.cancel()
-
-
-async def _acquire(lock: IO[str], clock: Clock) -> None:
-    waited = False
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not waited:
-                log.info("another server holds %s; waiting for its end", lock.name)
-            waited = True
-            await clock.sleep(_LOCK_POLL)
-        else:
-            return
 
 
 def count_start(directory: Path, boot_id: str) -> int:

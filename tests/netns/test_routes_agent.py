@@ -276,3 +276,21 @@ def test_it_says_in_one_line_what_it_lacks(net: Net, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert "nonsense:" in done.stderr
     assert net.run("node", argv, check=False).returncode == 2
+
+
+def test_a_second_agent_waits_for_the_end_of_the_first(agent: Agent) -> None:
+    eventually(lambda: settled(agent), limit=20)
+    first, before = agent.process, agent.status()
+    assert first is not None
+    agent.start()
+    log = agent.folder / "agent.log"
+    eventually(lambda: "waiting for its end" in log.read_text())
+    second = agent.process
+    assert second is not None
+    assert second.poll() is None
+    assert agent.status() == before, "the second one has written"
+    agent.process = first
+    agent.stop(signal.SIGTERM)
+    eventually(lambda: agent.status() != before, limit=15)
+    agent.process = second
+    assert agent.stop(signal.SIGTERM) == 0
