@@ -226,6 +226,25 @@ def test_every_condition_is_in_the_docs() -> None:
     assert told - {"Idle", "Connecting"} == types
 
 
+def test_every_finding_is_in_the_docs() -> None:
+    from ctl.finding import KINDS as FINDINGS
+
+    body = sections((ROOT / "docs/addresses.md").read_text())["Findings"]
+    told = [w for row in re.findall(r"^\| (`.*?) \|", body, re.MULTILINE) for w in re.findall(r"`(\w+)`", row)]
+    assert sorted(told) == sorted(FINDINGS)
+
+
+def test_the_form_of_a_report_is_in_the_docs() -> None:
+    import msgspec
+
+    from ctl.finding import Finding
+    from ctl.report import VERSION, Report
+
+    text = sections((ROOT / "docs/underlayctl.md").read_text())["underlayctl ipam check"]
+    for name in (*Report.__struct_fields__, *(f.encode_name for f in msgspec.structs.fields(Finding)), VERSION):
+        assert f"`{name}`" in text
+
+
 def test_every_figure_of_the_bench_is_in_the_docs() -> None:
     text = (ROOT / "docs/bench.md").read_text()
     code = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
