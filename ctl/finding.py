@@ -6,6 +6,7 @@ The form of a finding is a promise: scripts read it, and ``ipam release --from-r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from typing import Final, Literal, get_args
 
@@ -136,6 +137,7 @@ class Place(msgspec.Struct, frozen=True):
         return self.block.spec.node
 
 
+@lru_cache(maxsize=1 << 18)  # each rule asks again, and a cluster has many
 def number(address: str) -> Range | None:
     """An address as a range of one; None if the text is none."""
     try:
