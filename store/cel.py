@@ -67,8 +67,10 @@ _CIDR_OR_ADDRESS = _rule(
     "write an IPv4 or IPv6 address or prefix in its one spelling, without bits beyond its length",
 )
 _NOT_ROUTED = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/8", "fe80::/10", "ff00::/8")
+# Two prefixes overlap if one has the other's first address. (containsCIDR is wrong in Kubernetes 1.31.)
 _ROUTED = _rule(
-    f"!isCIDR(self) || !{list(_NOT_ROUTED)}.exists(s, cidr(s).containsCIDR(self) || cidr(self).containsCIDR(s))",
+    f"!isCIDR(self) || !{list(_NOT_ROUTED)}"
+    ".exists(s, cidr(s).containsIP(cidr(self).ip()) || cidr(self).containsIP(cidr(s).ip()))",
     "it contains loopback, link-local, multicast or reserved addresses, which cannot be routed to a pod",
 )
 
@@ -260,8 +262,8 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
         description="Who has which address: network, container, interface, pod (or -), since when (or -).",
         **{"x-kubernetes-map-type": "atomic"},
     ),
-    (IPAMBlockStatus, "used"): {"minimum": 0, "default": 0},
-    (IPAMBlockStatus, "free"): {"minimum": 0, "default": 0},
+    (IPAMBlockStatus, "used"): {"minimum": 0},
+    (IPAMBlockStatus, "free"): {"minimum": 0},
     (BGPConfigurationSpec, "asNumber"): _check(*_AS_NUMBER, minimum=1, maximum=4294967294),
     (BGPConfigurationSpec, "importCIDRs"): {
         "maxItems": MAX_CIDRS,

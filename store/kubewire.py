@@ -72,11 +72,14 @@ class Page(msgspec.Struct, Generic[T], frozen=True):
 def encode(obj: Resource) -> dict[str, Any]:
     """The object as the API server has it, as plain JSON types. ``Invalid`` if it cannot be said there."""
     body = to_wire(obj)
-    if isinstance(obj, IPAMBlock) and obj.status.allocations:
+    if isinstance(obj, IPAMBlock) and body.get("status"):
         problems = list(_unsayable(obj.status.allocations))
         if problems:
             raise Invalid(f"IPAMBlock {obj.name}", problems)
-        body["status"]["allocations"] = lines(obj.status.allocations)
+        # kubectl prints the two counts, also when they are 0.
+        body["status"] |= {"used": obj.status.used, "free": obj.status.free}
+        if obj.status.allocations:
+            body["status"]["allocations"] = lines(obj.status.allocations)
     return body
 
 
