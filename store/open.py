@@ -10,8 +10,9 @@ from store.errors import Unavailable
 
 
 def open_store(url: str, *, clock: Clock) -> Store:
-    """The store that ``url`` names: ``sqlite:/path/store.db`` (a file that processes share), ``memory:`` (an empty one
-    of its own). Nothing is touched yet: the first call opens the file, and raises what is wrong with it.
+    """The store that ``url`` names: ``kube:`` (an API server, as ``store.kubeaccess.find_access`` finds it; or
+    ``kube:/path/kubeconfig``, ``kube:?context=NAME``), ``sqlite:/path/store.db`` (a file that processes share),
+    ``memory:`` (an empty one of its own). Nothing is asked yet: the first call raises what is wrong there.
     ``Unavailable`` for another URL. Call it where the event loop runs, and ``close`` the store there."""
     scheme, colon, rest = url.partition(":")
     match scheme if colon else "":
@@ -20,8 +21,16 @@ def open_store(url: str, *, clock: Clock) -> Store:
             from store.memory import MemoryStore
 
             return MemoryStore(clock)
+        case "kube":
+            try:
+                from store.kube import KubeStore
+            except ModuleNotFoundError as e:
+                raise Unavailable(f"store {url!r} needs {e.name}: pip install 'underlay[kube]'") from e
+            from store.kubeaccess import find_access
+
+            return KubeStore(find_access(rest), clock)
         case "sqlite" if rest:
             from store.sqlite import SqliteStore
 
             return SqliteStore(Path(rest), clock)
-    raise Unavailable(f"store {url!r}: write sqlite:/path/store.db, or memory: for a test")
+    raise Unavailable(f"store {url!r}: write sqlite:/path/store.db or kube:, or memory: for a test")

@@ -95,7 +95,7 @@ class Cluster:
     def start(self, documents: Iterable[Mapping[str, Any]] = ()) -> None:
         """Brings it up with ``documents`` (CRDs first) applied; what is there then is what ``reset`` goes back to."""
         self._pki.mkdir(parents=True)
-        _make_keys(self._pki)
+        make_keys(self._pki)
         (self._pki / "tokens.csv").write_text(
             f"{self.admin_token},admin,1,system:masters\nmanager-token,system:kube-controller-manager,2\n"
         )
@@ -122,7 +122,8 @@ class Cluster:
         )
         self._await("etcd", lambda: self._etcd("/v3/maintenance/status", {}))
 
-    def start_apiserver(self) -> None:
+    def start_apiserver(self, *, wait: bool = True) -> None:
+        """``wait``: until it is ready. Not to be called in a thread that ends: the process would end with it."""
         self._spawn(
             "kube-apiserver",
             self._programs.apiserver,
@@ -145,7 +146,8 @@ class Cluster:
             "--endpoint-reconciler-type=none",
             "--profiling=false",
         )
-        self._await("kube-apiserver", lambda: self.request("GET", "/readyz"))
+        if wait:
+            self._await("kube-apiserver", lambda: self.request("GET", "/readyz"))
 
     def start_controller_manager(self) -> None:
         self._spawn(
@@ -176,6 +178,14 @@ class Cluster:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+    def is_ready(self) -> bool:
+        """Whether the API server answers, and says that it is ready."""
+        try:
+            self.request("GET", "/readyz")
+        except (OSError, http.client.HTTPException, Refused):
+            return False
+        return True
 
     def pid(self, name: str) -> int:
         return self._processes[name].pid
@@ -230,9 +240,11 @@ class Cluster:
         *,
         token: str | None = None,
         content_type: str = "application/json",
+        accept: str = "application/json",
     ) -> dict[str, Any]:
         """One request, as administrator unless ``token`` says otherwise. Refused; OSError while it is down."""
-        headers = {"Authorization": f"Bearer {token or self.admin_token}", "Content-Type": content_type}
+        bearer = f"Bearer {token or self.admin_token}"
+        headers = {"Authorization": bearer, "Content-Type": content_type, "Accept": accept}
         data = None if body is None else json.dumps(body)
         for last in (False, True):
             connection = self._connect()
@@ -394,15 +406,15 @@ def _b64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
-def _make_keys(folder: Path) -> None:
-    """A CA, the server's certificate for loopback, and an administrator's."""
+def make_keys(folder: Path, *, names: str = "IP:127.0.0.1,DNS:localhost,DNS:kubernetes.default.svc") -> None:
+    """A CA (``ca.crt``), a server's certificate for ``names`` (``server``), and an administrator's (``admin``)."""
     if shutil.which("openssl") is None:
         raise NotHere("openssl is not installed: apt-get install openssl")
     # Python 3.13 asks for keyUsage and key identifiers, as RFC 5280 does.
     _openssl(folder, "ca", "/CN=test-ca", "basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign,cRLSign")
-    names = "subjectAltName=IP:127.0.0.1,DNS:localhost,DNS:kubernetes.default.svc"
+    server = (f"subjectAltName={names}", "extendedKeyUsage=serverAuth")
     signed = ("basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature")
-    _openssl(folder, "server", "/CN=kube-apiserver", *signed, names, "extendedKeyUsage=serverAuth", ca=True)
+    _openssl(folder, "server", "/CN=kube-apiserver", *signed, *server, ca=True)
     _openssl(folder, "admin", "/O=system:masters/CN=admin", *signed, "extendedKeyUsage=clientAuth", ca=True)
 
 

@@ -1,0 +1,403 @@
+"""The API server as store: custom resources, and core objects as far as the model knows them.
+
+Reads are the API server's consistent ones (no ``resourceVersion``), so what R5 wants uncached is. A watch goes on over
+everything that is no loss: it resumes where bookmarks and events left it, and says ``Expired`` when that is too old.
+
+Core objects have fields that the model does not know, so they are patched; ours are written whole.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from store import kubewire
+from store.base import Event, Listing
+from store.clock import Clock
+from store.errors import AlreadyExists, Conflict, Expired, Invalid, NotFound, Problem, StoreError, Unavailable
+from store.kubeaccess import Access
+from store.kubehttp import Http, Limits, Refusal, Status
+from store.model import IPAMBlock, IPPool, R, Resource
+from store.semantics import check_where, title
+from store.validate import validate, validate_against
+
+#: Objects in one answer to a list: some MB of full blocks.
+PAGE = 500
+_MERGE_PATCH = "application/merge-patch+json"
+#: Metadata that are ours to write; the rest is the API server's.
+_WRITTEN = ("name", "uid", "resourceVersion", "labels", "annotations", "finalizers", "ownerReferences")
+
+
+class _Line(msgspec.Struct, frozen=True):
+    """One line of a watch."""
+
+    type: str
+    object: msgspec.Raw
+
+
+class _BookmarkMeta(msgspec.Struct, frozen=True, rename="camel"):
+    resource_version: str
+
+
+class _Bookmark(msgspec.Struct, frozen=True):
+    metadata: _BookmarkMeta
+
+
+class KubeStore:
+    """``Store`` over the API server that ``access`` leads to. Call and close it on one event loop."""
+
+    def __init__(
+        self, access: Access, clock: Clock, *, rng: random.Random | None = None, limits: Limits | None = None
+    ) -> None:
+        self._rng = rng or random.Random()
+        self._http = Http(access, clock, self._rng, limits or Limits())
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    async def get(self, kind: type[R], name: str) -> R:
+        what = f"{kind.kind()} {name}"
+        try:
+            body = await self._http.call("GET", _path(kind, name))
+        except Refusal as e:
+            raise self._refused(what, e) from e
+        return self._decode(kind, body)
+
+    async def list(self, kind: type[R], *, where: Mapping[str, str] | None = None) -> Listing[R]:
+        check_where(kind, where)
+        query = _selection(where) | {"limit": str(PAGE)}
+        items: list[R] = []
+        while True:
+            try:
+                page = self._decode_page(kind, await self._http.call("GET", _path(kind), query=query))
+            except Refusal as e:
+                if e.code != 410 or "continue" not in query:
+                    raise self._refused(kind.PLURAL, e) from e
+                # The state that the first page was of is gone: once more, in one piece.
+                query, items = _selection(where), []
+                continue
+            items += page.items
+            if not page.metadata.more:
+                break
+            query["continue"] = page.metadata.more
+        items.sort(key=lambda obj: obj.name)
+        return Listing(tuple(items), page.metadata.resource_version)
+
+    async def watch(
+        self, kind: type[R], *, since: str | None = None, where: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Event[R], None]:
+        check_where(kind, where)
+        if since:
+            version = since
+            await self._check_version(kind, version)
+        else:
+            present = await self.list(kind, where=where)
+            version = present.version
+            for obj in present.items:
+                yield Event("added", obj, "")
+            yield Event("synced", None, version)
+        backoff = self._http.backoff()
+        resumed = False
+        while True:
+            fault: StoreError | None = None
+            quiet, put_off = True, 0
+            try:
+                if resumed:
+                    # A watch from a version that is not there yet says nothing, for ever: after a restore of etcd, say.
+                    await self._check_version(kind, version)
+                async with self._http.lines(_path(kind), self._watching(version, where)) as lines:
+                    async for line in lines:
+                        event, version = self._read(kind, line, version)
+                        quiet = False
+                        if event is not None:
+                            yield event
+            except Refusal as e:
+                fault, put_off = self._refused(kind.PLURAL, e), e.status.details.retry_after_seconds
+                if not isinstance(fault, Unavailable):
+                    raise fault from e
+            except Unavailable as e:
+                fault = e
+            if self._http.closed:
+                raise Unavailable("the store is closed")
+            if not quiet:
+                backoff.reset()
+            if (fault is not None or quiet) and not await backoff.pause(put_off):
+                raise fault or Unavailable(f"API server {self._http.server}: its watches end as soon as they begin")
+            resumed = True
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    async def create(self, obj: R) -> R:
+        if obj.metadata.resource_version:
+            remedy = "leave it out: a new object has no version yet"
+            raise Invalid(title(obj), [Problem("metadata.resourceVersion", obj.metadata.resource_version, remedy)])
+        body = _body(obj)
+        problems = [*validate(obj), *validate_against(obj, await self._beside(obj))]
+        if problems:
+            raise Invalid(title(obj), problems)
+        body["metadata"].pop("uid", None)
+        return await self._write("POST", _path(type(obj)), obj, body, {"fieldValidation": "Strict"})
+
+    async def update(self, obj: R) -> R:
+        _decided(obj)
+        body = _body(obj)
+        if _is_core(type(obj)):
+            return await self._patch(obj, body)
+        return await self._write("PUT", _path(type(obj), obj.name), obj, body, {"fieldValidation": "Strict"})
+
+    async def update_status(self, obj: R) -> R:
+        _decided(obj)
+        if "status" not in type(obj).__struct_fields__:
+            raise Invalid(title(obj), [Problem("status", None, f"a {obj.kind()} has no status to update")])
+        whole = kubewire.encode(_typed(obj))
+        meta = {key: value for key, value in whole["metadata"].items() if key in ("name", "uid", "resourceVersion")}
+        body = {"apiVersion": obj.API, "kind": obj.kind(), "metadata": meta}
+        path = f"{_path(type(obj), obj.name)}/status"
+        if _is_core(type(obj)):
+            # An absent field is one that is left as it is, so what is empty must be said.
+            body["status"] = {**_empty(type(obj)), **whole.get("status", {})}
+            return await self._write("PATCH", path, obj, body, content_type=_MERGE_PATCH)
+        if whole.get("status"):
+            body["status"] = whole["status"]
+        return await self._write("PUT", path, obj, body)
+
+    async def delete(self, kind: type[R], name: str, *, uid: str = "", resource_version: str = "") -> None:
+        preconditions = {"uid": uid, "resourceVersion": resource_version}
+        options = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "propagationPolicy": "Background",
+            "preconditions": {key: value for key, value in preconditions.items() if value},
+        }
+        try:
+            await self._http.call("DELETE", _path(kind, name), body=options)
+        except Refusal as e:
+            raise self._refused(f"{kind.kind()} {name}", e) from e
+
+    async def _write(
+        self,
+        method: str,
+        path: str,
+        obj: R,
+        body: Mapping[str, Any],
+        query: Mapping[str, str] | None = None,
+        *,
+        content_type: str = "application/json",
+    ) -> R:
+        try:
+            answer = await self._http.call(method, path, query=query, body=body, content_type=content_type)
+        except Refusal as e:
+            raise self._refused(title(obj), e) from e
+        return self._decode(type(obj), answer)
+
+    async def _patch(self, obj: R, body: dict[str, Any]) -> R:
+        """Changes what differs between the object that it was decided on and ``body``, and nothing else of it."""
+        kind, meta = type(obj), obj.metadata
+        current = await self.get(kind, obj.name)
+        stale = meta.resource_version != current.metadata.resource_version
+        if stale or (meta.uid and meta.uid != current.metadata.uid):
+            raise Conflict(f"{title(obj)} is another one than it was decided on (version or uid): read it again")
+        changes = _difference(_body(current), body)
+        if not changes:
+            return current
+        pinned = {"uid": current.metadata.uid, "resourceVersion": current.metadata.resource_version}
+        changes["metadata"] = {**changes.get("metadata", {}), **pinned}
+        return await self._write("PATCH", _path(kind, obj.name), obj, changes, content_type=_MERGE_PATCH)
+
+    async def _beside(self, obj: Resource) -> tuple[Resource, ...]:
+        """The pools that a pool or a block is measured by. Another may come just then: a guard, no lock (R1)."""
+        if isinstance(obj, IPPool):
+            return (await self.list(IPPool)).items
+        if isinstance(obj, IPAMBlock):
+            try:
+                return (await self.get(IPPool, obj.spec.pool),)
+            except NotFound:
+                return ()
+        return ()
+
+    # -- versions and events --------------------------------------------------------------------------------------
+
+    def _watching(self, version: str, where: Mapping[str, str] | None) -> dict[str, str]:
+        return _selection(where) | {
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": version,
+            # Spread, so that a cluster's watches do not end together.
+            "timeoutSeconds": str(max(1, round(self._http.limits.watch * self._rng.uniform(1.0, 1.5)))),
+        }
+
+    def _read(self, kind: type[R], line: bytes, version: str) -> tuple[Event[R] | None, str]:
+        """The event of a line (None for a bookmark) and where the watch is after it. ``Expired``, ``Unavailable``."""
+        try:
+            said = msgspec.json.decode(line, type=_Line)
+            if said.type == "BOOKMARK":
+                return None, msgspec.json.decode(said.object, type=_Bookmark).metadata.resource_version
+            if said.type == "ERROR":
+                status = msgspec.json.decode(said.object, type=Status)
+                raise self._refused(kind.PLURAL, Refusal(status.code, status))
+        except msgspec.DecodeError as e:
+            raise Unavailable(f"API server {self._http.server}: a watch said {line[:200]!r}: {e}") from e
+        obj = self._decode(kind, said.object)
+        version = obj.metadata.resource_version
+        match said.type:
+            case "ADDED":
+                return Event("added", obj, version), version
+            case "MODIFIED":
+                return Event("modified", obj, version), version
+            case "DELETED":
+                return Event("deleted", obj, version), version
+        raise Unavailable(f"API server {self._http.server}: a watch said {said.type}, which is nothing known")
+
+    async def _check_version(self, kind: type[Resource], version: str) -> None:
+        """``Expired`` if the API server has not come to that version yet. Versions are numbers that grow (Kubernetes,
+        "Resource versions", comparable since 1.35, and numbers of etcd's writes before)."""
+        present = version
+        if version.isascii() and version.isdigit():
+            try:
+                answer = await self._http.call("GET", _path(kind), query={"limit": "1"})
+            except Refusal as e:
+                raise self._refused(kind.PLURAL, e) from e
+            present = self._decode_page(kind, answer).metadata.resource_version
+        else:
+            raise Expired(f"{kind.PLURAL}: version {version!r} is not of this store: list again")
+        if present.isdigit() and int(version) > int(present):
+            raise Expired(f"{kind.PLURAL}: version {version} is yet to come, the store is at {present}: list again")
+
+    # -- what it answers ------------------------------------------------------------------------------------------
+
+    def _decode(self, kind: type[R], body: bytes | msgspec.Raw) -> R:
+        try:
+            return kubewire.decode(kind, body)
+        except msgspec.DecodeError as e:
+            raise self._not_read(kind, e) from e
+
+    def _decode_page(self, kind: type[R], body: bytes) -> kubewire.Page[R]:
+        try:
+            return kubewire.decode_page(kind, body)
+        except msgspec.DecodeError as e:
+            raise self._not_read(kind, e) from e
+
+    def _not_read(self, kind: type[Resource], why: Exception) -> Unavailable:
+        return Unavailable(
+            f"API server {self._http.server}: it has {kind.PLURAL} that cannot be read ({why}): apply manifests/crds "
+            f"of this release"
+        )
+
+    def _refused(self, what: str, refusal: Refusal) -> StoreError:
+        """What a refusal means for ``what`` (an object, or a kind's plural)."""
+        status = refusal.status
+        text = status.message or status.reason
+        match refusal.code:
+            case 404 if status.reason == "NotFound" and status.details.name:
+                return NotFound(f"{what} does not exist")
+            case 404:
+                return Unavailable(f"API server {self._http.server} knows no {what}: apply manifests/crds ({text})")
+            case 409 if status.reason == "AlreadyExists":
+                return AlreadyExists(f"{what} exists already: change it, or delete it first")
+            case 409 if re.search(r'UID in object meta: "?$', text):
+                # How it refuses to write what is not there, with the uid that it should have.
+                return NotFound(f"{what} does not exist")
+            case 409:
+                uid = "another uid: it was deleted and created again; " if "UID in precondition" in text else ""
+                return Conflict(f"{what} is not what this was decided on: {uid}{text}")
+            case 410:
+                return Expired(f"{what}: {text}: list again")
+            case 400 | 422:
+                return Invalid(what, _problems(status))
+            case 403 if " cannot " not in text:
+                # Admission says no with 403 too; RBAC names the user and what he cannot do.
+                return Invalid(what, _problems(status))
+            case 403:
+                return Unavailable(f"API server {self._http.server}: {text}: apply manifests/rbac.yaml of this release")
+        return Unavailable(f"API server {self._http.server}: {what}: {refusal.code} {text}")
+
+
+# -- from objects to what is sent ----------------------------------------------------------------------------------
+
+
+def _is_core(kind: type[Resource]) -> bool:
+    return "/" not in kind.API
+
+
+def _path(kind: type[Resource], name: str = "") -> str:
+    root = f"/api/{kind.API}" if _is_core(kind) else f"/apis/{kind.API}"
+    return f"{root}/{kind.PLURAL}" + (f"/{quote(name, safe='')}" if name else "")
+
+
+def _selection(where: Mapping[str, str] | None) -> dict[str, str]:
+    """Field selectors know three characters that must be escaped (apimachinery, fields.EscapeValue)."""
+    if not where:
+        return {}
+    escaped = ((key, re.sub(r"([\\,=])", r"\\\1", value)) for key, value in where.items())
+    return {"fieldSelector": ",".join(f"{key}={value}" for key, value in escaped)}
+
+
+def _typed(obj: R) -> R:
+    """A copy with every field of the type that the model says; a struct's constructor checks none."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(obj), type=type(obj))
+    except (msgspec.MsgspecError, TypeError) as e:
+        raise Invalid(type(obj).__name__, [Problem("object", repr(obj)[:200], str(e))]) from e
+
+
+def _body(obj: Resource) -> dict[str, Any]:
+    """What a write of the main resource sends: no status, and of the metadata what is ours."""
+    body = kubewire.encode(_typed(obj))
+    body.pop("status", None)
+    body["metadata"] = {key: value for key, value in body["metadata"].items() if key in _WRITTEN}
+    return body
+
+
+def _decided(obj: Resource) -> None:
+    if not obj.metadata.resource_version:
+        remedy = "give the version that was read: without it a change by somebody else would be undone"
+        raise Invalid(title(obj), [Problem("metadata.resourceVersion", "", remedy)])
+
+
+def _empty(kind: type[Resource]) -> dict[str, None]:
+    """Every field of the kind's status, as nothing."""
+    (status,) = (f.default for f in msgspec.structs.fields(kind) if f.name == "status")
+    return {f.encode_name: None for f in msgspec.structs.fields(type(status))}
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The merge patch (RFC 7386) that makes ``new`` of ``old``."""
+    patch: dict[str, Any] = dict.fromkeys(old.keys() - new.keys())
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            below = _difference(before, value)
+            if below:
+                patch[key] = below
+        elif before != value:
+            patch[key] = value
+    return patch
+
+
+# -- from refusals to problems --------------------------------------------------------------------------------------
+
+# As apimachinery's field.Error prints it: the value as JSON, or left out where it is a whole object.
+_VALUE = re.compile(
+    r'(?:Invalid|Unsupported) value: (?:(?:"(?P<text>(?:\\.|[^"\\])*)"|(?P<other>-?[0-9.]+|true|false|null)): )?'
+    r"(?P<why>.*)",
+    re.DOTALL,
+)
+
+
+def _problems(status: Status) -> list[Problem]:
+    found = []
+    for cause in status.details.causes:
+        said = _VALUE.fullmatch(cause.message)
+        if said is None:
+            found.append(Problem(cause.field, None, cause.message))
+        else:
+            value = said["text"] if said["text"] is not None else said["other"]
+            found.append(Problem(cause.field, value, said["why"]))
+    return found or [Problem("object", None, status.message or status.reason)]
