@@ -287,6 +287,8 @@ class Verbs:
             problems.append("no address is reserved for it")
         elif set(lease.addresses) != set(addresses):
             problems.append(f"reserved for it: {', '.join(lease.addresses)}, in prevResult: {', '.join(addresses)}")
+        if problem := self._ipam.problem(_attachment(call)):
+            problems.append(problem)
         if expected.node_end != name:
             problems.append(f"prevResult names the node's end {expected.node_end!r}, ours is {name!r}")
         want = podnet.Wiring(node_end=name, pod_end=call.interface, mac=expected.mac, addresses=addresses, mtu=0)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from ipaddress import ip_address, ip_network
 
 import msgspec
 
@@ -18,7 +19,7 @@ from ipam.pool import Pools, Want, block_at, claim_ahead, surplus
 from ipam.waiting import Moved, until
 from store.clock import Clock
 from store.errors import Invalid, StoreError
-from store.model import Condition, IPAMBlock, Writer
+from store.model import FINALIZER_OWNER, Condition, IPAMBlock, Writer
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +74,15 @@ class Keeper:
         self._wants: dict[Want, None] = {}
         self._verdicts: dict[Want, Verdict] = {}
         self._vanished: dict[str, None] = {}
+        self._lost: dict[str, str] = {}  # CIDR -> why and what lives in it
         self._refused: dict[str, _Refused] = {}  # by pool and CIDR
         self._away_until = 0.0
         self._pause = 0.0
         self.pools = Pools()
         self.reserved: tuple[str, ...] = ()
         self.moved = Moved()
+        #: The blocks are to be looked at for finalizer and owner.
+        self.untied = True
         #: Set when a newer server was met: nothing is claimed, released or deleted any more.
         self.stopped = False
 
@@ -105,18 +109,25 @@ class Keeper:
         if seen.metadata.deletion_timestamp and own.phase not in (Phase.MARKED, Phase.LOST, Phase.DELETING):
             log.warning("block %s is marked for deletion: nothing more is handed out of it", own.cidr)
             own.enter(Phase.MARKED, self._clock.monotonic())
+            self._news.set()
 
-    def lost(self, cidr: str, what: str) -> None:
-        """A block of ours belongs to another node by now; ``what`` lives in it here."""
-        self._say(
-            "BlockLost",
-            "OwnedByAnotherNode",
-            f"block {cidr} belongs to another node, but {what}: delete these pods, or the other node's block",
-        )
+    def lost(self, cidr: str, why: str) -> None:
+        """A block in which something of ours lives cannot be ours any more; ``why`` begins a sentence."""
+        self._lost[cidr] = f"{why}: delete the pods that use it here, or that other block"
+        self._say_lost()
+
+    def lost_at(self, address: str) -> str:
+        """Why the address is no longer this node's to use; empty if it is."""
+        ip = ip_address(address)
+        return next((why for cidr, why in self._lost.items() if ip in ip_network(cidr)), "")
 
     def found(self, obj: IPAMBlock) -> None:
-        """The store shows a block of ours that we may not know: an answer to a create was lost."""
-        if obj.spec.cidr not in self._ledger.blocks and not obj.metadata.deletion_timestamp:
+        """The store shows a block of ours that we may not know: an answer to a create was lost. A marked one is ours as
+        long as it has our finalizer."""
+        meta = obj.metadata
+        if obj.spec.cidr not in self._ledger.blocks and not (
+            meta.deletion_timestamp and FINALIZER_OWNER not in meta.finalizers
+        ):
             self._claims.pending.setdefault(obj.spec.cidr, obj)
             self._news.set()
 
@@ -152,6 +163,7 @@ class Keeper:
             return
         try:
             await self._recover()
+            await self._tie()
             for want in wants:
                 await self._serve(want)
             for cidr in tuple(self._claims.pending):
@@ -176,12 +188,12 @@ class Keeper:
         """Seconds until something may be due without anybody calling."""
         now = self._clock.monotonic()
         blocks = self._ledger.blocks.values()
-        pending = [own for own in blocks if own.phase in (Phase.NEW, Phase.RELEASING)]
+        pending = self._pending(now)
         looks = [IDLE]
         if pending:
             lively = any(own.gone_at is not None or now - own.since < PATIENCE for own in pending)
             looks.append(self._settings.poll if lively else 1.0)
-        if self._vanished or self._claims.pending or any(own.phase is Phase.DELETING for own in blocks):
+        if self.untied or self._vanished or self._claims.pending or any(own.phase is Phase.DELETING for own in blocks):
             looks.append(self._settings.poll)
         if now < self._away_until:
             looks = [min(self._away_until - now, *looks[:2])]
@@ -191,7 +203,7 @@ class Keeper:
 
     def _look_at_kernel(self) -> None:
         now = self._clock.monotonic()
-        pending = [own for own in self._ledger.blocks.values() if own.phase in (Phase.NEW, Phase.RELEASING)]
+        pending = self._pending(now)
         if not pending:
             return
         blackholes: frozenset[str] | None
@@ -208,6 +220,18 @@ class Keeper:
             else:
                 self._watch_withdrawal(own, blackholes is None or own.cidr in blackholes, now)
 
+    def _pending(self, now: float) -> list[Own]:
+        """The blocks whose next step the kernel decides."""
+        return [
+            own
+            for own in self._ledger.blocks.values()
+            if own.phase in (Phase.NEW, Phase.RELEASING) or (own.phase is Phase.MARKED and self._is_drained(own, now))
+        ]
+
+    def _is_drained(self, own: Own, now: float) -> bool:
+        """Nobody has an address of it, or had one lately."""
+        return not own.block.used if own.pool in self.pools.single else count(own, now).idle
+
     def _make_ready(self, own: Own, now: float) -> None:
         """From here on it hands out, but for what lives in it already, if it was ours before."""
         try:
@@ -219,12 +243,13 @@ class Keeper:
         self.moved.ring()
 
     def _watch_withdrawal(self, own: Own, blackhole: bool, now: float) -> None:
-        """The agent takes the blackhole away once the block is withdrawn (R9); counted only after it could know."""
+        """The agent takes the blackhole away once the block is withdrawn (R9); counted only after it could know: of a
+        release by the block's status, of a mark from the mark itself."""
         if own.block.used:  # a live route was found in it
             own.enter(Phase.NEW, now)
             self._ledger.changed(own)
             return
-        told = own.obj.status.releasing and own.obj.status.writer == self._writer
+        told = own.phase is Phase.MARKED or (own.obj.status.releasing and own.obj.status.writer == self._writer)
         if blackhole or not told:
             own.gone_at = None
         elif own.gone_at is None:
@@ -317,6 +342,8 @@ class Keeper:
                     self._ledger.changed(own)
         for own in [o for o in self._ledger.blocks.values() if o.phase is Phase.LOST and not o.block.used]:
             self._ledger.drop(own)
+        for cidr in [c for c in self._lost if c not in self._ledger.blocks]:
+            self._regained(cidr)
 
     def _not_needed(self, pool: str, ready: list[Own], now: float) -> list[Own]:
         if not self.pools.serves(pool):
@@ -337,26 +364,58 @@ class Keeper:
     async def _recover(self) -> None:
         for cidr in tuple(self._vanished):
             own = self._ledger.blocks.get(cidr)
-            if own is not None and own.phase is not Phase.LOST:
+            if own is not None:
                 await self._recover_one(own)
             self._vanished.pop(cidr, None)
 
     async def _recover_one(self, own: Own) -> None:
         if await self._claims.is_there(own):
             return
-        now = self._clock.monotonic()
         if own.phase is Phase.DELETING or not own.block.used:
             self._ledger.drop(own)
             return
-        obj = await self._claims.recreate(own.pool, own.cidr)
-        if obj is None:
-            own.enter(Phase.LOST, now)
-            self.lost(own.cidr, f"{own.block.used} addresses of it are in use here")
+        living = f"{own.block.used} addresses of it are in use here"
+        try:
+            obj = await self._claims.recreate(own.pool, own.cidr)
+        except Invalid as e:
+            self._lose(own, f"block {own.cidr} was deleted, cannot be created again ({e}), and {living}")
+            return
+        if not self._claims.is_ours(obj):
+            self._lose(own, f"block {own.cidr} belongs to node {obj.spec.node} by now, and {living}")
             return
         log.warning("block %s was deleted while in use, and is there again", own.cidr)
         own.obj, own.written = obj, False
-        own.enter(Phase.NEW, now)
+        own.enter(Phase.NEW, self._clock.monotonic())
+        self.mark(own, obj)
+        self._regained(own.cidr)
         self._ledger.changed(own)
+
+    def _lose(self, own: Own, why: str) -> None:
+        if own.phase is not Phase.LOST:
+            log.error("%s", why)
+            own.enter(Phase.LOST, self._clock.monotonic())
+        self.lost(own.cidr, why)
+
+    def _regained(self, cidr: str) -> None:
+        if self._lost.pop(cidr, None):
+            self._say_lost()
+
+    def _say_lost(self) -> None:
+        if self._lost:
+            self._say("BlockLost", "NotOurs", "; ".join(self._lost.values()))
+        else:
+            self._ledger.unsay("BlockLost")
+
+    async def _tie(self) -> None:
+        if self.untied:
+            self.untied = False  # what becomes known while we write counts for the next round
+            blocks = [o for o in self._ledger.blocks.values() if o.phase in (Phase.NEW, Phase.READY)]
+            try:
+                done = not blocks or await self._claims.tie(blocks)
+            except (StoreError, TimeoutError):
+                self.untied = True
+                raise
+            self.untied = self.untied or not done
 
     # -- parts --------------------------------------------------------------------------------------------------------
 

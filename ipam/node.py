@@ -29,8 +29,8 @@ from ipam.sweep import Sweep
 from ipam.watches import Watches
 from store.base import Store
 from store.clock import Clock
-from store.errors import StoreError
-from store.model import Condition, IPAMBlock, Writer
+from store.errors import Invalid, StoreError
+from store.model import FINALIZER_OWNER, Condition, IPAMBlock, Writer
 
 __all__ = ["Attachment", "BlockView", "KernelView", "Lease", "NodeIPAM", "Request", "Settings"]
 
@@ -172,6 +172,12 @@ class NodeIPAM:
         """Leases of that network that are not in ``keep`` (GC); the caller unwires them and gives them back."""
         leases = self._ledger.leases.values()
         return tuple(each for each in leases if each.attachment.network == network and each.attachment not in keep)
+
+    def problem(self, attachment: Attachment) -> str:
+        """Why the attachment's addresses are no longer its own, though it has them (CHECK); empty if all is well."""
+        lease = self._ledger.leases.get(attachment)
+        found = (self._keeper.lost_at(address) for address in (lease.addresses if lease else ()))
+        return "; ".join(dict.fromkeys(why for why in found if why))
 
     # -- for STATUS and people ---------------------------------------------------------------------------------------
 
@@ -363,7 +369,10 @@ class NodeIPAM:
         for obj in blocks:
             if obj.spec.cidr in self._ledger.blocks:
                 continue
-            if obj.status.writer is None and obj.spec.cidr not in cidrs:
+            marked = bool(obj.metadata.deletion_timestamp)
+            if obj.spec.cidr not in cidrs and (
+                FINALIZER_OWNER not in obj.metadata.finalizers if marked else obj.status.writer is None
+            ):
                 self._keeper.found(obj)
                 continue
             own = self._ledger.adopt(obj, Phase.NEW, now)
@@ -387,12 +396,21 @@ class NodeIPAM:
             if pool is None or self._ledger.find(address):
                 continue
             cidr = block_at(pool, address)
-            obj = await self._claims.recreate(pool.name, cidr)
-            if obj is not None:
-                log.warning("block %s was gone from the store though %s lives in it: created again", cidr, address)
-                self._ledger.adopt(obj, Phase.NEW, self._clock.monotonic())
+            try:
+                obj = await self._claims.recreate(pool.name, cidr)
+            except Invalid as e:
+                self._keeper.lost(
+                    cidr, f"block {cidr} is gone and cannot be created again ({e}), and {address} of it is in use here"
+                )
                 continue
-            self._keeper.lost(cidr, f"{address} of it is in use here")
+            now = self._clock.monotonic()
+            if self._claims.is_ours(obj):
+                log.warning("block %s was gone from the store though %s lives in it: created again", cidr, address)
+                self._keeper.mark(self._ledger.adopt(obj, Phase.NEW, now), obj)
+            else:
+                own = self._ledger.adopt(obj, Phase.LOST, now)
+                what = f"{own.block.used} addresses of it are in use here"
+                self._keeper.lost(cidr, f"block {cidr} belongs to node {obj.spec.node} by now, and {what}")
 
     async def _load_at_last(self) -> None:
         pause = self._settings.backoff_min

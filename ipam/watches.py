@@ -44,6 +44,7 @@ class Watches:
         self._reservations = Informer(store, IPReservation, clock, on_change=self._wishes_moved)
         self._nodes = Informer(store, Node, clock, {"metadata.name": node}, on_change=self._wishes_moved)
         self._blocks = Informer(store, IPAMBlock, clock, {"spec.node": node}, on_change=self._blocks_moved)
+        self._uid = ""  # the Node's, as it was last
         self._seen: dict[str, str] = {}  # own blocks that the informer has shown: name -> uid
 
     async def read(self) -> None:
@@ -67,6 +68,9 @@ class Watches:
         """Nothing is concluded before all three have the whole state."""
         if self._pools.synced and self._reservations.synced and self._nodes.synced:
             node = self._nodes.items.get(self._node)
+            uid = node.metadata.uid if node else ""
+            if uid and uid != self._uid:
+                self._uid, self._keeper.untied = uid, True
             labels = node.metadata.labels if node else {}
             self._wish(self._pools.items.values(), self._reservations.items.values(), labels)
 
@@ -114,7 +118,15 @@ class Watches:
                 seen = there.get(own.obj.metadata.uid)
                 if seen is None:
                     self._keeper.vanished(own)  # which reads it once more
-                elif self._superseded(own, seen):
+                    continue
+                if self._superseded(own, seen):
                     return
+                self._keeper.mark(own, seen)
+                if seen.metadata.resource_version != own.obj.metadata.resource_version:
+                    # From before a restored backup, or we have written since: then the next write says so.
+                    own.obj = seen
+                    self._ledger.changed(own)
             for obj in listing.items:
                 self._keeper.found(obj)
+            self._keeper.untied = True
+            self._keeper.poke()

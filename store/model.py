@@ -21,6 +21,8 @@ ANNOTATION_ASN = "underlay.network/as-number"
 ANNOTATION_RELEASE = "underlay.network/release"
 #: Finalizer of a block: deleting it only marks it, until its owner has let go of it (R5).
 FINALIZER_OWNER = "underlay.network/owner"
+#: Label that says which program made an object (Kubernetes' "Recommended Labels").
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 
 
 class _Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):

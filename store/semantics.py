@@ -51,6 +51,7 @@ def update(obj: T, current: T | None, beside: Iterable[Resource], *, version: st
     """The current object with ``obj``'s spec, labels, annotations, finalizers and owners; None if that is no change.
     A marked object that loses its last finalizer is deleted."""
     present = _decided_on(obj, current)
+    beside = tuple(beside)
     wanted, meta = _typed(obj), present.metadata
     new = _replace(wanted, status=getattr(present, "status", None))
     new = _stamp(
@@ -69,7 +70,7 @@ def update(obj: T, current: T | None, beside: Iterable[Resource], *, version: st
     if meta.deletion_timestamp and added:
         remedy = "add none: the object is being deleted"
         problems.append(Problem("metadata.finalizers", sorted(added), remedy))
-    _refuse(new, problems, present)
+    _refuse(new, problems, [*validate(present), *validate_against(present, beside)])
     respecified = getattr(new, "spec", None) != getattr(present, "spec", None)
     new = _stamp(new, resource_version=version, generation=meta.generation + respecified)
     gone = bool(meta.deletion_timestamp) and not new.metadata.finalizers
@@ -84,7 +85,7 @@ def update_status(obj: T, current: T | None, *, version: str) -> Change[T] | Non
     new = _replace(present, status=getattr(_typed(obj), "status", None))
     if new == present:
         return None
-    _refuse(new, validate(new, old=present), present)
+    _refuse(new, validate(new, old=present), validate(present))
     return Change("modified", _stamp(new, resource_version=version), selectable(present))
 
 
@@ -182,13 +183,11 @@ def _stale(current: Resource, version: str) -> str:
     )
 
 
-def _refuse(new: Resource, problems: Iterable[Problem], present: Resource | None = None) -> None:
-    """Raises for what is wrong, but not for what was wrong before: an object that an older release let in can still
-    be mirrored, released and repaired step by step."""
-    problems = list(problems)
-    if problems and present is not None:
-        known = validate(present)
-        problems = [p for p in problems if p not in known]
+def _refuse(new: Resource, problems: Iterable[Problem], known: Iterable[Problem] = ()) -> None:
+    """Raises for what is wrong, but not for what was wrong before (``known``): an object that an older release let in,
+    or a block whose pool was made again, can still be mirrored, released and repaired step by step."""
+    known = tuple(known)
+    problems = [p for p in problems if p not in known]
     if problems:
         raise Invalid(title(new), problems)
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import heapq
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import Any
 
+from ipam.claims import let_go
 from ipam.errors import KernelUnavailable
 from ipam.journal import Journal
 from ipam.ledger import Phase
 from ipam.node import Attachment, Lease, NodeIPAM, Request, Settings
 from store.base import Store
+from store.errors import NotFound
 from store.memory import MemoryStore
-from store.model import IPAMBlock, IPPool, IPPoolSpec, IPReservation, IPReservationSpec, Meta, Node
+from store.model import IPAMBlock, IPPool, IPPoolSpec, IPReservation, IPReservationSpec, Meta, Node, block_name
 
 #: Passes of the event loop after which everything that could run has run.
 PASSES = 40
@@ -253,9 +258,17 @@ class Rig:
         return self.ipam.give_back(attachment(number))
 
     async def sync_blackholes(self) -> None:
-        """What the agent does in time: a blackhole for each own block that is not being released."""
+        """What the agent does in time: a blackhole for each own block that is not on its way out, or has live pods."""
         listing = await self.store.list(IPAMBlock, where={"spec.node": self.node})
-        self.kernel.set_blackholes({b.spec.cidr for b in listing.items if not b.status.releasing})
+        live = [ip_address(address) for address in self.kernel.live()]
+        self.kernel.set_blackholes(
+            {
+                b.spec.cidr
+                for b in listing.items
+                if not (b.status.releasing or b.metadata.deletion_timestamp)
+                or any(address in ip_network(b.spec.cidr) for address in live)
+            }
+        )
 
     async def mirror(self) -> dict[str, str]:
         """Address -> container, as the store tells it of this node's blocks."""
@@ -266,6 +279,20 @@ class Rig:
         listing = await self.store.list(IPAMBlock, where={"spec.node": self.node})
         return [b.spec.cidr for b in listing.items]
 
+    async def wipe(self, cidr: str) -> None:
+        """Takes a block from its owner in one go, as ``underlayctl ipam release --block --force`` does."""
+        await self.store.delete(IPAMBlock, block_name(cidr))
+        with contextlib.suppress(NotFound):
+            await let_go(self.store, await self.store.get(IPAMBlock, block_name(cidr)))
+
+    async def collect(self) -> None:
+        """Kubernetes' garbage collector: deletes the blocks of this node whose owner has gone."""
+        uids = {node.metadata.uid for node in (await self.store.list(Node)).items}
+        for block in (await self.store.list(IPAMBlock, where={"spec.node": self.node})).items:
+            owners = block.metadata.owner_references
+            if owners and not uids.intersection(owner.uid for owner in owners):
+                await self.store.delete(IPAMBlock, block.name)
+
     def phases(self) -> dict[str, Phase]:
         return {view.cidr: Phase(view.phase) for view in self.ipam.blocks()}
 
@@ -274,3 +301,36 @@ class Rig:
             if self.agent and not (isinstance(self.store, MemoryStore) and self.memory._down):
                 await self.sync_blackholes()
             await self.clock.sleep(0.05)
+
+
+def run(directory: Path, test: Callable[[Rig], Awaitable[None]], *objects: IPPool | IPReservation | Node) -> None:
+    """Runs ``test`` on a node that is up, with these objects in the store, and looks that its server lived on."""
+
+    async def main() -> None:
+        rig = Rig(directory)
+        await rig.create(*objects)
+        await rig.up()
+        try:
+            await test(rig)
+            rig.check_alive()
+        finally:
+            await rig.down()
+
+    play(main())
+
+
+def play(story: Coroutine[Any, Any, None]) -> None:
+    """Runs it; the limit is for a story that waits on a clock that nobody moves."""
+    asyncio.run(asyncio.wait_for(story, 60))
+
+
+async def waited(rig: Rig, add: Awaitable[Lease], seconds: float = 6) -> Lease:
+    """What an ADD that has to wait comes to, in that much time."""
+    task = asyncio.ensure_future(add)
+    for _ in range(int(seconds / 0.1)):
+        if task.done():
+            break
+        await rig.clock.advance(0.1)
+    await settle()
+    assert task.done(), "the ADD has no limit"
+    return await task

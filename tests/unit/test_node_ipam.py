@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -30,30 +28,9 @@ from store.model import (
     Writer,
     block_name,
 )
-from tests.ipam_fakes import V4, V6, FakeClock, Rig, attachment, link_name, pool, reservation, settle
+from tests.ipam_fakes import V4, V6, FakeClock, Rig, attachment, link_name, play, pool, reservation, run, waited
 
 SMALL = pool("small", "10.1.0.0/24", 28)  # 16 blocks of 16
-
-
-def run(directory: Path, test: Callable[[Rig], Awaitable[None]], *objects: IPPool | IPReservation | Node) -> None:
-    """Runs ``test`` on a node that is up, with these objects in the store, and looks that its server lived on."""
-
-    async def main() -> None:
-        rig = Rig(directory)
-        await rig.create(*objects)
-        await rig.up()
-        try:
-            await test(rig)
-            rig.check_alive()
-        finally:
-            await rig.down()
-
-    play(main())
-
-
-def play(story: Coroutine[Any, Any, None]) -> None:
-    """Runs it; the limit is for a story that waits on a clock that nobody moves."""
-    asyncio.run(asyncio.wait_for(story, 60))
 
 
 class Killed(BaseException):
@@ -145,18 +122,6 @@ def test_all_or_nothing_if_one_family_has_no_address_left(tmp_path: Path) -> Non
         assert (await rig.add(3)).addresses  # rests, but nothing else is free
 
     run(tmp_path, test, V4, pool("tiny6", "fd01::/127", 127))
-
-
-async def waited(rig: Rig, add: Awaitable[Lease], seconds: float = 6) -> Lease:
-    """What an ADD that has to wait comes to, in that much time."""
-    task = asyncio.ensure_future(add)
-    for _ in range(int(seconds / 0.1)):
-        if task.done():
-            break
-        await rig.clock.advance(0.1)
-    await settle()
-    assert task.done(), "the ADD has no limit"
-    return await task
 
 
 def test_a_released_address_rests_and_is_taken_before_if_nothing_else_is_free(tmp_path: Path) -> None:
@@ -1005,7 +970,7 @@ def test_a_deleted_block_in_use_is_made_again_an_idle_one_is_not(tmp_path: Path)
         await rig.clock.advance(1)
         (view,) = rig.ipam.blocks()
         old = await rig.store.get(IPAMBlock, block_name(view.cidr))
-        await rig.store.delete(IPAMBlock, block_name(view.cidr))
+        await rig.wipe(view.cidr)
         await rig.clock.advance(1)
         new = await rig.store.get(IPAMBlock, block_name(view.cidr))
         assert new.metadata.uid != old.metadata.uid
@@ -1013,7 +978,7 @@ def test_a_deleted_block_in_use_is_made_again_an_idle_one_is_not(tmp_path: Path)
         await rig.clock.advance(5)
         rig.delete(1)
         await rig.clock.advance(1)
-        await rig.store.delete(IPAMBlock, block_name(view.cidr))
+        await rig.wipe(view.cidr)
         await rig.clock.advance(10)
         assert len(await rig.own_blocks()) == 1  # the first one of the pool, claimed as any
         assert (await rig.add(2)).addresses
@@ -1028,7 +993,7 @@ def test_a_block_that_another_node_has_by_now_hands_out_nothing(tmp_path: Path) 
         (view,) = rig.ipam.blocks()
         rig.memory.fail_with("away")  # both happen between two looks
         rig.memory.fail_with("")
-        await rig.store.delete(IPAMBlock, block_name(view.cidr))
+        await rig.wipe(view.cidr)
         spec = IPAMBlockSpec(cidr=view.cidr, pool="small", node="node-2")
         await rig.store.create(IPAMBlock(metadata=Meta(name=block_name(view.cidr)), spec=spec))
         await rig.clock.advance(6)
@@ -1051,7 +1016,7 @@ def test_blocks_deleted_while_the_server_was_away_are_made_again(tmp_path: Path)
         await rig.clock.advance(1)
         await rig.down()
         for cidr in await rig.own_blocks():
-            await rig.store.delete(IPAMBlock, block_name(cidr))
+            await rig.wipe(cidr)
         await rig.up()
         await rig.clock.advance(1)
         assert await rig.mirror() == dict.fromkeys(lease.addresses, "c1")
@@ -1071,7 +1036,7 @@ def test_a_missing_block_that_nobody_would_claim_is_made_again_for_what_lives_in
         (second,) = (view.cidr for view in rig.ipam.blocks() if view.used)
         await rig.down()
         for cidr in await rig.own_blocks():
-            await rig.store.delete(IPAMBlock, block_name(cidr))
+            await rig.wipe(cidr)
         await rig.up()
         assert second in await rig.own_blocks()
 

@@ -23,7 +23,15 @@ from tests.ipam_fakes import Rig, attachment, link_name, pool
 T = TypeVar("T")
 
 REST = 30.0
-STEPS = ["journal-written", "journal-copied", "journal-renamed", "block-created", "block-deleted", "mirrored"]
+STEPS = [
+    "journal-written",
+    "journal-copied",
+    "journal-renamed",
+    "block-created",
+    "block-marked",
+    "block-deleted",
+    "mirrored",
+]
 
 
 class Killed(BaseException):
