@@ -108,7 +108,7 @@ def enter(folder: Folder, name: str, command: Sequence[str]) -> list[str]:
     """The command line that runs ``command`` in the namespace of a node, pod, ToR or spine. Raises NoLab, Refused."""
     place = ask(folder, Where(name), Place)
     pid = peer(folder)
-    words = ["nsenter", f"--target={pid}", "--mount", "--pid", f"--net=/proc/{pid}/root{place.netns}"]
+    words = ["nsenter", f"--target={pid}", "--mount", "--root", "--pid", f"--net=/proc/{pid}/root{place.netns}"]
     if Path(f"/proc/{pid}/ns/user").stat().st_ino != Path("/proc/self/ns/user").stat().st_ino:
         words += ["--user", "--preserve-credentials"]
     environment = [f"{key}={value}" for key, value in place.environment.items()]

@@ -489,8 +489,8 @@ def test_the_server_makes_a_router_of_the_node_that_still_hears_its_own_routers(
         NODE, {"net.ipv4.ip_forward": "0", "net.ipv6.conf.all.forwarding": "0", "net.ipv6.conf.up.accept_ra": "1"}
     )
     plugin.start()
-    settings = "net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding", "net.ipv6.conf.up.accept_ra"
-    assert net.run(NODE, ["sysctl", "-n", *settings]).stdout.split() == ["1", "1", "2"]
+    settings = "ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv6/conf/up/accept_ra"
+    assert net.run(NODE, ["cat", *(f"/proc/sys/net/{s}" for s in settings)]).stdout.split() == ["1", "1", "2"]
 
 
 @pytest.mark.parametrize(
