@@ -79,6 +79,13 @@ def test_up_again_shows_it_and_another_shape_is_refused(lab: Lab) -> None:
     assert lab.state().shape == (2, 2, 3)
 
 
+def test_the_store_agrees_with_every_nodes_journal_and_kernel(lab: Lab) -> None:
+    for node in lab.state().nodes:
+        said = lab.inside(node.name, "underlayctl", "ipam", "check")
+        assert said.startswith("clean: "), said
+        assert said.endswith(f"journal of {node.name}, kernel of {node.name}\n")
+
+
 @pytest.mark.parametrize("family", [4, 6])
 def test_a_pod_sees_the_other_pods_own_address(lab: Lab, family: int) -> None:
     listen = (
