@@ -6,6 +6,7 @@ The way of an ADD is ``take``, from memory, with one write to the journal; every
     keeper   how many blocks, and which            claims   makes one ours, or ends it
     mirror   memory into the blocks' status        sweep    what leaked
     watches  what people wish, and what they did to our blocks
+    releases what they want ended
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ipam.ledger import Ledger, Phase
 from ipam.mirror import Mirror
 from ipam.model import Attachment, BlockView, KernelView, Lease, Request, Settings
 from ipam.pool import Want, block_at, family_of
+from ipam.releases import Releases
 from ipam.sweep import Sweep
 from ipam.watches import Watches
 from store.base import Store
@@ -100,8 +102,18 @@ class NodeIPAM:
             self._settings,
             add_strays=self._sweep.add_strays,
         )
+        self._releases = Releases(
+            store, self._ledger, clock, self._settings, release=self._sweep.release, check=self._mirror.check
+        )
         self._watches = Watches(
-            node, store, self._ledger, self._keeper, clock, self._settings, superseded=self._mirror.is_superseded
+            node,
+            store,
+            self._ledger,
+            self._keeper,
+            clock,
+            self._settings,
+            superseded=self._mirror.is_superseded,
+            seen=self._releases.see,
         )
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -128,6 +140,7 @@ class NodeIPAM:
             await self._load_at_last()
             group.create_task(self._watches.run())
             group.create_task(self._mirror.run())
+            group.create_task(self._releases.run())
             group.create_task(self._keeper.run())
 
     # -- the way of an ADD and a DEL ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 #: So many may vanish at once whatever their share: a node with two pods may lose both.
 FEW = 4
+_MEND = "if that one is gone, stop the server and remove the journal"
 
 
 class Sweep:
@@ -53,13 +54,9 @@ class Sweep:
     def sweep(self) -> tuple[Lease, ...]:
         """One look. Returns the leases that it ended: gone now, and in a look at least ``settings.sweep`` s ago."""
         try:
-            here = self._kernel.netns()
-            if here != self.netns:
-                self._stop(
-                    "WrongNamespace",
-                    f"this server runs in network namespace {here}, but the journal's addresses are wired "
-                    f"in {self.netns}: nothing is swept; if that one is gone, stop the server and remove the journal",
-                )
+            elsewhere = self._elsewhere()
+            if elsewhere:
+                self._stop("WrongNamespace", f"{elsewhere}: nothing is swept; {_MEND}")
                 return ()
             # Routes first: a pod that is wired between the two dumps then has its link in the second.
             routes = self._kernel.pod_routes()
@@ -71,9 +68,46 @@ class Sweep:
             return ()
         return ended
 
+    def release(self, address: str) -> str:
+        """Ends what has the address, if nothing uses it any more, at once. Returns why it does not; empty if nobody has
+        the address (any longer)."""
+        try:
+            owner = self._ledger.owner(address)
+            if owner is None:
+                return ""
+            elsewhere = self._elsewhere()
+            if elsewhere:
+                return f"{elsewhere}; {_MEND}"
+            lease = self._ledger.leases.get(owner)
+            if lease is None:
+                return self._release_stray(address)
+            if self._being_wired(lease, self._clock.monotonic()):
+                return f"the ADD of {owner} is under way"
+            if self._kernel.link(lease.index, self._link_name(owner)):
+                return f"the link of {owner} is there: delete that pod"
+            return "" if self._end(lease) else f"the journal could not be written for {owner}: see the log"
+        except KernelUnavailable as e:
+            return f"the kernel could not be read, ask again: {e}"
+        except ValueError:
+            return "that is no address"
+
     def add_strays(self) -> None:
         """Holds every address that has a pod route and no lease. KernelUnavailable."""
         self._add_strays(self._kernel.pod_routes(), self._kernel.links())
+
+    def _elsewhere(self) -> str:
+        """That this is not the namespace of the leases; empty if it is."""
+        here = self._kernel.netns()
+        if here == self.netns:
+            return ""
+        return f"this server runs in network namespace {here}, but the journal's addresses are wired in {self.netns}"
+
+    def _release_stray(self, address: str) -> str:
+        if address in self._kernel.pod_routes():
+            return f"a route leads to it, of no pod that is known: see 'ip route get {address}'"
+        self._ledger.end_stray(address, self._clock.monotonic())
+        self._routeless.pop(address, None)
+        return ""
 
     def _sweep_leases(self, links: Mapping[int, str]) -> tuple[Lease, ...]:
         now = self._clock.monotonic()

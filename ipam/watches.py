@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 
 class Watches:
-    """``superseded`` says whether a block's object shows a newer server than this one."""
+    """``superseded`` says whether a block's object shows a newer server than this one; ``seen`` is called with each
+    object of an own block that the store shows."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class Watches:
         settings: Settings,
         *,
         superseded: Callable[[Own, IPAMBlock], bool],
+        seen: Callable[[IPAMBlock], None],
     ) -> None:
         self._node = node
         self._store = store
@@ -40,6 +42,7 @@ class Watches:
         self._clock = clock
         self._settings = settings
         self._superseded = superseded
+        self._show = seen
         self._pools = Informer(store, IPPool, clock, on_change=self._wishes_moved)
         self._reservations = Informer(store, IPReservation, clock, on_change=self._wishes_moved)
         self._nodes = Informer(store, Node, clock, {"metadata.name": node}, on_change=self._wishes_moved)
@@ -101,6 +104,7 @@ class Watches:
                 if self._superseded(own, obj):
                     return
                 self._keeper.mark(own, obj)
+                self._show(obj)
         self._seen = shown
 
     async def _check_ownership(self) -> None:
@@ -122,6 +126,7 @@ class Watches:
                 if self._superseded(own, seen):
                     return
                 self._keeper.mark(own, seen)
+                self._show(seen)
                 if seen.metadata.resource_version != own.obj.metadata.resource_version:
                     # From before a restored backup, or we have written since: then the next write says so.
                     own.obj = seen

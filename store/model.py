@@ -19,6 +19,8 @@ ANNOTATION_ASN = "underlay.network/as-number"
 #: IPAMBlock annotation: addresses that people want released, in canonical text with commas between. The block's owner
 #: carries it out and removes it (R2); see ``release_wanted``.
 ANNOTATION_RELEASE = "underlay.network/release"
+#: IPAMBlock annotation: which of the addresses asked for the owner did not release, and why. The last answer stands.
+ANNOTATION_RELEASE_REFUSED = "underlay.network/release-refused"
 #: Finalizer of a block: deleting it only marks it, until its owner has let go of it (R5).
 FINALIZER_OWNER = "underlay.network/owner"
 #: Label that says which program made an object (Kubernetes' "Recommended Labels").
