@@ -548,6 +548,8 @@ def test_a_policy_says_what_to_do() -> None:
         for validation in document["spec"].get("validations", []):
             text = validation.get("messageExpression") or validation["message"]
             assert remedy.search(text), text
+            # By this word store.kube tells RBAC's refusals, which a person has to mend, from those of policies.
+            assert " cannot " not in text, text
 
 
 def test_what_only_guards_fails_open_and_what_protects_fails_closed() -> None:

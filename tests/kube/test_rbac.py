@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from msgspec.structs import replace
 
+from agent.status import StatusWriter
+from agent.view import View
+from ipam.node import Settings
+from store.clock import SystemClock
+from store.errors import Invalid, NotFound
+from store.kube import KubeStore
+from store.kubeaccess import from_kubeconfig
+from store.model import BGPNodeStatus, BGPNodeStatusStatus, IPAMBlock
 from tests.conftest import eventually
+from tests.ipam_fakes import Rig
 from tests.kube.build import Programs
 from tests.kube.cluster import Cluster
 from tests.kube.installed import (
@@ -166,7 +179,10 @@ def use(installed: Installed, account: str, resource: str, verb: str) -> None:
             if sub:
                 obj["status"] = {"used": 1, "free": 63} if resource == "ipamblocks" else {"asNumber": 64512}
             else:
-                obj["metadata"]["annotations"] = {"a": "b"}
+                # The owner reference needs a right to delete too, where OwnerReferencesPermissionEnforcement is on.
+                uid = cluster.request("GET", "/api/v1/nodes/node-1", token=token)["metadata"]["uid"]
+                owner = {"apiVersion": "v1", "kind": "Node", "name": "node-1", "uid": uid}
+                obj["metadata"] |= {"annotations": {"a": "b"}, "ownerReferences": [owner]}
             before = obj["metadata"]["resourceVersion"]
             after = cluster.request("PUT", f"{at}/{sub}" if sub else at, obj, token=token)
             assert after["metadata"]["resourceVersion"] != before
@@ -303,3 +319,108 @@ def test_the_anonymous_and_other_accounts_are_as_they_were(cluster: Cluster) -> 
         readable = [r for r in RESOURCES if status_of(cluster, listed(r), token=token) != 403]
         assert readable == []
     assert _code(cluster, "POST", path("ipamblocks"), block("10.0.0.64/26", "node-1"), other) == 403
+
+
+# -- our own code with these rights ------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def stores(installed: Installed, *accounts: tuple[str, str]) -> AsyncIterator[list[KubeStore]]:
+    """Stores as the accounts' pods on these nodes have them."""
+    opened = []
+    for account in accounts:
+        kubeconfig = installed.cluster.folder / f"{'-'.join(account)}.kubeconfig"
+        installed.cluster.kubeconfig(installed.tokens[account], path=kubeconfig)
+        opened.append(KubeStore(from_kubeconfig([kubeconfig]), SystemClock()))
+    try:
+        yield opened
+    finally:
+        for store in opened:
+            await store.close()
+
+
+async def soon(probe: Callable[[], Awaitable[bool]]) -> None:
+    """``eventually``, where what is waited for runs on this event loop."""
+    async with asyncio.timeout(10):
+        while not await probe():  # noqa: ASYNC110 - what is waited for is in another process
+            await asyncio.sleep(0.05)
+
+
+def test_the_cni_server_lives_on_its_rights(installed: Installed, tmp_path: Path) -> None:
+    """It adopts and claims blocks, hands out, mirrors, and gives up a block that somebody deletes; another node's does
+    nothing to them."""
+    name = "10-0-0-0-26"
+
+    async def story() -> None:
+        async with stores(installed, (CNI, "node-1"), (CNI, "node-2")) as (mine, theirs):
+            settings = Settings(rest=0.1, withdrawn=0.1)
+            rig = Rig(tmp_path, store=mine, clock=SystemClock(), settings=settings)  # type: ignore[arg-type]
+            await rig.up(run=False)
+            server = asyncio.create_task(rig.ipam.run())
+            try:
+                await rig.sync_blackholes()
+                lease = await rig.add(1)
+
+                async def mirrored() -> bool:
+                    return lease.addresses[0] in await rig.mirror()
+
+                await soon(mirrored)
+                seen = await theirs.get(IPAMBlock, name)
+                with pytest.raises(
+                    Invalid, match=r"block 10\.0\.0\.0/26 is of node node-1 and this token of node node-2"
+                ):
+                    await theirs.update_status(replace(seen, status=replace(seen.status, used=9)))
+                installed.cluster.request("DELETE", path("ipamblocks", name))
+                rig.delete(1)
+
+                async def gone() -> bool:
+                    await rig.sync_blackholes()
+                    try:
+                        return (await theirs.get(IPAMBlock, name)).metadata.uid != seen.metadata.uid
+                    except NotFound:
+                        return True
+
+                await soon(gone)
+                assert (await rig.add(2)).addresses
+            finally:
+                server.cancel()
+                await asyncio.gather(server, return_exceptions=True)
+
+    asyncio.run(story())
+
+
+def test_the_agent_lives_on_its_rights(installed: Installed, tmp_path: Path) -> None:
+    """It follows all that it plans from, and tells of its own node; another node's agent does not."""
+    said = BGPNodeStatusStatus(as_number=64512, router_id="192.0.2.7")
+
+    async def story() -> None:
+        async with stores(installed, (AGENT, "node-2"), (AGENT, "node-1")) as (mine, theirs):
+            view = View(mine, "node-2", SystemClock(), tmp_path / "snapshot.json", lambda: None, patience=60)
+            writer = StatusWriter(mine, "node-2", SystemClock())
+            writer.offer(said)
+            tasks = [asyncio.create_task(view.run()), asyncio.create_task(writer.run())]
+
+            async def complete() -> bool:
+                assert not any(task.done() for task in tasks)
+                # The mesh is on where nothing else is said: then the other nodes are read too.
+                cluster = view.cluster()
+                return cluster is not None and [n.name for n in cluster.nodes] == ["node-1"]
+
+            async def told() -> bool:
+                try:
+                    return (await theirs.get(BGPNodeStatus, "node-2")).status == said
+                except NotFound:
+                    return False
+
+            try:
+                await soon(complete)
+                await soon(told)
+                seen = await theirs.get(BGPNodeStatus, "node-2")
+                with pytest.raises(Invalid, match="BGPNodeStatus node-2 is of the node of that name"):
+                    await theirs.update_status(replace(seen, status=BGPNodeStatusStatus()))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(story())
