@@ -389,6 +389,18 @@ def _only_the_route_gone(view: View, data: st.DataObject) -> View:
     return relocal(view, routes=view.local.routes - {address})  # type: ignore[union-attr,operator]
 
 
+@fault("RouteMissing")
+def _only_the_route_gone_and_only_the_journal_has_it(view: View, data: st.DataObject) -> View:
+    address, _, block = one_lease(view, data)
+    return relocal(without(view, block, address), routes=view.local.routes - {address})  # type: ignore[union-attr,operator]
+
+
+@fault("RouteMissing")
+def _only_the_route_gone_and_only_the_store_has_it(view: View, data: st.DataObject) -> View:
+    address, _, _ = one_lease(view, data)
+    return relocal(_the_journal_has_lost(view, address), routes=view.local.routes - {address})  # type: ignore[union-attr,operator]
+
+
 @fault("MirrorBehind")
 def _the_store_has_not_heard_of_it(view: View, data: st.DataObject) -> View:
     address, _, block = one_lease(view, data)
@@ -403,7 +415,10 @@ def _journal_and_store_name_others(view: View, data: st.DataObject) -> View:
 
 @fault("RecordsDisagree")
 def _the_journal_has_lost_it(view: View, data: st.DataObject) -> View:
-    address, _, _ = one_lease(view, data)
+    return _the_journal_has_lost(view, one_lease(view, data)[0])
+
+
+def _the_journal_has_lost(view: View, address: str) -> View:
     return relocal(view, leases={a: w for a, w in view.local.leases.items() if a != address})  # type: ignore[union-attr]
 
 
@@ -467,6 +482,46 @@ def test_a_status_of_another_start_or_boot_is_not_compared_address_by_address() 
     assert len(findings(changed(view, local=unknown))) == 2  # of one boot, so both addresses are compared
     unsaid = changed(block, status=IPAMBlockStatus())
     assert [f.kind for f in findings(changed(view, blocks=(unsaid,)))] == ["MirrorBehind", "NotMirrored"]
+
+
+@pytest.mark.parametrize("known", ["journal", "kernel", "neither"])
+def test_a_new_block_is_behind_only_if_something_lives_in_it(known: str) -> None:
+    block = changed(made("10.244.0.0/26", "node-1", []), status=IPAMBlockStatus())
+    block = changed(block, metadata=changed(block.metadata, creation_timestamp=NOW))
+    leases = {"10.244.0.20": STRANGER} if known == "journal" else {}
+    routes = {"journal": None, "kernel": frozenset({"10.244.0.20"}), "neither": frozenset({"10.244.1.1"})}[known]
+    local = Local("node-1", Writer(boot_id=BOOT, start=3), leases, routes)
+    other = made("10.244.1.0/26", "node-1", [allocation("10.244.1.1", STRANGER)])
+    local = changed(local, leases={**leases, "10.244.1.1": STRANGER})
+    if routes is not None:
+        local = changed(local, routes=routes | {"10.244.1.1"})
+    kinds = [f.kind for f in findings(View(NOW, (block, other), local=local))]
+    # what the kernel alone knows in it has no record at all
+    assert (
+        kinds
+        == {"journal": ["MirrorBehind"], "kernel": ["MirrorBehind", "RouteWithoutAllocation"], "neither": []}[known]
+    )
+
+
+def test_an_empty_block_of_another_boot_is_behind() -> None:
+    block = made("10.244.0.0/26", "node-1", [])
+    local = Local("node-1", Writer(boot_id="c" * 36, start=3), {}, frozenset())
+    assert [f.kind for f in findings(View(NOW, (block,), local=local))] == ["MirrorBehind"]
+
+
+def test_findings_say_who_and_why() -> None:
+    c = Condition(type="SweepStopped", status="True", reason="TooManyGone", message="look")
+    theirs = made("10.244.0.0/26", "node-2", [allocation("10.244.0.9", STRANGER, "default/p")], conditions=(c,))
+    local = Local("node-1", Writer(boot_id=BOOT, start=3), {"10.244.0.9": Attachment("underlay", "mine", "eth0")})
+    foreign, held = findings(View(NOW, (theirs,), local=local))
+    assert foreign.what == (
+        "underlay/mine/eth0 has it on node-1, and the block is of node-2, which has handed it out to "
+        "pod default/p (underlay/stranger/eth0)"
+    )
+    assert foreign.nodes == ("node-1", "node-2")
+    assert held.what == "SweepStopped (TooManyGone): look"
+    alone = changed(theirs, status=changed(theirs.status, allocations=()))
+    assert "handed" not in findings(View(NOW, (alone,), local=local))[0].what
 
 
 def test_overlapping_blocks_are_paired_with_the_nearest_around() -> None:
@@ -669,6 +724,7 @@ def look_once(folder: Path, node: str, monkeypatch: pytest.MonkeyPatch, kernel: 
     held = [allocation("10.244.64.1", STRANGER, "default/p")]
 
     def ask(history: History, said: set[Attachment]) -> tuple[frozenset[str], frozenset[Attachment]]:
+        assert said == {STRANGER}  # what the store has on this node
         if isinstance(kernel, Exception):
             raise kernel
         return frozenset({"10.244.64.1"}), frozenset({STRANGER})
