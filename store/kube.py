@@ -368,12 +368,13 @@ def _empty(kind: type[Resource]) -> dict[str, None]:
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The merge patch (RFC 7386) that makes ``new`` of ``old``."""
-    patch: dict[str, Any] = dict.fromkeys(old.keys() - new.keys())
-    for key, value in new.items():
-        before = old.get(key)
-        if isinstance(before, dict) and isinstance(value, dict):
-            below = _difference(before, value)
+    """The merge patch (RFC 7386) that makes ``new`` of ``old``. A map that is left out is an empty one: said as null it
+    would take along what the model does not know of it."""
+    patch: dict[str, Any] = {}
+    for key in old.keys() | new.keys():
+        before, value = old.get(key), new.get(key)
+        if isinstance(before, dict) or isinstance(value, dict):
+            below = _difference(before or {}, value or {})
             if below:
                 patch[key] = below
         elif before != value:

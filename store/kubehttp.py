@@ -157,8 +157,6 @@ class Http:
                     response = await stack.enter_async_context(
                         self._answer("GET", path, query, None, "application/json")
                     )
-                # What is still to come when the caller leaves is not waited for.
-                stack.callback(response.close)
                 self._reading.add(response)
                 stack.callback(self._reading.discard, response)
                 yield self._split(response.content)

@@ -21,6 +21,7 @@ class FakeApi:
         self._answers = deque(answers)
         self._tls = tls
         self.asked: list[str] = []
+        self.bodies: list[bytes] = []
         self.tokens: list[str] = []
         self.times: list[float] = []
         self._runner: web.AppRunner | None = None
@@ -60,6 +61,7 @@ class FakeApi:
         self.asked.append(f"{request.method} {request.raw_path}")
         self.tokens.append(request.headers.get("Authorization", ""))
         self.times.append(asyncio.get_running_loop().time())
+        self.bodies.append(await request.read())
         self._came.set()
         if not self._answers:
             return web.json_response({"message": f"the script has no answer to {request.raw_path}"}, status=500)

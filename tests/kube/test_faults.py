@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import random
 import re
 import ssl
@@ -21,7 +22,7 @@ from store.errors import Conflict, Expired, Invalid, NotFound, StoreError, Unava
 from store.kube import KubeStore
 from store.kubeaccess import Access, FixedToken, TokenFile, Tokens
 from store.kubehttp import Limits
-from store.model import IPPool, IPPoolSpec, Meta
+from store.model import IPPool, IPPoolSpec, Meta, Node
 from tests.kube.cluster import make_keys
 from tests.kube.fake_api import FakeApi, bookmark, error, hangs, line, page, pool, refuses, says, streams
 
@@ -98,6 +99,19 @@ def test_a_cut_connection_is_no_event_and_no_loss() -> None:
     run(api, test)
 
 
+def test_faults_that_do_not_come_in_a_row_never_add_up() -> None:
+    api = FakeApi(page(5))
+    for version in range(6, 16):
+        api.then(streams(bookmark(version), cut=True), page(version))
+    api.then(streams(line("ADDED", pool("a", 20)), hold=5))
+
+    async def test(store: KubeStore) -> None:
+        async with aclosing(store.watch(IPPool)) as events:
+            assert await take(events, 2) == ["synced @5", "added a@20"]
+
+    run(api, test)
+
+
 def test_lines_come_whole_however_they_are_cut() -> None:
     text = b'{"type":"ADDED","object":{"metadata":{"name":"a","resourceVersion":"7"},"spec":{"cidr":"10.0.0.0/16"}}}\n'
     api = FakeApi(page(5), streams(*(text[i : i + 1] for i in range(len(text))), text + text[:20], text[20:], hold=5))
@@ -146,7 +160,7 @@ def test_an_etcd_that_went_back_in_time_is_found_when_the_watch_resumes() -> Non
 
 
 def test_a_watch_that_falls_silent_is_taken_up_anew() -> None:
-    api = FakeApi(page(5), streams(bookmark(6), hold=5), page(6), streams(line("ADDED", pool("a", 7)), hold=5))
+    api = FakeApi(page(5), streams(bookmark(6), hold=60), page(6), streams(line("ADDED", pool("a", 7)), hold=5))
 
     async def test(store: KubeStore) -> None:
         async with aclosing(store.watch(IPPool)) as events:
@@ -274,6 +288,25 @@ def test_selections_are_escaped() -> None:
     async def test(store: KubeStore) -> None:
         await store.list(IPPool, where={"metadata.name": "a,b=c\\d"})
         assert "fieldSelector=metadata.name%3Da%5C%2Cb%5C%3Dc%5C%5Cd" in api.asked[0]
+
+    run(api, test)
+
+
+# -- writes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_patch_is_pinned_to_what_it_was_made_from() -> None:
+    """Between its reading and its writing somebody else may write: then it must be refused."""
+    node = {"metadata": {"name": "n", "uid": "u", "resourceVersion": "5", "labels": {"a": "1", "b": "1"}}, "spec": {}}
+    api = FakeApi(says(node), refuses(409, "Conflict", "the object has been modified"))
+
+    async def test(store: KubeStore) -> None:
+        wanted = Node(metadata=Meta(name="n", uid="u", resource_version="5", labels={"b": "2"}))
+        with pytest.raises(Conflict):
+            await store.update(wanted)
+        assert api.asked[1] == "PATCH /api/v1/nodes/n"
+        pinned = {"uid": "u", "resourceVersion": "5"}
+        assert json.loads(api.bodies[1]) == {"metadata": {"labels": {"a": None, "b": "2"}, **pinned}}
 
     run(api, test)
 

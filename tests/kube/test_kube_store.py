@@ -190,6 +190,10 @@ def test_of_a_node_nothing_is_lost_that_the_model_does_not_know(cluster: Cluster
         bare = await store.update(msgspec.structs.replace(after, metadata=unlabelled))
         assert (bare.metadata.labels, bare.metadata.annotations) == ({}, {})
         assert kept(cluster.request("GET", "/api/v1/nodes/node-1"))
+        # One that was not read but made, with nothing in it that is optional.
+        meta = Meta(name="node-1", resource_version=bare.metadata.resource_version, labels={"rack": "r2"})
+        assert (await store.update(Node(metadata=meta))).metadata.labels == {"rack": "r2"}
+        assert kept(cluster.request("GET", "/api/v1/nodes/node-1"))
 
     run(cluster, test)
 
