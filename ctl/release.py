@@ -1,13 +1,14 @@
 """``ipam release``: has addresses and blocks released that nobody uses any more.
 
 An address is released by its block's owner alone (R2): we ask for it by an annotation, which the owner carries out and
-removes. It keeps what has a link. A block of a node that is gone has no owner to ask: people end it (R5).
+removes. It keeps what is in use, and says why. A block of a node that is gone has no owner to ask: people end it (R5).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Iterable, Sequence
 from ipaddress import ip_address, ip_network
 from typing import Final
@@ -25,6 +26,7 @@ from store.clock import Clock
 from store.errors import Expired, NotFound, StoreError, Unavailable
 from store.model import (
     ANNOTATION_RELEASE,
+    ANNOTATION_RELEASE_REFUSED,
     FINALIZER_OWNER,
     Allocation,
     IPAMBlock,
@@ -188,19 +190,32 @@ async def _annotate(store: Store, name: str, wanted: Sequence[_Held]) -> None:
 
 
 async def _answer(store: Store, name: str, wanted: Sequence[_Held], until: float) -> IPAMBlock | None:
-    """The block once all of it is released, or as it is then (the event loop's time); None if it is gone."""
+    """The block once all of it is answered, or as it is at ``until`` (the event loop's time); None if it is gone."""
     events = store.watch(IPAMBlock, where={"metadata.name": name})
     # What was not answered in time, or fell out of the watch, is read below.
     with contextlib.suppress(TimeoutError, Expired):
         async with asyncio.timeout_at(until), contextlib.aclosing(events):
             async for event in events:
                 block = event.object
-                if event.type == "deleted" or (block and not any(held.still(block) for held in wanted)):
+                if event.type == "deleted" or (block and all(_is_answered(held, block) for held in wanted)):
                     break
     try:
         return await store.get(IPAMBlock, name)
     except NotFound:
         return None
+
+
+def _is_answered(held: _Held, block: IPAMBlock) -> bool:
+    """Released, or refused: a reason that stands there while the wish does is of an earlier one."""
+    kept = held.address not in release_wanted(block) and _refusal(block, held.address)
+    return bool(kept) or not held.still(block)
+
+
+def _refusal(block: IPAMBlock, address: str) -> str:
+    """Why the owner did not release the address; empty if it says nothing of it."""
+    text = block.metadata.annotations.get(ANNOTATION_RELEASE_REFUSED, "")
+    found = re.search(rf"(?:^|; ){re.escape(address)}: (.*?)(?=; [0-9a-f.:]+: |$)", text)
+    return found[1] if found else ""
 
 
 def _say_answer(held: _Held, block: IPAMBlock | None) -> int:
@@ -214,7 +229,9 @@ def _say_answer(held: _Held, block: IPAMBlock | None) -> int:
             f"runs there and reaches the store"
         )
     else:
-        said = f"{node} keeps it: the link of {holder(held.allocation)} is there; delete that pod"
+        said = (
+            f"{node} keeps it for {holder(held.allocation)}: {_refusal(block, held.address) or 'it has not said why'}"
+        )
     click.echo(f"underlayctl: {held.address}: {said}", err=True)
     return REFUSED
 

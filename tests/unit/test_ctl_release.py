@@ -23,6 +23,7 @@ from store.errors import NotFound, Unavailable
 from store.memory import MemoryStore
 from store.model import (
     ANNOTATION_RELEASE,
+    ANNOTATION_RELEASE_REFUSED,
     FINALIZER_OWNER,
     IPAMBlock,
     IPAMBlockStatus,
@@ -85,8 +86,9 @@ async def obedient(store: Store, *, keeps: frozenset[str] = frozenset()) -> None
             left = tuple(a for a in b.status.allocations if a.address not in wanted or a.address in keeps)
             return msgspec.structs.replace(b, status=msgspec.structs.replace(b.status, allocations=left))
 
-        def done(b: IPAMBlock) -> IPAMBlock:
-            annotations = {k: v for k, v in b.metadata.annotations.items() if k != ANNOTATION_RELEASE}
+        def done(b: IPAMBlock, wanted: tuple[str, ...] = wanted) -> IPAMBlock:
+            refused = "; ".join(f"{a}: its link is there; look" for a in wanted if a in keeps)
+            annotations = {ANNOTATION_RELEASE_REFUSED: refused} if refused else {}
             return msgspec.structs.replace(b, metadata=msgspec.structs.replace(b.metadata, annotations=annotations))
 
         await mutate(store, IPAMBlock, event.object.name, freed, status=True)
@@ -94,7 +96,7 @@ async def obedient(store: Store, *, keeps: frozenset[str] = frozenset()) -> None
 
 
 async def stubborn(store: Store) -> None:
-    await obedient(store, keeps=frozenset({"10.244.0.1"}))
+    await obedient(store, keeps=frozenset({"10.244.0.1", "10.244.0.11"}))
 
 
 def annotated(text: str, *addresses: str) -> IPAMBlock:
@@ -137,12 +139,23 @@ def test_an_owner_that_answers_has_released(capsys: pytest.CaptureFixture, monke
     assert capsys.readouterr().out == "10.244.0.1 released\nfd00:10:244::5 released\n"
 
 
-def test_an_owner_keeps_what_has_a_link(capsys: pytest.CaptureFixture) -> None:
-    work = lambda store: release.release_addresses(store, ["10.244.0.1", "10.244.0.2"])  # noqa: E731
-    code = on_store(work, pool(), NODE, annotated("", "10.244.0.1", "10.244.0.2"), owner=stubborn)
+def test_an_owner_keeps_what_is_in_use_and_says_why(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it said to an earlier wish does not count."""
+    monkeypatch.setattr(release, "ANSWER", 60)  # not waited for
+    addresses = ["10.244.0.1", "10.244.0.2", "10.244.0.11"]
+    there = annotated("", *addresses)
+    earlier = {ANNOTATION_RELEASE_REFUSED: "10.244.0.1: old; 10.244.0.2: old"}
+    there = msgspec.structs.replace(there, metadata=Meta(name=BLOCK, annotations=earlier))
+    work = lambda store: release.release_addresses(store, addresses)  # noqa: E731
+    code = on_store(work, pool(), NODE, there, owner=stubborn)
     captured = capsys.readouterr()
     assert (code, captured.out) == (1, "10.244.0.2 released\n")
-    assert "10.244.0.1: node-1 keeps it: the link of pod default/p0 (underlay/c0/eth0) is there" in captured.err
+    assert captured.err.splitlines() == [
+        "underlayctl: 10.244.0.1: node-1 keeps it for pod default/p0 (underlay/c0/eth0): its link is there; look",
+        "underlayctl: 10.244.0.11: node-1 keeps it for pod default/p2 (underlay/c2/eth0): its link is there; look",
+    ]
 
 
 @pytest.mark.parametrize(
