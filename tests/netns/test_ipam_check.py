@@ -12,7 +12,7 @@ import pytest
 
 from cni import podnet
 from lab.net import Net
-from store.model import Meta, Node
+from store.model import Meta, Node, release_wanted
 from tests.conftest import eventually
 from tests.netns.plugin import NODE, ROOT, Plugin
 
@@ -100,3 +100,22 @@ def test_a_server_that_starts_again_is_clean(node: Checked) -> None:
     node.server.wait()
     node.start()
     assert node.check(0) == []
+
+
+def test_an_address_in_use_is_kept_with_a_reason(node: Checked) -> None:
+    code, out, err = node.underlayctl("ipam", "release", "--ip", node.addresses[1][0])
+    assert (code, out) == (1, "")
+    assert f"{node.addresses[1][0]}: node-1 keeps it for pod default/pod-1 (underlay/c1/eth0): " in err
+    assert "has not said why" not in err
+    assert node.check(0) == []
+
+
+def test_a_leaked_address_is_released_by_its_owner(node: Checked) -> None:
+    address = node.addresses[1][0]
+    node.server.send_signal(signal.SIGSTOP)
+    node.net.run(NODE, ["ip", "link", "del", LINK1])
+    code, _, err = node.underlayctl("ipam", "release", "--ip", address)
+    assert (code, "node-1 was asked, and has not answered within 5 s" in err) == (1, True)
+    node.server.send_signal(signal.SIGCONT)
+    eventually(lambda: address not in node.allocated())
+    eventually(lambda: not any(release_wanted(b) for b in node.blocks()))
