@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterable
+from ipaddress import ip_network
 
 import msgspec
 
+from ipam.dead import DeadOwners, let_go
 from ipam.errors import Exhausted
 from ipam.ledger import Ledger, Own, Phase
 from ipam.model import Settings
-from ipam.pool import candidates, overlap, within
+from ipam.pool import candidates, family_of, is_candidate, overlap, within
 from store.base import Store
 from store.clock import Clock
-from store.errors import AlreadyExists, Conflict, NotFound
+from store.errors import AlreadyExists, Conflict, Invalid, NotFound
 from store.model import (
     FINALIZER_OWNER,
     LABEL_MANAGED_BY,
@@ -30,14 +33,21 @@ from store.model import (
     Node,
     OwnerReference,
     block_name,
+    within_length,
+    within_of,
 )
+from store.validate import block_size
 
 log = logging.getLogger(__name__)
 
+#: Places remembered that a claim could not use.
+SHUNNED = 64
+
 
 class Claims:
-    """``check`` raises if a block's object shows a newer server than this one. Every method may raise StoreError or
-    TimeoutError (no answer within ``store_limit``); what was begun is then in ``pending`` and goes on later."""
+    """``node`` is our name; ``check`` raises if a block's object shows a newer server than this one. Every method may
+    raise StoreError or TimeoutError (no answer within ``store_limit``); what was begun is then in ``pending`` and goes
+    on later."""
 
     def __init__(
         self,
@@ -50,7 +60,10 @@ class Claims:
         check: Callable[[Own, IPAMBlock], None],
         step: Callable[[str], None],
     ) -> None:
-        self._node = node
+        self._dead = DeadOwners(node, store, clock, settings)
+        self._dead_looked: dict[str, float] = {}  # pool -> when
+        self._shun_list: dict[str, str] = {}  # range -> what stands in the way there
+        self.node = node
         self._store = store
         self._ledger = ledger
         self._clock = clock
@@ -75,24 +88,46 @@ class Claims:
         back, and Exhausted says why."""
         obj = self.pending[cidr]
         async with asyncio.timeout(self._settings.store_limit):
-            pools = await self._store.list(IPPool)
-            blocks = await self._store.list(IPAMBlock)
-        seen = next((b for b in blocks.items if b.metadata.uid == obj.metadata.uid), None)
+            pools = (await self._store.list(IPPool)).items
+            blocks = await self._around(obj, pools)
+        seen = next((b for b in blocks if b.metadata.uid == obj.metadata.uid), None)
         if seen is None or seen.metadata.deletion_timestamp:
             self.pending.pop(cidr, None)
             if seen is not None and FINALIZER_OWNER in seen.metadata.finalizers:
                 self._ledger.adopt(seen, Phase.MARKED, self._clock.monotonic())
             raise Exhausted(f"block {cidr} was deleted while it was being claimed; another one is tried next time")
-        problem = _problem(seen, pools.items, blocks.items)
+        problem, at = _problem(seen, pools, blocks)
         if problem:
             log.error("block %s is given back: %s", cidr, problem)
             await self._end(seen)
             self.pending.pop(cidr, None)
+            self._shun(at, problem)
             raise Exhausted(f"block {cidr} of pool {seen.spec.pool} cannot be used: {problem}")
         self.pending.pop(cidr, None)
         own = self._ledger.adopt(seen, Phase.NEW, self._clock.monotonic())
         self._check(own, seen)
         return own
+
+    async def _around(self, obj: IPAMBlock, pools: tuple[IPPool, ...]) -> tuple[IPAMBlock, ...]:
+        """The block itself and what may overlap it, without listing the cluster (docs/decisions/0009): what shares its
+        ``within``, and larger blocks by their names, of the sizes of today's pools."""
+        cidr = obj.spec.cidr
+        own, cut = int(cidr.rpartition("/")[2]), within_length(cidr)
+        if not obj.spec.within or own < cut:
+            return (await self._store.list(IPAMBlock)).items
+        sizes = {block_size(pool) for pool in pools if family_of(pool.spec.cidr) == family_of(cidr)}
+        sizes = {size for size in sizes if size < cut}
+        # Blocks of an older release say nothing of it until their own server has started anew: there are few, or none.
+        found = list((await self._store.list(IPAMBlock, where={"spec.within": ""})).items)
+        if own == ip_network(cidr).max_prefixlen:
+            # Nothing is inside an address, and a /20 of fixed addresses is a long list.
+            sizes.update(range(cut, own + 1))
+        else:
+            found += (await self._store.list(IPAMBlock, where={"spec.within": obj.spec.within})).items
+        for size in sorted(sizes):
+            with contextlib.suppress(NotFound):
+                found.append(await self._store.get(IPAMBlock, block_name(_cut(cidr, size))))
+        return tuple(found)
 
     async def recreate(self, pool: str, cidr: str) -> IPAMBlock:
         """Our block anew, after somebody deleted it; or what is there by now, perhaps another node's (R5). Invalid if
@@ -106,11 +141,11 @@ class Claims:
                 return await self._store.get(IPAMBlock, obj.name)
 
     def is_ours(self, obj: IPAMBlock) -> bool:
-        return obj.spec.node == self._node
+        return obj.spec.node == self.node
 
     async def tie(self, blocks: Iterable[Own]) -> bool:
-        """Gives each block that lacks it our finalizer, and its Node as owner: one that is older than the Node of
-        today, or that was claimed while there was none. False: try again later."""
+        """Gives each block what it lacks: our finalizer, its Node as owner (it is older than the Node of today, or was
+        claimed while there was none), and what it is within. False: try again later."""
         owner, done = await self._owner(), True
         for own in blocks:
             meta = own.obj.metadata
@@ -120,11 +155,12 @@ class Claims:
                 finalizers=tuple(dict.fromkeys((*meta.finalizers, FINALIZER_OWNER))),
                 owner_references=(*others, *owner) if owner else meta.owner_references,
             )
-            if wanted == meta:
+            spec = msgspec.structs.replace(own.obj.spec, within=within_of(own.cidr))
+            if (wanted, spec) == (meta, own.obj.spec):
                 continue
             try:
                 async with asyncio.timeout(self._settings.store_limit):
-                    own.obj = await self._store.update(msgspec.structs.replace(own.obj, metadata=wanted))
+                    own.obj = await self._store.update(msgspec.structs.replace(own.obj, metadata=wanted, spec=spec))
             except NotFound:
                 continue  # the watch tells
             except Conflict:
@@ -177,8 +213,8 @@ class Claims:
         taken: frozenset[str] = frozenset()
         creates = conflicts = 0
         template = await self._block(pool.spec.cidr, pool.name)
-        for cidr in candidates(pool, self._node, reserved):
-            if cidr in taken or cidr in self._ledger.blocks:
+        for cidr in candidates(pool, self.node, reserved):
+            if cidr in taken or cidr in self._ledger.blocks or self._shunned(cidr):
                 continue
             if creates == self._settings.creates_limit:
                 raise Exhausted(f"pool {pool.name}: {creates} blocks in a row were taken by others; trying again")
@@ -188,31 +224,72 @@ class Claims:
                     return await self._store.create(_at(template, cidr))
             except AlreadyExists:
                 conflicts += 1
+            except Invalid as e:
+                self._shun(cidr, str(e))
+                raise
             if conflicts % self._settings.conflicts_before_list == 0:
-                async with asyncio.timeout(self._settings.store_limit):
-                    listing = await self._store.list(IPAMBlock)
-                taken = frozenset(b.spec.cidr for b in listing.items)
+                taken = frozenset(b.spec.cidr for b in await self._of_pool(pool))
+        freed = await self._of_dead_owners(pool, reserved)
+        if freed:
+            return await self._create_at(pool, freed)
+        problems = self._unshun(pool)
+        if problems:
+            raise Exhausted(f"pool {pool.name} ({pool.spec.cidr}) has no usable block left: {problems}")
         raise Exhausted(
-            f"pool {pool.name} ({pool.spec.cidr}) has no free block left for node {self._node}: add a pool, or delete "
+            f"pool {pool.name} ({pool.spec.cidr}) has no free block left for node {self.node}: add a pool, or delete "
             f"blocks of nodes that are gone"
         )
 
+    async def _of_pool(self, pool: IPPool) -> tuple[IPAMBlock, ...]:
+        async with asyncio.timeout(self._settings.store_limit):
+            return (await self._store.list(IPAMBlock, where={"spec.pool": pool.name})).items
+
+    async def _of_dead_owners(self, pool: IPPool, reserved: tuple[str, ...]) -> str:
+        """The CIDR of a block of the pool that was left behind by a node that is gone, and is free now; "" for none."""
+        now = self._clock.monotonic()
+        if now < self._dead_looked.get(pool.name, -math.inf) + self._settings.absence_look:
+            return ""
+        blocks = await self._of_pool(pool)
+        freed = await self._dead.free(b for b in blocks if is_candidate(pool, b.spec.cidr, reserved))
+        if not freed:
+            self._dead_looked[pool.name] = now
+        return freed
+
+    # -- places that something stands in the way of -----------------------------------------------------------------
+
+    def _shun(self, cidr: str, why: str) -> None:
+        """The next claims go elsewhere, until there is no other place."""
+        if len(self._shun_list) >= SHUNNED:
+            self._shun_list.pop(next(iter(self._shun_list)))
+        self._shun_list[cidr] = why
+
+    def _shunned(self, cidr: str) -> bool:
+        return any(overlap(cidr, other) for other in self._shun_list)
+
+    def _unshun(self, pool: IPPool) -> str:
+        """Why places of the pool were not tried; they are, the next time."""
+        found = [cidr for cidr in self._shun_list if overlap(cidr, pool.spec.cidr)]
+        return "; ".join(dict.fromkeys(self._shun_list.pop(cidr) for cidr in found))
+
     async def _create_at(self, pool: IPPool, cidr: str) -> IPAMBlock:
         obj = await self._block(cidr, pool.name)
-        try:
-            async with asyncio.timeout(self._settings.store_limit):
-                return await self._store.create(obj)
-        except AlreadyExists:
-            async with asyncio.timeout(self._settings.store_limit):
-                try:
-                    present = await self._store.get(IPAMBlock, block_name(cidr))
-                except NotFound:
-                    raise Exhausted(f"block {cidr} was being given back by another node; try again") from None
-            if present.spec.node == self._node:
+        while True:
+            try:
+                async with asyncio.timeout(self._settings.store_limit):
+                    return await self._store.create(obj)
+            except AlreadyExists:
+                async with asyncio.timeout(self._settings.store_limit):
+                    try:
+                        present = await self._store.get(IPAMBlock, obj.name)
+                    except NotFound:
+                        raise Exhausted(f"block {cidr} was being given back by another node; try again") from None
+            if present.spec.node == self.node:
                 return present
-            raise Exhausted(
-                f"block {cidr} belongs to node {present.spec.node}: an address is handed out by its block's node only"
-            ) from None
+            if not await self._dead.free((present,)):
+                raise Exhausted(
+                    f"block {cidr} belongs to node {present.spec.node}: an address is handed out by the node of its "
+                    f"block only"
+                )
 
     async def _end(self, obj: IPAMBlock) -> None:
         """Marks the block, and removes our finalizer. Conflict: it is no longer as we know it."""
@@ -241,40 +318,32 @@ class Claims:
             finalizers=(FINALIZER_OWNER,),
             owner_references=await self._owner(),
         )
-        return IPAMBlock(metadata=meta, spec=IPAMBlockSpec(cidr=cidr, pool=pool, node=self._node))
+        spec = IPAMBlockSpec(cidr=cidr, pool=pool, node=self.node, within=within_of(cidr))
+        return IPAMBlock(metadata=meta, spec=spec)
 
     async def _owner(self) -> tuple[OwnerReference, ...]:
         """Our Node, read uncached: a block whose owner has gone is deleted at once."""
         try:
             async with asyncio.timeout(self._settings.store_limit):
-                node = await self._store.get(Node, self._node)
+                node = await self._store.get(Node, self.node)
         except NotFound:
             return ()
         return (OwnerReference(api_version=Node.API, kind=Node.kind(), name=node.name, uid=node.metadata.uid),)
 
 
-async def let_go(store: Store, obj: IPAMBlock) -> None:
-    """Removes the owner's finalizer of a marked block, which then is gone if it has no other. Conflict, NotFound."""
-    others = tuple(f for f in obj.metadata.finalizers if f != FINALIZER_OWNER)
-    if others != obj.metadata.finalizers:
-        await store.update(
-            msgspec.structs.replace(obj, metadata=msgspec.structs.replace(obj.metadata, finalizers=others))
-        )
-
-
-def _problem(obj: IPAMBlock, pools: tuple[IPPool, ...], blocks: tuple[IPAMBlock, ...]) -> str:
-    """Why the block must not be used (R1); empty if it may."""
+def _problem(obj: IPAMBlock, pools: tuple[IPPool, ...], blocks: tuple[IPAMBlock, ...]) -> tuple[str, str]:
+    """Why the block must not be used (R1), and the range in which none can be; empty if it may."""
     cidr = obj.spec.cidr
     if not any(p.name == obj.spec.pool and within(cidr, p.spec.cidr) for p in pools):
-        return f"its pool {obj.spec.pool} is gone, or has another range"
+        return f"its pool {obj.spec.pool} is gone, or has another range", cidr
     for pool in pools:
         if pool.name != obj.spec.pool and overlap(cidr, pool.spec.cidr):
-            return f"IPPool {pool.name} ({pool.spec.cidr}) overlaps it: delete one of the two pools"
+            return f"IPPool {pool.name} ({pool.spec.cidr}) overlaps it: delete one of the two pools", pool.spec.cidr
     for block in blocks:
         if block.name != obj.name and overlap(cidr, block.spec.cidr):
             other = f"block {block.spec.cidr} of node {block.spec.node}, pool {block.spec.pool}"
-            return f"{other} overlaps it: delete that block once nothing uses it"
-    return ""
+            return f"{other} overlaps it: delete that block once nothing uses it", block.spec.cidr
+    return "", ""
 
 
 def _at(template: IPAMBlock, cidr: str) -> IPAMBlock:
@@ -282,5 +351,9 @@ def _at(template: IPAMBlock, cidr: str) -> IPAMBlock:
     return msgspec.structs.replace(
         template,
         metadata=msgspec.structs.replace(template.metadata, name=block_name(cidr)),
-        spec=msgspec.structs.replace(template.spec, cidr=cidr),
+        spec=msgspec.structs.replace(template.spec, cidr=cidr, within=within_of(cidr)),
     )
+
+
+def _cut(cidr: str, length: int) -> str:
+    return str(ip_network(cidr).supernet(new_prefix=length))

@@ -296,6 +296,12 @@ class Keeper:
         known = self._refused.get(key)
         if known is not None and now < known.until:
             raise Exhausted(known.why)
+        limit = self._settings.max_blocks
+        if limit and pool not in self.pools.single and self._counted() >= limit:
+            raise Exhausted(
+                f"node {self._claims.node} has {limit} blocks, as many as it may (max_blocks): raise the limit, or run "
+                f"its pods elsewhere"
+            )
         try:
             await self._claims.claim(self.pools.all[pool], self.reserved, cidr)
         except (Exhausted, Invalid) as e:
@@ -305,6 +311,11 @@ class Keeper:
             self._refused[key] = _Refused(self._clock.monotonic() + pause, pause, str(e))
             raise Exhausted(str(e)) from e
         self._refused.pop(key, None)
+
+    def _counted(self) -> int:
+        """Our blocks that count for the limit."""
+        blocks = self._ledger.blocks.values()
+        return sum(own.pool not in self.pools.single and own.phase is not Phase.LOST for own in blocks)
 
     async def _claim_ahead(self) -> None:
         problems = []

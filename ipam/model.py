@@ -74,6 +74,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     deleted_limit: int = 4096
     conflicts_before_list: int = 8  # (R4)
     creates_limit: int = 64  # creates of one claim at most
+    max_blocks: int = 0  # blocks of one node at most, those of single addresses left out; 0: no limit
+    grace: float = 600.0  # a node's absence, after which others free its marked blocks (R5)
+    absence_look: float = 30.0  # between two looks after absent owners, only while a pool has no free block
+    absence_gap: float = 90.0  # looks that are further apart than this don't count as one absence
 
 
 class KernelView(Protocol):

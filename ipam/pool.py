@@ -146,6 +146,12 @@ def candidates(pool: IPPool, node: str, reserved: Iterable[str] = ()) -> Iterato
             i = i + 1 if jump is None else jump + 1
 
 
+def is_candidate(pool: IPPool, cidr: str, reserved: Iterable[str] = ()) -> bool:
+    """The CIDR is a block of the pool as it is today, and no reservation covers it."""
+    right = within(cidr, pool.spec.cidr) and ip_network(cidr).prefixlen == block_size(pool)
+    return right and not any(within(cidr, r) for r in reserved)
+
+
 def _whole_blocks(base: int, size: int, networks: Iterable[IPv4Network | IPv6Network]) -> tuple[tuple[int, int], ...]:
     """Which blocks, as ranges of their numbers, the networks cover from end to end."""
     covered = merge([(int(n.network_address) - base, int(n.broadcast_address) - base) for n in networks])

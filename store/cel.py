@@ -161,7 +161,19 @@ _BLOCK_NAME = (
     "(self.spec.cidr.startsWith('::') ? '0' : '') + "
     "self.spec.cidr.replace('::/', '::0/').replace('.', '-').replace(':', '-').replace('/', '-')"
 )
+# What model.within_of gives, said without building text, which would cost too much: its /20 or /116, itself if larger.
+_CUT = "(cidr(self.spec.cidr).ip().family() == 4 ? 20 : 116)"
+_WITHIN = (
+    f"(cidr(self.spec.cidr).prefixLength() <= {_CUT} ? self.spec.within == self.spec.cidr : "
+    f"cidr(self.spec.within).prefixLength() == {_CUT} && "
+    "cidr(self.spec.within).containsIP(cidr(self.spec.cidr).ip()))"
+)
 _BLOCK = (
+    _rule(
+        f"!has(self.spec.within) || !isCIDR(self.spec.within) || !isCIDR(self.spec.cidr) || {_WITHIN}",
+        "it follows from cidr: leave it out, or write the /20 or /116 that the block is in",
+        at=".spec.within",
+    ),
     _rule(
         f"!isCIDR(self.spec.cidr) || self.metadata.name == {_BLOCK_NAME}",
         "a block is named by its CIDR, as 10-244-3-64-26, so that each has one name",
@@ -250,6 +262,11 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
     (IPAMBlockSpec, "cidr"): _check(_CIDR, _immutable("block"), maxLength=_CIDR_LENGTH),
     (IPAMBlockSpec, "pool"): _check(_NAME, _immutable("block"), maxLength=_NAME_LENGTH),
     (IPAMBlockSpec, "node"): _check(_NAME, _immutable("block"), maxLength=_NAME_LENGTH),
+    (IPAMBlockSpec, "within"): _check(
+        {**_CIDR, "rule": _either("self == ''", _CANONICAL)},
+        maxLength=_CIDR_LENGTH,
+        description="The /20 or /116 that the block is in: what may overlap it is listed by this.",
+    ),
     # As store.kubewire writes them.
     (IPAMBlockStatus, "allocations"): _check(
         _rule(

@@ -6,6 +6,7 @@ over. These types say what a resource *is*; ``store.validate`` says what is refu
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
@@ -146,11 +147,12 @@ class Writer(_Struct, frozen=True, kw_only=True):
 
 
 class IPAMBlockSpec(_Struct, frozen=True, kw_only=True):
-    """Immutable (R1)."""
+    """Immutable (R1). ``within`` follows from ``cidr``: see ``within_of``."""
 
     cidr: str
     pool: str
     node: str
+    within: str = ""
 
 
 class IPAMBlockStatus(_Struct, frozen=True, kw_only=True):
@@ -170,7 +172,7 @@ class IPAMBlock(Resource, frozen=True, kw_only=True, tag="IPAMBlock"):
 
     PLURAL: ClassVar[str] = "ipamblocks"
     SHORT: ClassVar[tuple[str, ...]] = ("block", "blocks", "ipamblock")
-    SELECTABLE: ClassVar[tuple[str, ...]] = ("spec.node",)
+    SELECTABLE: ClassVar[tuple[str, ...]] = ("spec.node", "spec.pool", "spec.within")
 
     spec: IPAMBlockSpec
     status: IPAMBlockStatus = IPAMBlockStatus()
@@ -305,6 +307,18 @@ def block_name(cidr: str) -> str:
     text = f"0{text}" if text.startswith("-") else text
     text = f"{text}0" if text.endswith("-") else text
     return f"{text}-{length}"
+
+
+def within_of(cidr: str) -> str:
+    """The /20 or /116 that a block is in, itself if it is larger, by which the blocks around it are listed: two blocks
+    that overlap have the same one, unless one of them is larger than that. ValueError if it is no prefix."""
+    network = ip_network(cidr)
+    return str(network.supernet(new_prefix=length)) if network.prefixlen > (length := within_length(cidr)) else cidr
+
+
+def within_length(cidr: str) -> int:
+    """The prefix length that ``within_of`` cuts to."""
+    return 116 if ":" in cidr else 20
 
 
 def release_wanted(block: IPAMBlock) -> tuple[str, ...]:

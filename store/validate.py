@@ -23,6 +23,7 @@ from store.model import (
     Node,
     Resource,
     block_name,
+    within_of,
 )
 from store.selector import parse
 
@@ -322,6 +323,10 @@ def _block(block: IPAMBlock) -> Iterator[Problem]:
     if str(network) == spec.cidr and block.name != block_name(spec.cidr):
         remedy = f"write {block_name(spec.cidr)}: a block is named by its CIDR, so that each has one name"
         yield Problem("metadata.name", block.name, remedy)
+    if str(network) == spec.cidr and spec.within not in ("", within_of(spec.cidr)):
+        yield Problem(
+            "spec.within", spec.within, f"leave it out, or write {within_of(spec.cidr)}: it follows from cidr"
+        )
     yield from _allocations(block, network)
 
 

@@ -13,7 +13,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
-from ipam.claims import let_go
+from ipam.dead import let_go
 from ipam.errors import KernelUnavailable
 from ipam.journal import Journal
 from ipam.ledger import Phase

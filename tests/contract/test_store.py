@@ -184,8 +184,22 @@ def test_list_is_ordered_and_selects(run: Run) -> None:
         assert [b.spec.cidr for b in mine] == ["10.0.0.0/26", "10.0.0.128/26"]
         (one,) = (await store.list(IPAMBlock, where={"metadata.name": "10-0-0-64-26", "spec.node": "node-2"})).items
         assert one.spec.node == "node-2"
-        with pytest.raises(Invalid, match=r"spec\.pool"):
-            await store.list(IPAMBlock, where={"spec.pool": "pool"})
+        with pytest.raises(Invalid, match=r"spec\.cidr"):
+            await store.list(IPAMBlock, where={"spec.cidr": "10.0.0.0/26"})
+
+    run(test)
+
+
+def test_an_empty_field_selects_the_objects_that_lack_it(run: Run) -> None:
+    async def test(store: Store) -> None:
+        bare, whole = block("10.0.0.0/26"), block("10.0.16.0/26")
+        await store.create(bare)
+        await store.create(
+            msgspec.structs.replace(whole, spec=msgspec.structs.replace(whole.spec, within="10.0.16.0/20"))
+        )
+        for within, expected in (("", "10.0.0.0/26"), ("10.0.16.0/20", "10.0.16.0/26")):
+            (one,) = (await store.list(IPAMBlock, where={"spec.within": within})).items
+            assert one.spec.cidr == expected
 
     run(test)
 

@@ -46,7 +46,8 @@ def test_but_nothing_new_may_be_wrong_with_it() -> None:
 
 
 def test_selectable_values_are_found_by_their_wire_path() -> None:
-    assert semantics.selectable(old_block()) == {"metadata.name": "old-name", "spec.node": "node-1"}
+    values = semantics.selectable(old_block())
+    assert values == {"metadata.name": "old-name", "spec.node": "node-1", "spec.pool": "pool", "spec.within": ""}
 
 
 def test_an_object_that_begins_or_stops_to_match_is_added_or_deleted() -> None:

@@ -1,0 +1,268 @@
+"""Which blocks a node may claim: what overlaps (R1), what dead owners left behind (R5), how many at most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ipam.errors import Exhausted
+from ipam.node import Settings
+from store.model import (
+    FINALIZER_OWNER,
+    IPAMBlock,
+    IPAMBlockSpec,
+    IPPool,
+    IPPoolSpec,
+    Meta,
+    Node,
+    block_name,
+    within_of,
+)
+from store.validate import validate
+from tests.ipam_fakes import Rig, play, pool, run, waited
+
+TWO = pool("two", "10.1.0.0/27", 28)  # 2 blocks of 16
+
+
+async def left_behind(rig: Rig, cidr: str, node: str = "dead", *finalizers: str) -> None:
+    """A block of another node, marked for deletion."""
+    meta = Meta(name=block_name(cidr), finalizers=finalizers or (FINALIZER_OWNER,))
+    spec = IPAMBlockSpec(cidr=cidr, pool="two", node=node, within=within_of(cidr))
+    await rig.store.create(IPAMBlock(metadata=meta, spec=spec))
+    await rig.store.delete(IPAMBlock, block_name(cidr))
+
+
+async def owner_of(rig: Rig, cidr: str) -> str:
+    return (await rig.store.get(IPAMBlock, block_name(cidr))).spec.node
+
+
+async def full_pool(rig: Rig, other: str) -> None:
+    """The other block is marked, ours is used up, so that one more is wanted all the time."""
+    await left_behind(rig, other)
+    await rig.up()
+    for i in range(14):
+        await waited(rig, rig.add(i))
+
+
+FIRST, SECOND = "10.1.0.0/28", "10.1.0.16/28"
+
+
+@pytest.mark.parametrize("other", [FIRST, SECOND])
+def test_a_dead_owners_marked_block_comes_free_after_the_grace_and_not_before(tmp_path: Path, other: str) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path)
+        await rig.create(TWO)
+        await full_pool(rig, other)
+        await rig.clock.advance(590)
+        assert await owner_of(rig, other) == "dead"
+        assert [c.type for c in rig.ipam.conditions()] == ["PoolExhausted"]
+        await rig.clock.advance(60)
+        assert await owner_of(rig, other) == "node-1"
+        assert rig.ipam.conditions() == ()
+        for i in range(14, 32):
+            await waited(rig, rig.add(i))
+        await rig.down()
+
+    play(main())
+
+
+def test_a_node_that_shows_up_in_between_starts_the_grace_anew(tmp_path: Path) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path)
+        await rig.create(TWO)
+        await full_pool(rig, SECOND)
+        await rig.clock.advance(550)
+        await rig.store.create(Node(metadata=Meta(name="dead")))
+        await rig.clock.advance(700)
+        assert await owner_of(rig, SECOND) == "dead"
+        await rig.store.delete(Node, "dead")
+        await rig.clock.advance(590)
+        assert await owner_of(rig, SECOND) == "dead"
+        await rig.clock.advance(60)
+        assert await owner_of(rig, SECOND) == "node-1"
+        await rig.down()
+
+    play(main())
+
+
+def test_what_a_node_has_not_seen_itself_does_not_count(tmp_path: Path) -> None:
+    """Neither the time before its start, nor that between two needs."""
+
+    async def main() -> None:
+        rig = Rig(tmp_path)
+        await rig.create(TWO)
+        await full_pool(rig, SECOND)
+        await rig.clock.advance(500)
+        await rig.restart()
+        await rig.clock.advance(500)
+        assert await owner_of(rig, SECOND) == "dead"
+        for i in range(10):
+            rig.delete(i)
+        await rig.clock.advance(300)
+        assert await owner_of(rig, SECOND) == "dead", "there is no need of it"
+        for i in range(10):
+            await waited(rig, rig.add(f"again{i}"))
+        await rig.clock.advance(500)
+        assert await owner_of(rig, SECOND) == "dead", "nobody looked for 300 s"
+        await rig.clock.advance(150)
+        assert await owner_of(rig, SECOND) == "node-1"
+        await rig.down()
+
+    play(main())
+
+
+def test_a_block_that_others_hold_or_that_is_not_marked_is_left_alone(tmp_path: Path) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path)
+        await rig.create(pool("two", "10.1.0.0/26", 28))
+        await left_behind(rig, "10.1.0.32/28", "dead", FINALIZER_OWNER, "example.com/hold")
+        spec = IPAMBlockSpec(cidr="10.1.0.48/28", pool="two", node="dead")
+        meta = Meta(name=block_name(spec.cidr), finalizers=(FINALIZER_OWNER,))
+        await rig.store.create(IPAMBlock(metadata=meta, spec=spec))
+        before = (await rig.store.list(IPAMBlock)).items
+        await rig.up()
+        for i in range(30):
+            await waited(rig, rig.add(i))
+        await rig.clock.advance(1500)
+        after = {b.name: b for b in (await rig.store.list(IPAMBlock)).items}
+        assert [after[b.name] for b in before] == list(before)
+        await rig.down()
+
+    play(main())
+
+
+def test_a_fixed_address_that_a_dead_owner_holds_comes_free_too(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        await left_behind(rig, "10.8.0.7/32")
+        for i in range(90):
+            with pytest.raises(Exhausted, match="belongs to node dead"):
+                await waited(rig, rig.add(f"x{i}", addresses=("10.8.0.7",)))
+            await rig.clock.advance(6.5)
+        await rig.clock.advance(10)
+        assert (await waited(rig, rig.add(1, addresses=("10.8.0.7",)))).addresses == ("10.8.0.7",)
+
+    run(tmp_path, test, pool("two", "10.8.0.0/24", 32))
+
+
+def test_no_look_at_other_nodes_while_there_are_free_blocks(tmp_path: Path) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path)
+        await rig.create(pool("two", "10.1.0.0/24", 28))
+        asked: list[str] = []
+        get = rig.memory.get
+
+        async def watched(kind, name):  # type: ignore[no-untyped-def]
+            if kind is Node:
+                asked.append(name)
+            return await get(kind, name)
+
+        rig.memory.get = watched  # type: ignore[method-assign]
+        for i in range(8):
+            await left_behind(rig, f"10.1.0.{16 * i}/28")
+        await rig.up()
+        for i in range(60):
+            await waited(rig, rig.add(i))
+        await rig.clock.advance(700)
+        assert set(asked) == {"node-1"}
+        await rig.down()
+
+    play(main())
+
+
+# -- overlaps --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [
+        (pool("new", "10.1.0.0/24", 28), "10.1.0.64/26"),
+        (pool("new", "10.1.0.0/24", 26), "10.1.0.64/28"),
+        (pool("new", "10.1.0.0/24", 32), "10.1.0.64/26"),
+        (pool("new", "fd01::/120", 124), "fd01::20/123"),
+        (pool("new", "fd01::/120", 128), "fd01::80/121"),
+    ],
+)
+def test_no_new_block_overlaps_one_that_outlived_its_pool(tmp_path: Path, new: IPPool, old: str) -> None:
+    """And the others are used: what is in the way costs a pause, no more."""
+    from ipaddress import ip_address, ip_network
+
+    async def main() -> None:
+        rig = Rig(tmp_path)
+        spec = IPAMBlockSpec(cidr=old, pool="old", node="node-2", within=within_of(old))
+        await rig.store.create(IPAMBlock(metadata=Meta(name=block_name(old)), spec=spec))
+        await rig.create(new)
+        await rig.up()
+        taken = []
+        for i in range(80):
+            await rig.clock.advance(11)
+            try:
+                lease = await waited(rig, rig.add(i))
+            except Exhausted:
+                continue
+            taken += lease.addresses
+        assert len(taken) > 60
+        assert not [a for a in taken if ip_address(a) in ip_network(old)]
+        rig.check_alive()
+        await rig.down()
+
+    play(main())
+
+
+def test_a_larger_block_of_a_pool_of_today_is_found_by_name(tmp_path: Path) -> None:
+    """A block of a /18 has no /20 in common with what is inside it."""
+
+    async def main() -> None:
+        rig = Rig(tmp_path)
+        await rig.create(pool("small", "10.1.0.0/24", 28))
+        await rig.store.create(IPPool(metadata=Meta(name="large"), spec=IPPoolSpec(cidr="10.64.0.0/16", block_size=18)))
+        spec = IPAMBlockSpec(cidr="10.1.0.0/18", pool="before", node="node-2", within="10.1.0.0/18")
+        await rig.store.create(IPAMBlock(metadata=Meta(name=block_name(spec.cidr)), spec=spec))
+        await rig.up()
+        assert "10.1.0.0/18 of node node-2" in rig.ipam.conditions()[0].message
+        assert all(b.startswith("10.64.") for b in await rig.own_blocks())
+        await rig.down()
+
+    play(main())
+
+
+@pytest.mark.parametrize(
+    ("cidr", "within"),
+    [
+        ("10.244.3.64/26", "10.244.0.0/20"),
+        ("10.244.31.1/32", "10.244.16.0/20"),
+        ("10.244.16.0/20", "10.244.16.0/20"),
+        ("10.244.0.0/16", "10.244.0.0/16"),
+        ("fd00:10:244::1:40/122", "fd00:10:244::1:0/116"),
+        ("fd00:10:244::/64", "fd00:10:244::/64"),
+    ],
+)
+def test_what_a_block_is_within(cidr: str, within: str) -> None:
+    assert within_of(cidr) == within
+    spec = IPAMBlockSpec(cidr=cidr, pool="p", node="n", within=within)
+    block = IPAMBlock(metadata=Meta(name=block_name(cidr)), spec=spec)
+    assert validate(block) == ()
+    wrong = msgspec.structs.replace(block, spec=msgspec.structs.replace(spec, within="10.99.0.0/20"))
+    assert [p.field for p in validate(wrong)] == ["spec.within"]
+
+
+# -- how many --------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_has_no_more_blocks_than_it_may(tmp_path: Path) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path, settings=Settings(max_blocks=2))
+        await rig.create(pool("small", "10.1.0.0/24", 28), pool("fixed", "10.2.0.0/24", 32, assignment_mode="Manual"))
+        await rig.up()
+        for i in range(32):
+            await waited(rig, rig.add(i))
+        with pytest.raises(Exhausted, match="2 blocks, as many as it may"):
+            await waited(rig, rig.add("more"))
+        assert len(rig.ipam.blocks()) == 2
+        assert "max_blocks" in rig.ipam.conditions()[0].message
+        fixed = await waited(rig, rig.add("fixed", addresses=("10.2.0.9",)))
+        assert fixed.addresses == ("10.2.0.9",), "a fixed address is no block to count"
+        await rig.down()
+
+    play(main())
