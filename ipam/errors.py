@@ -29,3 +29,8 @@ class WrongPool(IPAMError):
 
 class Deleted(IPAMError):
     """The attachment was deleted before (R7): a container id is not used twice."""
+
+
+def in_words(error: Exception) -> str:
+    """The error in words; one without any is a TimeoutError: the store did not answer."""
+    return str(error) or "no answer from the store"

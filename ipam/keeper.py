@@ -11,7 +11,7 @@ from ipaddress import ip_address, ip_network
 import msgspec
 
 from ipam.claims import Claims
-from ipam.errors import Exhausted, IPAMError, KernelUnavailable, NotReady
+from ipam.errors import Exhausted, IPAMError, KernelUnavailable, NotReady, in_words
 from ipam.ledger import Ledger, Own, Phase, count
 from ipam.mirror import Superseded
 from ipam.model import KernelView, Settings
@@ -177,9 +177,9 @@ class Keeper:
         except (StoreError, TimeoutError) as e:
             self._pause = min(max(2 * self._pause, self._settings.backoff_min), self._settings.backoff_max)
             self._away_until = self._clock.monotonic() + self._pause
-            log.warning("blocks are not looked after for %.1f s: %s", self._pause, e or "no answer from the store")
+            log.warning("blocks are not looked after for %.1f s: %s", self._pause, in_words(e))
             for want in wants:
-                self._judge(want, NotReady(f"no block could be claimed: {e or 'no answer from the store'}"))
+                self._judge(want, NotReady(f"no block could be claimed: {in_words(e)}"))
         else:
             self._pause = self._away_until = 0.0
         self.moved.ring()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from ipam.errors import in_words
 from ipam.ledger import Ledger, Own, Phase
 from ipam.model import Settings
 from store.base import Store
@@ -88,7 +89,7 @@ class Mirror:
                 async with asyncio.timeout(self._settings.store_limit):
                     written = await self._write(own)
             except (StoreError, TimeoutError) as e:
-                log.warning("block %s is not mirrored yet: %s", cidr, e or "no answer from the store")
+                log.warning("block %s is not mirrored yet: %s", cidr, in_words(e))
                 written = False
             if not written:
                 self._dirty[cidr] = None

@@ -19,7 +19,7 @@ import msgspec
 
 from ipam import truth
 from ipam.claims import Claims
-from ipam.errors import Deleted, Exhausted, JournalError, KernelUnavailable, NotReady
+from ipam.errors import Deleted, Exhausted, JournalError, KernelUnavailable, NotReady, in_words
 from ipam.journal import Bound, GivenBack, History, Journal
 from ipam.keeper import IDLE, Keeper
 from ipam.ledger import Ledger, Phase
@@ -437,7 +437,7 @@ class NodeIPAM:
             self._keeper.poke()
 
     def _away(self, e: Exception) -> None:
-        self._why_not = f"the blocks cannot be read yet: {e or 'no answer from the store'}"
+        self._why_not = f"the blocks cannot be read yet: {in_words(e)}"
         log.warning("%s", self._why_not)
 
     # -- while it runs ------------------------------------------------------------------------------------------------

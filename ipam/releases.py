@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from ipam.errors import in_words
 from ipam.ledger import Ledger, Own, Phase
 from ipam.mirror import Superseded
 from ipam.model import Settings
@@ -62,7 +63,7 @@ class Releases:
             except Superseded:
                 return
             except (StoreError, TimeoutError) as e:
-                log.warning("no answer yet to who wants addresses released: %s", e or "no answer from the store")
+                log.warning("no answer yet to who wants addresses released: %s", in_words(e))
                 await self._clock.sleep(pause)
                 pause = min(2 * pause, self._settings.backoff_max)
                 self._news.set()

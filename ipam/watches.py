@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
+from ipam.errors import in_words
 from ipam.keeper import Keeper
 from ipam.ledger import Ledger, Own
 from ipam.model import Settings
@@ -115,7 +116,7 @@ class Watches:
                 async with asyncio.timeout(self._settings.store_limit):
                     listing = await self._store.list(IPAMBlock, where={"spec.node": self._node})
             except (StoreError, TimeoutError) as e:
-                log.warning("ownership of the blocks is not checked this time: %s", e or "no answer from the store")
+                log.warning("ownership of the blocks is not checked this time: %s", in_words(e))
                 continue
             there = {obj.metadata.uid: obj for obj in listing.items}
             for own in tuple(self._ledger.blocks.values()):

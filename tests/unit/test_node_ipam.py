@@ -571,6 +571,19 @@ def test_started_while_the_store_is_away(tmp_path: Path) -> None:
     run(tmp_path, test, V4)
 
 
+def test_a_store_that_does_not_answer_is_said_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silent(*_: object, **__: object) -> None:
+        raise TimeoutError  # as asyncio.timeout does, without a word
+
+    async def test(rig: Rig) -> None:
+        await rig.down()
+        monkeypatch.setattr(rig.memory, "list", silent)
+        await rig.up()
+        assert rig.ipam.refusal() == "the blocks cannot be read yet: no answer from the store"
+
+    run(tmp_path, test, V4)
+
+
 def test_a_kernel_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
     async def main() -> None:
         rig = Rig(tmp_path)
