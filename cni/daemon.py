@@ -43,6 +43,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     run: Path
     boot_id: str
     log: str = "INFO"
+    max_blocks: int = 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,6 +83,11 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         "--boot-id", default="/proc/sys/kernel/random/boot_id", help="file that names this boot of the machine"
     )
     parser.add_argument("--log", default=environment.get("UNDERLAY_LOG", "INFO"), help="log level (UNDERLAY_LOG)")
+    parser.add_argument(
+        "--max-blocks",
+        default=environment.get("UNDERLAY_MAX_BLOCKS", "0"),
+        help="blocks that this node may have, single addresses left out; 0: no limit (UNDERLAY_MAX_BLOCKS)",
+    )
     values = parser.parse_args(argv)
     for name in ("node", "store"):
         if not getattr(values, name):
@@ -92,7 +98,16 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
     boot_id = Path(values.boot_id).read_text().strip()
     if not boot_id:
         raise StartError(f"--boot-id {values.boot_id}: the file is empty; it must name this boot of the machine")
-    return Options(node=values.node, store=values.store, run=Path(values.run), boot_id=boot_id, log=level)
+    if not (values.max_blocks.isascii() and values.max_blocks.isdigit()):
+        raise StartError(f"--max-blocks {values.max_blocks}: write a number; 0 is no limit")
+    return Options(
+        node=values.node,
+        store=values.store,
+        run=Path(values.run),
+        boot_id=boot_id,
+        log=level,
+        max_blocks=int(values.max_blocks),
+    )
 
 
 async def serve(
@@ -165,7 +180,7 @@ async def _run(
         boot_id=options.boot_id,
         start=number,
         link_name=_link_name,
-        settings=settings,
+        settings=settings or Settings(max_blocks=options.max_blocks),
         step=step,
     )
     handler = verbs.Verbs(

@@ -1,0 +1,398 @@
+"""NodeIPAM on a real API server, with our policies in force, the garbage collector at work, and tokens of our pods."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from ipam.errors import IPAMError
+from ipam.ledger import Phase
+from ipam.model import Lease
+from ipam.node import Settings
+from store.clock import SystemClock
+from store.errors import NotFound, StoreError
+from store.kube import KubeStore
+from store.kubeaccess import from_kubeconfig
+from store.model import (
+    ANNOTATION_RELEASE,
+    ANNOTATION_RELEASE_REFUSED,
+    FINALIZER_OWNER,
+    IPAMBlock,
+    IPPool,
+    Meta,
+    Node,
+    R,
+    block_name,
+)
+from tests.ipam_fakes import Rig, attachment, link_name
+from tests.ipam_fakes import pool as a_pool
+from tests.kube.build import Programs
+from tests.kube.installed import CNI, Installed, install
+
+#: As in production, only faster.
+SETTINGS = Settings(
+    rest=0.3,
+    withdrawn=0.2,
+    blackhole_limit=0.3,
+    backoff_max=0.5,
+    grace=3.0,
+    absence_look=0.2,
+    absence_gap=12.0,  # a look comes with every claim that finds nothing, 5 s apart at rest
+    recheck=2.0,
+)
+CLOCK = SystemClock()
+
+
+@pytest.fixture(scope="module")
+def _installed(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+    with install(tmp_path_factory.mktemp("ipam"), programs) as made:
+        yield made
+
+
+@pytest.fixture
+def installed(_installed: Installed) -> Installed:
+    _installed.cluster.reset()
+    return _installed
+
+
+class Counting(KubeStore):
+    """Counts what is written to blocks, by what it is."""
+
+    def __init__(self, kubeconfig: Path) -> None:
+        super().__init__(from_kubeconfig([kubeconfig]), CLOCK)
+        self.writes: list[str] = []
+
+    async def create(self, obj: R) -> R:
+        self.writes.append("create")
+        return await super().create(obj)
+
+    async def update(self, obj: R) -> R:
+        self.writes.append("update")
+        return await super().update(obj)
+
+    async def update_status(self, obj: R) -> R:
+        self.writes.append("status")
+        return await super().update_status(obj)
+
+
+class World:
+    """``people`` is an operator's store; ``nodes`` are servers that run, each with its own token and agent."""
+
+    def __init__(self, installed: Installed, folder: Path) -> None:
+        self.cluster = installed.cluster
+        self._installed = installed
+        self._folder = folder
+        self.people = KubeStore(from_kubeconfig([self.cluster.kubeconfig()]), CLOCK)
+        self.rigs: list[Rig] = []
+
+    async def node(self, name: str, settings: Settings = SETTINGS) -> Rig:
+        kubeconfig = self._folder / f"{name}.kubeconfig"
+        # A node of the fixture has the token of its pod; more than those two are the operator's.
+        token = self._installed.tokens.get((CNI, name), self.cluster.admin_token)
+        self.cluster.kubeconfig(token, path=kubeconfig)
+        store = Counting(kubeconfig)
+        rig = Rig(self._folder, node=name, store=store, clock=CLOCK, settings=settings)  # type: ignore[arg-type]
+        self.rigs.append(rig)
+        await rig.up(run=False)
+        rig._running = asyncio.create_task(rig.ipam.run())
+        rig._agent = asyncio.create_task(_agent(rig))
+        return rig
+
+    async def close(self) -> None:
+        for rig in self.rigs:
+            await rig.down()
+            await rig.store.close()
+        await self.people.close()
+
+    async def block(self, cidr: str) -> IPAMBlock | None:
+        try:
+            return await self.people.get(IPAMBlock, block_name(cidr))
+        except NotFound:
+            return None
+
+
+async def _agent(rig: Rig) -> None:
+    while True:
+        with suppress(StoreError):  # then it keeps what it has (R14)
+            await rig.sync_blackholes()
+        await asyncio.sleep(0.05)
+
+
+def run(installed: Installed, folder: Path, story: Callable[[World], Awaitable[None]], *pools: IPPool) -> None:
+    @asynccontextmanager
+    async def world() -> AsyncIterator[World]:
+        made = World(installed, folder)
+        try:
+            for pool in pools:
+                await made.people.create(pool)
+            yield made
+        finally:
+            await made.close()
+
+    async def main() -> None:
+        async with asyncio.timeout(90), world() as made:
+            await story(made)
+            for rig in made.rigs:
+                rig.check_alive()
+
+    asyncio.run(main())
+
+
+async def soon(probe: Callable[[], Awaitable[object]], limit: float = 10) -> None:
+    async with asyncio.timeout(limit):
+        while not await probe():  # noqa: ASYNC110 - what is waited for is in another process
+            await asyncio.sleep(0.05)
+
+
+async def adds(rig: Rig, names: list[str]) -> list[Lease]:
+    """ADDs one after another, each tried again as a kubelet does."""
+    leases = []
+    for name in names:
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    leases.append(await rig.add(name))
+                    break
+                except IPAMError:
+                    await asyncio.sleep(0.1)
+    return leases
+
+
+SMALL = a_pool("small", "10.1.0.0/24", 28)
+
+
+def test_a_node_deleted_and_made_again_disturbs_no_pod(installed: Installed, tmp_path: Path) -> None:
+    """The garbage collector deletes what the Node owned; that marks it, and the pods keep it until they are gone."""
+
+    async def story(world: World) -> None:
+        rig = await world.node("node-1")
+        lease = await rig.add(1)
+        (old,) = await rig.own_blocks()
+        await world.people.delete(Node, "node-1")
+
+        async def marked() -> bool:
+            block = await world.block(old)
+            return bool(block and block.metadata.deletion_timestamp) and rig.phases()[old] is Phase.MARKED
+
+        await soon(marked)
+        (other,) = await adds(rig, ["2"])
+        node = await world.people.create(Node(metadata=Meta(name="node-1")))
+
+        async def tied() -> bool:
+            blocks = [b for b in (await world.people.list(IPAMBlock)).items if not b.metadata.deletion_timestamp]
+            return bool(blocks) and all(
+                [o.uid for o in b.metadata.owner_references] == [node.metadata.uid] for b in blocks
+            )
+
+        await soon(tied)
+        await asyncio.sleep(0.5)  # for the garbage collector, if it had a mind to
+        mirror = await rig.mirror()
+        assert {mirror[a] for a in (*lease.addresses, *other.addresses)} == {"c1", "c2"}
+        assert await world.block(old) is not None
+        rig.delete(1)
+
+        async def gone() -> bool:
+            return await world.block(old) is None
+
+        await soon(gone)
+        assert old not in rig.phases()
+
+    run(installed, tmp_path, story, SMALL)
+
+
+def test_a_dead_nodes_blocks_come_free_by_another_nodes_token(installed: Installed, tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        dead = await world.node("node-2")
+        await dead.add(1)
+        (left,) = await dead.own_blocks()
+        await dead.down()
+        rig = await world.node("node-1")
+        await adds(rig, [str(i) for i in range(13)])
+        await world.people.delete(Node, "node-2")
+        began = CLOCK.monotonic()
+
+        async def taken() -> bool:
+            block = await world.block(left)
+            return block is not None and block.spec.node == "node-1"
+
+        await soon(taken, 25)
+        assert CLOCK.monotonic() - began >= SETTINGS.grace
+        await adds(rig, [f"more{i}" for i in range(19)])
+        world.rigs.remove(dead)
+        await dead.store.close()
+
+    run(installed, tmp_path, story, a_pool("two", "10.2.0.0/27", 28))
+
+
+def test_a_block_that_somebody_deleted_by_force_is_there_again(installed: Installed, tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        rig = await world.node("node-1")
+        lease = await rig.add(1)
+        (cidr,) = await rig.own_blocks()
+        before = await world.block(cidr)
+        assert before is not None
+        assert before.metadata.finalizers == (FINALIZER_OWNER,)
+        await world.people.delete(IPAMBlock, before.name)
+        marked = await world.people.get(IPAMBlock, before.name)
+        await world.people.update(replace(marked, metadata=replace(marked.metadata, finalizers=())))
+
+        async def again() -> bool:
+            block = await world.block(cidr)
+            return block is not None and [a.address for a in block.status.allocations] == list(lease.addresses)
+
+        await soon(again)
+        after = await world.block(cidr)
+        assert after is not None
+        assert after.metadata.uid != before.metadata.uid
+
+    run(installed, tmp_path, story, SMALL)
+
+
+def test_an_address_is_released_by_annotation(installed: Installed, tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        rig = await world.node("node-1")
+        leaked, live = await rig.add(1), await rig.add(2)
+        (cidr,) = await rig.own_blocks()
+        rig.kernel.unwire(link_name(attachment(1)))
+
+        async def mirrored() -> bool:
+            return len(await rig.mirror()) == 2
+
+        await soon(mirrored)
+        block = await world.block(cidr)
+        assert block is not None
+        wish = {ANNOTATION_RELEASE: ",".join((*leaked.addresses, *live.addresses))}
+        await world.people.update(replace(block, metadata=replace(block.metadata, annotations=wish)))
+
+        async def answered() -> bool:
+            seen = await world.block(cidr)
+            assert seen is not None
+            told = seen.metadata.annotations
+            return ANNOTATION_RELEASE not in told and live.addresses[0] in told.get(ANNOTATION_RELEASE_REFUSED, "")
+
+        await soon(answered)
+
+        async def released() -> bool:
+            return await rig.mirror() == {live.addresses[0]: "c2"}
+
+        await soon(released)
+
+    run(installed, tmp_path, story, SMALL)
+
+
+def test_a_burst_of_100_adds_costs_few_writes_and_is_visible_soon(installed: Installed, tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        rig = await world.node("node-1", Settings())
+        assert isinstance(rig.store, Counting)
+
+        async def claimed() -> bool:
+            return rig.ipam.free() > 0 and bool(await rig.mirror() == {})
+
+        await soon(claimed)
+        await asyncio.sleep(1)
+        rig.store.writes.clear()
+        leases = await asyncio.gather(*(rig.add(i) for i in range(100)))
+        end = CLOCK.monotonic()
+        assert len({lease.addresses for lease in leases}) == 100
+
+        async def mirrored() -> bool:
+            return len(await rig.mirror()) == 100
+
+        await soon(mirrored)
+        assert CLOCK.monotonic() - end < 1
+        assert len(rig.store.writes) <= 5, rig.store.writes
+
+    run(installed, tmp_path, story, a_pool("big", "10.4.0.0/16", 26))
+
+
+def test_with_the_api_server_away_adds_go_on_and_the_mirror_catches_up(installed: Installed, tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        rig = await world.node("node-1")
+        await rig.add("before")
+        world.cluster.kill("kube-apiserver")
+        kept = [await rig.add(i) for i in range(10)]
+        rig.delete(3)
+        await asyncio.sleep(1)
+        rig.check_alive()
+        world.cluster.start_apiserver(wait=False)
+        expected = {a: f"c{i}" for i, lease in enumerate(kept) if i != 3 for a in lease.addresses}
+
+        async def caught_up() -> bool:
+            try:
+                mirror = await rig.mirror()
+            except StoreError:
+                return False
+            return {a: c for a, c in mirror.items() if c != "cbefore"} == expected
+
+        await soon(caught_up, 30)
+
+    run(installed, tmp_path, story, SMALL)
+
+
+def test_nodes_that_race_for_few_blocks_share_none(installed: Installed, tmp_path: Path) -> None:
+    """12 nodes, 8 blocks of 4. Blocks go back and are claimed anew all the time. A kill now and then."""
+
+    async def story(world: World) -> None:
+        names = [f"node-{i}" for i in range(1, 13)]
+        for name in names[2:]:
+            await world.people.create(Node(metadata=Meta(name=name)))
+        rigs = await asyncio.gather(*(world.node(name) for name in names))
+        held: dict[str, str] = {}
+
+        async def life(rig: Rig, turn: int) -> None:
+            for i in range(6):
+                name = f"{rig.node}-{i}"
+                try:
+                    async with asyncio.timeout(6):
+                        lease = await rig.add(name)
+                except (IPAMError, TimeoutError):
+                    continue
+                for address in lease.addresses:
+                    assert held.setdefault(address, name) == name, f"{address}: {held[address]} and {name}"
+                await asyncio.sleep(0.2 * (turn % 3))
+                if (i + turn) % 5 == 0:
+                    await rig.down()
+                    await rig.up(run=False)
+                    rig._running = asyncio.create_task(rig.ipam.run())
+                    rig._agent = asyncio.create_task(_agent(rig))
+                for address in lease.addresses:
+                    del held[address]
+                rig.delete(name)
+
+        await asyncio.gather(*(life(rig, turn) for turn, rig in enumerate(rigs)))
+
+        async def settled() -> bool:
+            owners = {view.cidr: rig.node for rig in rigs for view in rig.ipam.blocks()}
+            listing = (await world.people.list(IPAMBlock)).items
+            assert len(owners) == sum(len(rig.ipam.blocks()) for rig in rigs), "one block, two owners"
+            return owners == {b.spec.cidr: b.spec.node for b in listing}
+
+        await soon(settled, 20)
+
+    run(installed, tmp_path, story, a_pool("few", "10.7.0.0/27", 30))
+
+
+def test_a_pool_made_again_with_another_size_disturbs_nobody(installed: Installed, tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        rig = await world.node("node-1")
+        lease = await rig.add(1)
+        (old,) = await rig.own_blocks()
+        await world.people.delete(IPPool, "small")
+        await world.people.create(a_pool("small", "10.1.0.0/24", 29))
+        leases = await adds(rig, [f"n{i}" for i in range(40)])
+        assert rig.ipam.lease(attachment(1)) == lease
+        assert len({a for each in (lease, *leases) for a in each.addresses}) == 41
+
+        async def mirrored() -> bool:
+            return len(await rig.mirror()) == 41
+
+        await soon(mirrored)
+        new = [b for b in await rig.own_blocks() if b != old]
+        assert all(b.endswith("/29") for b in new)
+
+    run(installed, tmp_path, story, SMALL)

@@ -1,0 +1,29 @@
+"""What underlay-cni is told by flags and environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cni.daemon import StartError, parse
+
+FLAGS = ["--node", "node-1", "--store", "memory:"]
+
+
+@pytest.fixture
+def boot(tmp_path: Path) -> list[str]:
+    (tmp_path / "boot").write_text("b1\n")
+    return [*FLAGS, "--boot-id", str(tmp_path / "boot")]
+
+
+def test_a_limit_of_blocks_comes_from_flag_or_environment_and_the_flag_wins(boot: list[str]) -> None:
+    assert parse(boot, {}).max_blocks == 0
+    assert parse(boot, {"UNDERLAY_MAX_BLOCKS": "3"}).max_blocks == 3
+    assert parse([*boot, "--max-blocks", "5"], {"UNDERLAY_MAX_BLOCKS": "3"}).max_blocks == 5
+
+
+@pytest.mark.parametrize("text", ["-1", "x", "", "2.5"])
+def test_a_limit_that_is_no_number_is_refused(boot: list[str], text: str) -> None:
+    with pytest.raises(StartError, match="max-blocks"):
+        parse([*boot, f"--max-blocks={text}"], {})
