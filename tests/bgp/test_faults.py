@@ -37,8 +37,9 @@ def test_bursts_leave_neither_ghost_nor_gap(router: Router, node: Node) -> None:
                     driver.set_announcements(wanted)
                     await asyncio.sleep(0.004)
             await until(lambda: driver.state().confirmed == {(a.peer, a.prefix) for a in two})
-            await until(lambda: router.table().keys() == {a.prefix for a in two})
-            assert {frozenset(marks) for marks in router.table().values()} == {frozenset({"med 2"})}
+            # The pairs are the same with every attribute, so this may still be the table before the last: a ghost or a
+            # gap is what stays, and the peer reads on.
+            await until(lambda: router.table() == {a.prefix: {"med 2"} for a in two})
             for wanted in (plain, one, two, frozenset()):
                 driver.set_announcements(wanted)
                 await asyncio.sleep(0.004)
