@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,7 +128,10 @@ def test_table_on_disk_is_damaged(bird: Bird, node: Node, damage: str) -> None:
         async with node.driver() as (driver, _):
             driver.set_announcements(blocks(4))
             await until(lambda: len(driver.state().confirmed) == 4)
+        relay = node.relay()
         node.kill()
+        # The old relay answers until it has seen the end of ExaBGP.
+        await until(lambda: not Path(f"/proc/{relay}/fd").exists() or not list(Path(f"/proc/{relay}/fd").iterdir()))
         whole = path.read_bytes()
         match damage:
             case "missing":
