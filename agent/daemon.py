@@ -19,7 +19,7 @@ from agent.kernel.state import Kernel
 from agent.reconcile import Reconciler
 from agent.status import StatusWriter
 from agent.view import View
-from cni.errors import CNIError
+from cni.errors import CNIError, first_of
 from cni.lock import alone
 from cni.podnet import link_name
 from store.base import Store
@@ -38,10 +38,7 @@ def main() -> int:
     try:
         asyncio.run(run(settings, SystemClock()))
     except* (AgentError, CNIError, StoreError, OSError) as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        log.error("%s", error)  # noqa: TRY400 - one clear line
+        log.error("%s", first_of(group))  # noqa: TRY400 - one clear line
         failed = True
     return int(failed)
 

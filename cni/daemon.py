@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from cni import podnet, server, verbs
-from cni.errors import CNIError
+from cni.errors import CNIError, first_of
 from cni.kernel import NetlinkView
 from cni.lock import alone
 from cni.netlink import Netlink
@@ -155,7 +155,7 @@ async def _locked(
             try:
                 await _run(options, clock, number, netlink, store, journal, reaper, step, settings)
             except BaseExceptionGroup as group:
-                raise _first(group) from group
+                raise first_of(group) from group
             finally:
                 await store.close()
 
@@ -223,11 +223,6 @@ def count_start(directory: Path, boot_id: str) -> int:
 
 def _link_name(attachment: Attachment) -> str:
     return podnet.link_name(attachment.container, attachment.interface)
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 if __name__ == "__main__":

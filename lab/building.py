@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from cni.errors import CNIError
+from cni.errors import CNIError, first_of
 from cni.marks import PROTO_IMPORTS
 from lab import rack
 from lab.errors import LabError
@@ -64,7 +64,7 @@ class Lab:
                     await self._build(group)
                 except* (LabError, NetError, StoreError, CNIError, OSError) as e:
                     _log.exception("the lab could not be built")
-                    reason = str(_first(e))
+                    reason = str(first_of(e))
                 if reason:
                     logs = f"{self._folder.log} and {self._folder.path}/node-*/log"
                     self._story.end("failed", f"{reason}\nlogs: {logs}")
@@ -236,12 +236,6 @@ class Lab:
         if name in self._machines:
             return {"UNDERLAY_NODE": name} | self._machines[name].environment
         return {}
-
-
-def _first(group: ExceptionGroup[Exception]) -> Exception:
-    """Of several things that failed together, the first."""
-    one = group.exceptions[0]
-    return _first(one) if isinstance(one, ExceptionGroup) else one
 
 
 def _count(number: int, what: str) -> str:
