@@ -31,7 +31,7 @@ test: need-test lint build/underlay-shim ## everything: lint, unit, contract, ne
 
 # Not part of `test` yet: it builds an API server, which needs Go 1.26, and no bare Debian 12 has that.
 test-kube: need-test $(VENV)/.test build/underlay-shim ## the store, rights and policies on a real Kubernetes API server (wants Go 1.26)
-	$(BIN)/python tests/kube/build.py
+	$(BIN)/python lab/kube/build.py
 	exec $(AS_ROOT) $(BIN)/python -m pytest -q tests/kube $(ARGS)
 
 lint: need-lab $(VENV)/.test ## ruff, mypy, import-linter

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.kube.build import NotHere, Programs, find
-from tests.kube.cluster import Cluster
+from lab.kube.build import NotHere, Programs, find
+from lab.kube.cluster import Cluster
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 

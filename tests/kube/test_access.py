@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from lab.kube.cluster import Cluster
 from store.clock import SystemClock
 from store.errors import Unavailable
 from store.kube import KubeStore
 from store.kubeaccess import Access, FixedToken, PluginToken, TokenFile, find_access, from_kubeconfig, in_cluster
 from store.model import Node
-from tests.kube.cluster import Cluster
 
 
 def config(

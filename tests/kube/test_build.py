@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kube import build
+from lab.kube import build
 
 
 def programs_in(folder: Path, *names: str) -> Path:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from lab.kube.cluster import Cluster, Refused
 from tests.conftest import eventually
-from tests.kube.cluster import Cluster, Refused
 from tests.kube.conftest import manifests
 
 NODES = "/api/v1/nodes"
@@ -134,8 +134,8 @@ _CHILD = """
 import sys, time
 from pathlib import Path
 from lab.net import enter_sandbox
-from tests.kube.build import find
-from tests.kube.cluster import Cluster
+from lab.kube.build import find
+from lab.kube.cluster import Cluster
 enter_sandbox()
 cluster = Cluster(Path(sys.argv[1]), find())
 cluster.start()

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import pytest
 
+from lab.kube.cluster import Cluster
 from store.base import Store
 from store.clock import SystemClock
 from store.kube import KubeStore
 from store.kubeaccess import from_kubeconfig
 from store.model import Meta, Node, NodeAddress, NodeStatus
-from tests.kube.cluster import Cluster
 
 pytest.register_assert_rewrite("tests.contract.test_store")
 from tests.contract.test_store import *  # noqa: E402, F403

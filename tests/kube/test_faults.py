@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lab.kube.cluster import make_keys
 from store import kube
 from store.base import Event
 from store.clock import SystemClock
@@ -23,7 +24,6 @@ from store.kube import KubeStore
 from store.kubeaccess import Access, FixedToken, TokenFile, Tokens
 from store.kubehttp import Limits
 from store.model import IPPool, IPPoolSpec, Meta, Node
-from tests.kube.cluster import make_keys
 from tests.kube.fake_api import FakeApi, bookmark, error, hangs, line, page, pool, refuses, says, streams
 
 LIMITS = Limits(connect=0.5, request=0.6, silence=0.5, watch=60, patience=1.5)

@@ -14,6 +14,8 @@ from ipam.errors import IPAMError
 from ipam.ledger import Phase
 from ipam.model import Lease
 from ipam.node import Settings
+from lab.kube.build import Programs
+from lab.kube.installed import CNI, Installed, install
 from store.clock import SystemClock
 from store.errors import NotFound, StoreError
 from store.kube import KubeStore
@@ -31,8 +33,6 @@ from store.model import (
 )
 from tests.ipam_fakes import Rig, attachment, link_name
 from tests.ipam_fakes import pool as a_pool
-from tests.kube.build import Programs
-from tests.kube.installed import CNI, Installed, install
 
 #: As in production, only faster.
 SETTINGS = Settings(

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from lab.kube.cluster import Cluster, Refused
 from store import kube
 from store.base import Store, mutate
 from store.clock import SystemClock
@@ -38,7 +39,6 @@ from store.model import (
     Writer,
     block_name,
 )
-from tests.kube.cluster import Cluster, Refused
 
 ROOT = "/apis/underlay.network/v1"
 CLOCK = SystemClock()

@@ -11,26 +11,11 @@ from typing import Any
 
 import pytest
 
+from lab.kube.build import Programs
+from lab.kube.cluster import Cluster, Refused
+from lab.kube.installed import AGENT, CNI, NAMESPACE, SPEAKER, Installed, Wire, denial, install, manifest, pod_token
 from tests.conftest import eventually
-from tests.kube.build import Programs
-from tests.kube.cluster import Cluster, Refused
-from tests.kube.installed import (
-    AGENT,
-    CNI,
-    NAMESPACE,
-    OWNER,
-    SPEAKER,
-    Installed,
-    Wire,
-    block,
-    denial,
-    install,
-    manifest,
-    node_status,
-    path,
-    pod_token,
-    pool,
-)
+from tests.kube.objects import OWNER, block, node_status, path, pool
 
 MERGE = "application/merge-patch+json"
 APPLY = "application/apply-patch+yaml"

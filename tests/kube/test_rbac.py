@@ -14,6 +14,9 @@ from msgspec.structs import replace
 from agent.status import StatusWriter
 from agent.view import View
 from ipam.node import Settings
+from lab.kube.build import Programs
+from lab.kube.cluster import Cluster
+from lab.kube.installed import ACCOUNTS, AGENT, CNI, NAMESPACE, SPEAKER, Installed, Wire, denial, install
 from store.clock import SystemClock
 from store.errors import Invalid, NotFound
 from store.kube import KubeStore
@@ -21,24 +24,7 @@ from store.kubeaccess import from_kubeconfig
 from store.model import BGPNodeStatus, BGPNodeStatusStatus, IPAMBlock
 from tests.conftest import eventually
 from tests.ipam_fakes import Rig
-from tests.kube.build import Programs
-from tests.kube.cluster import Cluster
-from tests.kube.installed import (
-    ACCOUNTS,
-    AGENT,
-    CNI,
-    NAMESPACE,
-    SPEAKER,
-    Installed,
-    Wire,
-    block,
-    denial,
-    install,
-    node_status,
-    path,
-    pool,
-    status_of,
-)
+from tests.kube.objects import block, node_status, path, pool, status_of
 
 FOLLOW = ("get", "list", "watch")
 #: What each process does with each kind; why is said in the manifest.

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from lab.kube.cluster import Cluster, Refused
 from store.model import Allocation, block_name
 from store.validate import validate
-from tests.kube.cluster import Cluster, Refused
 from tests.kube.refusals import BAD, GOOD, Case, allocations, block, peer, pool, reservation
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where etcd, kube-apiserver and kube-controller-manager come from: KUBEBUILDER_ASSETS, PATH, or a build of our own.
 
-``python3 tests/kube/build.py`` prints the folder, and builds if there is none: once per version and machine, from Go
+``python3 lab/kube/build.py`` prints the folder, and builds if there is none: once per version and machine, from Go
 modules, into ``~/.cache/underlay/``. Tests only look (``find``), as they run where there is no network. Standard
 library only: it runs before the environment is made.
 """
@@ -73,7 +73,7 @@ def find(env: Mapping[str, str] = os.environ) -> Programs:
         return Programs(built, "built")
     if _go(env) is None:
         raise NotHere(NO_GO)
-    raise NotHere("no API server on this machine; type: python3 tests/kube/build.py  (once, 4 minutes on 2 idle cores)")
+    raise NotHere("no API server on this machine; type: python3 lab/kube/build.py  (once, 4 minutes on 2 idle cores)")
 
 
 def ensure(env: Mapping[str, str] = os.environ) -> Programs:

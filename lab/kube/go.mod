@@ -1,5 +1,5 @@
-// A real API server for the tests: build.py makes etcd, kube-apiserver and kube-controller-manager of this module.
-module underlay.network/tests/kube
+// A real API server: build.py makes etcd, kube-apiserver and kube-controller-manager of this module.
+module underlay.network/lab/kube
 
 go 1.26.0
 

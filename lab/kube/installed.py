@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,22 +9,18 @@ from typing import Any
 
 import yaml
 
-from store.model import block_name
-from tests.conftest import eventually
-from tests.kube.build import Programs
-from tests.kube.cluster import CONTROLLERS, Cluster, Refused
+from lab.kube.build import Programs
+from lab.kube.cluster import CONTROLLERS, Cluster, ClusterError, Refused
 
 NAMESPACE = "underlay-system"
 CNI, AGENT, SPEAKER = "underlay-cni", "underlay-agent", "underlay-speaker"
 ACCOUNTS = (CNI, AGENT, SPEAKER)
-OWNER = "underlay.network/owner"
 #: Checks the expressions of policies against the schemas of what they match.
 TYPE_CHECKER = "validatingadmissionpolicy-status-controller"
 
 Wire = dict[str, Any]
 
 _MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
-_GROUP = "/apis/underlay.network/v1"
 #: Comes after all policies of ours: when it is in force, so are they.
 _CANARY = "/api/v1/namespaces/default/configmaps"
 
@@ -54,7 +48,7 @@ def install(folder: Path, programs: Programs, *more: Wire) -> Iterator[Installed
                 made.tokens[account, name] = pod_token(cluster, account, name)
         made.unbound = {account: cluster.token(account, namespace=NAMESPACE) for account in ACCOUNTS}
         probe = {"metadata": {"name": "canary"}}
-        eventually(lambda: denial(cluster, "POST", f"{_CANARY}?dryRun=All", probe), limit=30)
+        cluster.wait_for("kube-apiserver", lambda: _refused(cluster, f"{_CANARY}?dryRun=All", probe))
         cluster.remember()
         yield made
     finally:
@@ -98,47 +92,13 @@ def denial(cluster: Cluster, method: str, path: str, body: object = None, **how:
     return None
 
 
-def status_of(cluster: Cluster, path: str, *, token: str = "") -> int:
-    """HTTP's status of a GET, without waiting for the end of the answer (a watch has none); anonymous by default."""
-    context = ssl.create_default_context(cafile=str(cluster.ca))
-    host, _, port = cluster.url.removeprefix("https://").partition(":")
-    connection = http.client.HTTPSConnection(host, int(port), timeout=30, context=context)
-    try:
-        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
-        return connection.getresponse().status
-    finally:
-        connection.close()
-
-
-# -- objects -------------------------------------------------------------------------------------------------------
-
-
-def path(plural: str, name: str = "", *, sub: str = "") -> str:
-    """Where one of our kinds is."""
-    return f"{_GROUP}/{plural}" + (f"/{name}" if name else "") + (f"/{sub}" if sub else "")
-
-
 def node(name: str) -> Wire:
     return {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
 
 
-def pool(name: str, cidr: str, size: int = 0) -> Wire:
-    return _ours("IPPool", name, {"cidr": cidr, **({"blockSize": size} if size else {})})
-
-
-def block(cidr: str, node_name: str, pool_name: str = "pool", **meta: Any) -> Wire:
-    """``meta`` is the rest of the metadata, in place of the owner's finalizer."""
-    made = _ours("IPAMBlock", block_name(cidr), {"cidr": cidr, "pool": pool_name, "node": node_name})
-    made["metadata"] |= meta or {"finalizers": [OWNER]}
-    return made
-
-
-def node_status(name: str) -> Wire:
-    return {"apiVersion": "underlay.network/v1", "kind": "BGPNodeStatus", "metadata": {"name": name}}
-
-
-def _ours(kind: str, name: str, spec: Wire) -> Wire:
-    return {"apiVersion": "underlay.network/v1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+def _refused(cluster: Cluster, url: str, body: Wire) -> None:
+    if denial(cluster, "POST", url, body) is None:
+        raise ClusterError("the policies are not in force")
 
 
 def _canary() -> list[Wire]:

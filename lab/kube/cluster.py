@@ -1,5 +1,5 @@
-"""A real API server for a test: etcd, kube-apiserver and kube-controller-manager on loopback ports of this process's
-network namespace.
+"""A real API server for lab, bench and tests: etcd, kube-apiserver and kube-controller-manager on loopback ports of
+this process's network namespace.
 
 One cluster serves many tests: ``reset`` puts etcd back, key by key, to what it held at the start, whatever a test did,
 and starts again what a test killed. Everything dies with this process.
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from cni import netns
-from tests.kube.build import NotHere, Programs
+from lab.kube.build import NotHere, Programs
 
 #: The garbage collector frees the blocks of a deleted Node; the others make a namespace behave as one.
 CONTROLLERS = ("garbage-collector-controller", "namespace-controller", "serviceaccount-controller")
@@ -120,7 +120,7 @@ class Cluster:
             "--unsafe-no-fsync",
             "--log-level=warn",
         )
-        self._await("etcd", lambda: self._etcd("/v3/maintenance/status", {}))
+        self.wait_for("etcd", lambda: self._etcd("/v3/maintenance/status", {}))
 
     def start_apiserver(self, *, wait: bool = True) -> None:
         """``wait``: until it is ready. Not to be called in a thread that ends: the process would end with it."""
@@ -147,7 +147,7 @@ class Cluster:
             "--profiling=false",
         )
         if wait:
-            self._await("kube-apiserver", lambda: self.request("GET", "/readyz"))
+            self.wait_for("kube-apiserver", lambda: self.request("GET", "/readyz"))
 
     def start_controller_manager(self) -> None:
         self._spawn(
@@ -169,7 +169,7 @@ class Cluster:
         owner = {"apiVersion": "v1", "kind": "Node", "name": "nobody", "uid": "nobody"}
         space, _, name = _ORPHAN.rpartition("/")
         self.request("POST", space, {"metadata": {"name": name, "ownerReferences": [owner]}})
-        self._await("kube-controller-manager", self._controllers_are_at_work)
+        self.wait_for("kube-controller-manager", self._controllers_are_at_work)
 
     def kill(self, name: str) -> None:
         """SIGKILL to ``etcd``, ``kube-apiserver`` or ``kube-controller-manager``: on SIGTERM an API server with an open
@@ -313,7 +313,9 @@ class Cluster:
                 preexec_fn=lambda: netns.die_with_parent(signal.SIGKILL),
             )
 
-    def _await(self, name: str, probe: Callable[[], object]) -> None:
+    def wait_for(self, name: str, probe: Callable[[], object]) -> None:
+        """Asks until ``probe`` raises nothing; ``name`` is the process waited for. ClusterError when it ended, or after
+        START_LIMIT seconds."""
         end = time.monotonic() + START_LIMIT
         while True:
             why: object
@@ -350,7 +352,7 @@ class Cluster:
             spec = crd["spec"]
             self.request("GET", f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}")
 
-        self._await("kube-apiserver", established)
+        self.wait_for("kube-apiserver", established)
 
     def _path(self, document: Mapping[str, Any]) -> str:
         """Where the API server has the object, by what it says of its kinds."""
