@@ -374,7 +374,7 @@ def test_kubectl_prints_what_an_operator_looks_for(cluster: Cluster) -> None:
     assert (peer["Peer"], peer["AS"]) == ("10.9.0.1", 65001)
 
 
-def test_blocks_are_selected_by_node_and_by_nothing_else(cluster: Cluster) -> None:
+def test_blocks_are_selected_by_what_the_model_says_and_by_nothing_else(cluster: Cluster) -> None:
     async def test(store: Store) -> None:
         await store.create(block())
 
@@ -383,7 +383,7 @@ def test_blocks_are_selected_by_node_and_by_nothing_else(cluster: Cluster) -> No
         found = cluster.request("GET", f"{ROOT}/ipamblocks?fieldSelector=spec.node%3D{node}")["items"]
         assert len(found) == count
     with pytest.raises(Refused) as refused:
-        cluster.request("GET", f"{ROOT}/ipamblocks?fieldSelector=spec.pool%3Dpool")
+        cluster.request("GET", f"{ROOT}/ipamblocks?fieldSelector=spec.cidr%3D10.0.0.0")
     assert refused.value.code == 400
 
 
