@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from cni import netns
+from lab.kube.audit import POLICY, AuditLog
 from lab.kube.build import NotHere, Programs
 
 #: The garbage collector frees the blocks of a deleted Node; the others make a namespace behave as one.
@@ -62,12 +63,16 @@ class _Ports(NamedTuple):
 
 
 class Cluster:
-    """``folder`` takes data, keys and logs. Nothing runs before ``start``."""
+    """``folder`` takes data, keys and logs. Nothing runs before ``start``. ``audit``: the API server writes down what
+    it is asked, for ``audit_log`` to read."""
 
-    def __init__(self, folder: Path, programs: Programs, *, controllers: Sequence[str] = CONTROLLERS) -> None:
+    def __init__(
+        self, folder: Path, programs: Programs, *, controllers: Sequence[str] = CONTROLLERS, audit: bool = False
+    ) -> None:
         self.folder = folder
         self._programs = programs
         self._controllers = controllers
+        self._audit = audit
         first = next(_ports)
         self._ports = _Ports(first, first + 1, first + 2, first + 3)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -89,6 +94,11 @@ class Cluster:
     def client_certificate(self) -> tuple[Path, Path]:
         """Certificate and key of an administrator."""
         return self._pki / "admin.crt", self._pki / "admin.key"
+
+    @property
+    def audit_log(self) -> AuditLog:
+        """Of a cluster that was made with ``audit``."""
+        return AuditLog(self.folder / "audit.log")
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -145,6 +155,7 @@ class Cluster:
             "--service-cluster-ip-range=10.96.0.0/16",
             "--endpoint-reconciler-type=none",
             "--profiling=false",
+            *self._auditing(),
         )
         if wait:
             self.wait_for("kube-apiserver", lambda: self.request("GET", "/readyz"))
@@ -331,6 +342,15 @@ class Cluster:
                 tail = (self.folder / f"{name}.log").read_text(errors="replace")[-3000:]
                 raise ClusterError(f"{name} {said}: {why}\n{tail}")
             time.sleep(0.05)
+
+    def _auditing(self) -> Sequence[str]:
+        if not self._audit:
+            return ()
+        policy = self.folder / "audit-policy.json"
+        policy.write_text(json.dumps(POLICY))
+        # Larger than any run makes it: a log that is rotated is one that is not counted.
+        log = f"--audit-log-path={self.folder / 'audit.log'}"
+        return f"--audit-policy-file={policy}", log, "--audit-log-maxsize=4096"
 
     def _controllers_are_at_work(self) -> None:
         for namespace in ("default", "kube-node-lease", "kube-public", "kube-system"):

@@ -36,9 +36,9 @@ class Installed:
 
 
 @contextmanager
-def install(folder: Path, programs: Programs, *more: Wire) -> Iterator[Installed]:
+def install(folder: Path, programs: Programs, *more: Wire, audit: bool = False) -> Iterator[Installed]:
     """Starts it with ``more`` applied too. ``cluster.reset`` goes back to here, so the tokens stay good."""
-    cluster = Cluster(folder, programs, controllers=(*CONTROLLERS, TYPE_CHECKER))
+    cluster = Cluster(folder, programs, controllers=(*CONTROLLERS, TYPE_CHECKER), audit=audit)
     try:
         cluster.start([*documents(), *more, *_canary()])
         made = Installed(cluster)
