@@ -12,23 +12,19 @@ import http.client
 import itertools
 import json
 import os
-import shutil
 import signal
 import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import Any
 
 from cni import netns
 from lab.kube.audit import POLICY, AuditLog
-from lab.kube.build import NotHere, Programs
+from lab.kube.build import Programs
+from lab.kube.plane import CONTROLLERS, ClusterError, Plane, Ports, write_kubeconfig
 
-#: The garbage collector frees the blocks of a deleted Node; the others make a namespace behave as one.
-CONTROLLERS = ("garbage-collector-controller", "namespace-controller", "serviceaccount-controller")
 #: Seconds for a process to answer, on a machine that does something else too.
 START_LIMIT = 120
 #: Keys that come and go by themselves, and that no test of ours can be disturbed by.
@@ -42,10 +38,6 @@ _ORPHAN = "/api/v1/namespaces/default/configmaps/orphan"
 _ports = itertools.count(16000, 4)
 
 
-class ClusterError(Exception):
-    """A process of the cluster did not start or answer; the message has the end of its log."""
-
-
 class Refused(Exception):
     """The API server's answer was not a success. ``code`` is HTTP's, ``status`` the body."""
 
@@ -53,13 +45,6 @@ class Refused(Exception):
         self.code = code
         self.status = status
         super().__init__(f"{code} {status.get('reason', '')}: {status.get('message', '')}")
-
-
-class _Ports(NamedTuple):
-    etcd: int
-    peer: int
-    api: int
-    controllers: int
 
 
 class Cluster:
@@ -70,30 +55,32 @@ class Cluster:
         self, folder: Path, programs: Programs, *, controllers: Sequence[str] = CONTROLLERS, audit: bool = False
     ) -> None:
         self.folder = folder
-        self._programs = programs
         self._controllers = controllers
         self._audit = audit
         first = next(_ports)
-        self._ports = _Ports(first, first + 1, first + 2, first + 3)
+        ports = Ports(etcd=first, peer=first + 1, api=first + 2, controllers=first + 3)
+        self._plane = Plane(programs=programs, folder=folder, admin_token="admin-token", ports=ports)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._connection: http.client.HTTPSConnection | None = None
         self._baseline: dict[str, tuple[str, str]] = {}
-        self._pki = folder / "pki"
-        self.admin_token = "admin-token"
 
     @property
     def url(self) -> str:
-        return f"https://127.0.0.1:{self._ports.api}"
+        return self._plane.url
+
+    @property
+    def admin_token(self) -> str:
+        return self._plane.admin_token
 
     @property
     def ca(self) -> Path:
         """What a client checks the API server's certificate against."""
-        return self._pki / "ca.crt"
+        return self._plane.ca
 
     @property
     def client_certificate(self) -> tuple[Path, Path]:
         """Certificate and key of an administrator."""
-        return self._pki / "admin.crt", self._pki / "admin.key"
+        return self._plane.pki / "admin.crt", self._plane.pki / "admin.key"
 
     @property
     def audit_log(self) -> AuditLog:
@@ -104,11 +91,7 @@ class Cluster:
 
     def start(self, documents: Iterable[Mapping[str, Any]] = ()) -> None:
         """Brings it up with ``documents`` (CRDs first) applied; what is there then is what ``reset`` goes back to."""
-        self._pki.mkdir(parents=True)
-        make_keys(self._pki)
-        (self._pki / "tokens.csv").write_text(
-            f"{self.admin_token},admin,1,system:masters\nmanager-token,system:kube-controller-manager,2\n"
-        )
+        self._plane.prepare()
         self.start_etcd()
         self.start_apiserver()
         self.apply(documents)
@@ -117,65 +100,17 @@ class Cluster:
         self.remember()
 
     def start_etcd(self) -> None:
-        client, peer = f"http://127.0.0.1:{self._ports.etcd}", f"http://127.0.0.1:{self._ports.peer}"
-        self._spawn(
-            "etcd",
-            self._programs.etcd,
-            f"--data-dir={self.folder / 'etcd'}",
-            f"--listen-client-urls={client}",
-            f"--advertise-client-urls={client}",
-            f"--listen-peer-urls={peer}",
-            f"--initial-advertise-peer-urls={peer}",
-            f"--initial-cluster=default={peer}",
-            "--unsafe-no-fsync",
-            "--log-level=warn",
-        )
+        self._spawn("etcd", *self._plane.etcd())
         self.wait_for("etcd", lambda: self._etcd("/v3/maintenance/status", {}))
 
     def start_apiserver(self, *, wait: bool = True) -> None:
         """``wait``: until it is ready. Not to be called in a thread that ends: the process would end with it."""
-        self._spawn(
-            "kube-apiserver",
-            self._programs.apiserver,
-            f"--etcd-servers=http://127.0.0.1:{self._ports.etcd}",
-            "--etcd-compaction-interval=0",
-            "--bind-address=127.0.0.1",
-            # Asked for where there is no default route; nobody uses it, as there is no reconciler of endpoints.
-            "--advertise-address=192.0.2.1",
-            f"--secure-port={self._ports.api}",
-            f"--tls-cert-file={self._pki / 'server.crt'}",
-            f"--tls-private-key-file={self._pki / 'server.key'}",
-            f"--client-ca-file={self.ca}",
-            "--service-account-issuer=https://kubernetes.default.svc",
-            f"--service-account-signing-key-file={self._pki / 'server.key'}",
-            f"--service-account-key-file={self._pki / 'server.crt'}",
-            f"--token-auth-file={self._pki / 'tokens.csv'}",
-            "--authorization-mode=Node,RBAC",
-            "--enable-admission-plugins=NodeRestriction,OwnerReferencesPermissionEnforcement",
-            "--service-cluster-ip-range=10.96.0.0/16",
-            "--endpoint-reconciler-type=none",
-            "--profiling=false",
-            *self._auditing(),
-        )
+        self._spawn("kube-apiserver", *self._plane.apiserver(), *self._auditing())
         if wait:
             self.wait_for("kube-apiserver", lambda: self.request("GET", "/readyz"))
 
     def start_controller_manager(self) -> None:
-        self._spawn(
-            "kube-controller-manager",
-            self._programs.controller_manager,
-            f"--kubeconfig={self.kubeconfig('manager-token')}",
-            f"--controllers={','.join(self._controllers)}",
-            f"--root-ca-file={self.ca}",
-            f"--tls-cert-file={self._pki / 'server.crt'}",
-            f"--tls-private-key-file={self._pki / 'server.key'}",
-            "--bind-address=127.0.0.1",
-            f"--secure-port={self._ports.controllers}",
-            "--use-service-account-credentials=true",
-            "--leader-elect=false",
-            "--kube-api-qps=500",
-            "--kube-api-burst=1000",
-        )
+        self._spawn("kube-controller-manager", *self._plane.controller_manager(self._controllers))
         # It works once it has read every kind, and collected what has no owner.
         owner = {"apiVersion": "v1", "kind": "Node", "name": "nobody", "uid": "nobody"}
         space, _, name = _ORPHAN.rpartition("/")
@@ -299,24 +234,15 @@ class Cluster:
         """A kubeconfig file for a token (default: the administrator's)."""
         token = token or self.admin_token
         path = path or self.folder / f"{token[:40]}.kubeconfig"
-        config = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "test",
-            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
-            "clusters": [{"name": "test", "cluster": {"server": self.url, "certificate-authority": str(self.ca)}}],
-            "users": [{"name": "test", "user": {"token": token}}],
-        }
-        path.write_text(yaml.safe_dump(config))
-        path.chmod(0o600)
+        write_kubeconfig(path, self.url, self.ca, token=token)
         return path
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
-    def _spawn(self, name: str, program: Path, *arguments: str) -> None:
+    def _spawn(self, name: str, *argv: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [program, *arguments],
+                argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -386,7 +312,9 @@ class Cluster:
     def _connect(self) -> http.client.HTTPSConnection:
         if self._connection is None:
             context = ssl.create_default_context(cafile=str(self.ca))
-            self._connection = http.client.HTTPSConnection("127.0.0.1", self._ports.api, timeout=30, context=context)
+            self._connection = http.client.HTTPSConnection(
+                "127.0.0.1", self._plane.ports.api, timeout=30, context=context
+            )
         return self._connection
 
     def _disconnect(self) -> None:
@@ -412,7 +340,7 @@ class Cluster:
         return [*added, *changed]
 
     def _etcd(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._ports.etcd, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self._plane.ports.etcd, timeout=30)
         try:
             connection.request("POST", path, body=json.dumps(body))
             answer = connection.getresponse()
@@ -426,26 +354,3 @@ class Cluster:
 
 def _b64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
-
-
-def make_keys(folder: Path, *, names: str = "IP:127.0.0.1,DNS:localhost,DNS:kubernetes.default.svc") -> None:
-    """A CA (``ca.crt``), a server's certificate for ``names`` (``server``), and an administrator's (``admin``)."""
-    if shutil.which("openssl") is None:
-        raise NotHere("openssl is not installed: apt-get install openssl")
-    # Python 3.13 asks for keyUsage and key identifiers, as RFC 5280 does.
-    _openssl(folder, "ca", "/CN=test-ca", "basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign,cRLSign")
-    server = (f"subjectAltName={names}", "extendedKeyUsage=serverAuth")
-    signed = ("basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature")
-    _openssl(folder, "server", "/CN=kube-apiserver", *signed, *server, ca=True)
-    _openssl(folder, "admin", "/O=system:masters/CN=admin", *signed, "extendedKeyUsage=clientAuth", ca=True)
-
-
-def _openssl(folder: Path, name: str, subject: str, *extensions: str, ca: bool = False) -> None:
-    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    argv += ["-config", os.devnull, "-subj", subject, "-keyout", f"{name}.key", "-out", f"{name}.crt"]
-    argv += ["-CA", "ca.crt", "-CAkey", "ca.key"] if ca else []
-    for extension in (*extensions, "subjectKeyIdentifier=hash"):
-        argv += ["-addext", extension]
-    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=30, check=False)
-    if done.returncode != 0:
-        raise ClusterError(f"{' '.join(argv)}: {done.stderr}")

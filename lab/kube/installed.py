@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from lab.kube.build import Programs
-from lab.kube.cluster import CONTROLLERS, Cluster, ClusterError, Refused
+from lab.kube.cluster import Cluster, Refused
+from lab.kube.plane import CONTROLLERS, ClusterError
 
 NAMESPACE = "underlay-system"
 CNI, AGENT, SPEAKER = "underlay-cni", "underlay-agent", "underlay-speaker"

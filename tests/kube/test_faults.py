@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lab.kube.cluster import make_keys
+from lab.kube.plane import make_keys
 from store import kube
 from store.base import Event
 from store.clock import SystemClock

@@ -1,0 +1,168 @@
+"""A control plane on one machine: where its programs listen, what they are told, whom they know. It starts nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import yaml
+
+from lab.kube.build import NotHere, Programs
+
+#: The garbage collector frees the blocks of a deleted Node; the others make a namespace behave as one.
+CONTROLLERS = ("garbage-collector-controller", "namespace-controller", "serviceaccount-controller")
+#: What the API server calls itself in its certificate, wherever it listens.
+NAMES = "IP:127.0.0.1,DNS:localhost,DNS:kubernetes.default.svc"
+
+
+class ClusterError(Exception):
+    """A process of the cluster did not start or answer; the message has the end of its log."""
+
+
+class Ports(msgspec.Struct, frozen=True, kw_only=True):
+    """All on loopback but ``api``, which is where ``Plane.address`` says."""
+
+    etcd: int = 2379
+    peer: int = 2380
+    api: int = 6443
+    controllers: int = 10257
+
+
+class Plane(msgspec.Struct, frozen=True, kw_only=True):
+    """``folder`` takes data and keys. ``admin_token`` is an administrator's, ``manager_token`` controller-manager's."""
+
+    programs: Programs
+    folder: Path
+    admin_token: str
+    manager_token: str = "manager-token"
+    address: str = "127.0.0.1"
+    ports: Ports = Ports()
+
+    @property
+    def url(self) -> str:
+        return f"https://{self.address}:{self.ports.api}"
+
+    @property
+    def ca(self) -> Path:
+        """What a client checks the API server's certificate against."""
+        return self.pki / "ca.crt"
+
+    @property
+    def pki(self) -> Path:
+        return self.folder / "pki"
+
+    def prepare(self, *, names: str = NAMES) -> None:
+        """Makes keys, certificates and the list of tokens. NotHere, ClusterError."""
+        self.pki.mkdir(parents=True, mode=0o700)
+        make_keys(self.pki, names=names)
+        tokens = self.pki / "tokens.csv"
+        tokens.write_text(
+            f"{self.admin_token},admin,1,system:masters\n{self.manager_token},system:kube-controller-manager,2\n"
+        )
+        write_kubeconfig(self._manager, self.url, self.ca, token=self.manager_token)
+
+    def etcd(self) -> list[str]:
+        client, peer = f"http://127.0.0.1:{self.ports.etcd}", f"http://127.0.0.1:{self.ports.peer}"
+        return [
+            str(self.programs.etcd),
+            f"--data-dir={self.folder / 'etcd'}",
+            f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=default={peer}",
+            "--unsafe-no-fsync",
+            "--log-level=warn",
+        ]
+
+    def apiserver(self) -> list[str]:
+        return [
+            str(self.programs.apiserver),
+            f"--etcd-servers=http://127.0.0.1:{self.ports.etcd}",
+            "--etcd-compaction-interval=0",
+            f"--bind-address={self.address}",
+            # Asked for where there is no default route; nobody uses it, as there is no reconciler of endpoints.
+            "--advertise-address=192.0.2.1",
+            f"--secure-port={self.ports.api}",
+            f"--tls-cert-file={self.pki / 'server.crt'}",
+            f"--tls-private-key-file={self.pki / 'server.key'}",
+            f"--client-ca-file={self.ca}",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            f"--service-account-signing-key-file={self.pki / 'server.key'}",
+            f"--service-account-key-file={self.pki / 'server.crt'}",
+            f"--token-auth-file={self.pki / 'tokens.csv'}",
+            "--authorization-mode=Node,RBAC",
+            "--enable-admission-plugins=NodeRestriction,OwnerReferencesPermissionEnforcement",
+            "--service-cluster-ip-range=10.96.0.0/16",
+            "--endpoint-reconciler-type=none",
+            "--profiling=false",
+        ]
+
+    def controller_manager(self, controllers: Sequence[str] = CONTROLLERS) -> list[str]:
+        return [
+            str(self.programs.controller_manager),
+            f"--kubeconfig={self._manager}",
+            f"--controllers={','.join(controllers)}",
+            f"--root-ca-file={self.ca}",
+            f"--tls-cert-file={self.pki / 'server.crt'}",
+            f"--tls-private-key-file={self.pki / 'server.key'}",
+            "--bind-address=127.0.0.1",
+            f"--secure-port={self.ports.controllers}",
+            "--use-service-account-credentials=true",
+            "--leader-elect=false",
+            "--kube-api-qps=500",
+            "--kube-api-burst=1000",
+        ]
+
+    @property
+    def _manager(self) -> Path:
+        return self.pki / "manager.kubeconfig"
+
+
+def write_kubeconfig(path: Path, server: str, ca: Path, *, token: str = "", token_file: Path | None = None) -> None:
+    """A kubeconfig, its owner's alone, for a token or for a file that has one and may change."""
+    user = {"tokenFile": str(token_file)} if token_file else {"token": token}
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "lab",
+        "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "lab"}}],
+        "clusters": [{"name": "lab", "cluster": {"server": server, "certificate-authority": str(ca)}}],
+        "users": [{"name": "lab", "user": user}],
+    }
+    write_secret(path, yaml.safe_dump(config))
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Writes a file that its owner alone can read; who reads it meanwhile reads the old one or the new one, whole."""
+    part = path.with_name(f".{path.name}.part")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
+        file.write(text)
+    part.rename(path)
+
+
+def make_keys(folder: Path, *, names: str = NAMES) -> None:
+    """A CA (``ca.crt``), a server's certificate for ``names`` (``server``), and an administrator's (``admin``)."""
+    if shutil.which("openssl") is None:
+        raise NotHere("openssl is not installed: apt-get install openssl")
+    # Python 3.13 asks for keyUsage and key identifiers, as RFC 5280 does.
+    _openssl(folder, "ca", "/CN=test-ca", "basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign,cRLSign")
+    server = (f"subjectAltName={names}", "extendedKeyUsage=serverAuth")
+    signed = ("basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature")
+    _openssl(folder, "server", "/CN=kube-apiserver", *signed, *server, ca=True)
+    _openssl(folder, "admin", "/O=system:masters/CN=admin", *signed, "extendedKeyUsage=clientAuth", ca=True)
+
+
+def _openssl(folder: Path, name: str, subject: str, *extensions: str, ca: bool = False) -> None:
+    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    argv += ["-config", os.devnull, "-subj", subject, "-keyout", f"{name}.key", "-out", f"{name}.crt"]
+    argv += ["-CA", "ca.crt", "-CAkey", "ca.key"] if ca else []
+    for extension in (*extensions, "subjectKeyIdentifier=hash"):
+        argv += ["-addext", extension]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode != 0:
+        raise ClusterError(f"{' '.join(argv)}: {done.stderr}")
