@@ -146,7 +146,7 @@ def _wanted_go() -> str:
 def _go(env: Mapping[str, str]) -> Path | None:
     """The first Go of this machine that is new enough."""
     wanted = [int(part) for part in _wanted_go().split(".")]
-    for folder in (*env.get("PATH", "").split(os.pathsep), GO_HOME):
+    for folder in (*env.get("PATH", "").split(os.pathsep), str(GO_HOME)):
         go = shutil.which("go", path=folder) if folder else None
         if go is None:
             continue
