@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -49,7 +50,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Server:
-    """Owns ``directory``/cni.sock. ``carry_out`` is ``Verbs.carry_out``."""
+    """Owns ``directory``/cni.sock. ``carry_out`` is ``Verbs.carry_out``; ``observe`` is told of each answer: the verb,
+    the CNI code (0: success) and the seconds that it took."""
 
     def __init__(
         self,
@@ -58,11 +60,13 @@ class Server:
         carry_out: CarryOut,
         settings: Settings | None = None,
         step: Callable[[str], None] = lambda _: None,
+        observe: Callable[[str, int, float], None] = lambda *_: None,
     ) -> None:
         self._path = directory / SOCKET
         self._carry_out = carry_out
         self._settings = settings or Settings()
         self._step = step
+        self._observe = observe
         self._home = Path("/proc/thread-self/ns/net").stat()
 
     async def run(self) -> None:
@@ -138,6 +142,7 @@ class Server:
 
     async def _serve(self, connection: socket.socket) -> None:
         received: list[int] = []
+        began = time.monotonic()
         with connection:
             connection.setblocking(False)
             try:
@@ -148,11 +153,14 @@ class Server:
                 async with asyncio.timeout(self._settings.read_limit):
                     data = await _read(connection, received)
                 code, text, command = await self._answer(data, received)
+                answer = message.encode_answer(int(code != 0), text)
                 async with asyncio.timeout(self._settings.write_limit):
-                    await asyncio.get_running_loop().sock_sendall(connection, message.encode_answer(code, text))
+                    await asyncio.get_running_loop().sock_sendall(connection, answer)
+                self._observe(command, code, time.monotonic() - began)
                 self._step(f"{command.lower()}-answered")
             except MalformedMessage as e:
                 log.warning("a call was refused: %s", e)
+                self._observe("", spec.UNDECODABLE, time.monotonic() - began)
                 refusal = Refusal(spec.UNDECODABLE, "the request is malformed", str(e))
                 with contextlib.suppress(OSError, TimeoutError):
                     async with asyncio.timeout(self._settings.write_limit):
@@ -168,7 +176,7 @@ class Server:
                     os.close(fd)
 
     async def _answer(self, data: bytes, received: list[int]) -> tuple[int, bytes, str]:
-        """Exit code, what is to be printed, and the command that it was."""
+        """CNI code (0: success), what is to be printed, and the command that it was."""
         request = message.decode(data)
         try:
             call = spec.parse(request.environment, request.config)
@@ -182,7 +190,7 @@ class Server:
             log.exception("a call failed by a defect of ours")
             problem = Refusal(spec.INTERNAL, "internal error", "see the log of underlay-cni on this node")
         command = request.environment.get("CNI_COMMAND", "")
-        return 1, spec.error(spec.version_of(request.config), problem), command
+        return problem.code, spec.error(spec.version_of(request.config), problem), command
 
     def _pod_ns(self, received: list[int]) -> int | None:
         if not received:

@@ -162,6 +162,11 @@ class Journal:
         self._compact_at = max(COMPACT_FROM, 4 * self._size)
 
     @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._size
+
+    @property
     def wants_rewrite(self) -> bool:
         """Most of the file is history, or somebody has removed it."""
         return self._size > self._compact_at or os.fstat(self._fd).st_nlink == 0

@@ -50,13 +50,21 @@ class Mirror:
         self._vanished = vanished
         self._superseded = superseded
         self._step = step
-        self._dirty: dict[str, None] = {}  # CIDRs, in order of their change
+        self._dirty: dict[str, float] = {}  # CIDRs, and since when (monotonic), in order of their change
+        self._writing: float | None = None  # since when the block that is being written was dirty
         self._news = asyncio.Event()
         self._stopped = False
 
     def touch(self, own: Own) -> None:
-        self._dirty[own.cidr] = None
+        self._dirty.setdefault(own.cidr, self._clock.monotonic())
         self._news.set()
+
+    def lag(self) -> float:
+        """Seconds since the oldest change that is not in the store yet; 0 if all is."""
+        oldest = min(self._dirty.values(), default=None)
+        if self._writing is not None:
+            oldest = self._writing if oldest is None else min(oldest, self._writing)
+        return 0.0 if oldest is None else self._clock.monotonic() - oldest
 
     async def run(self) -> None:
         """Runs until cancelled, or until a newer server is met."""
@@ -82,17 +90,20 @@ class Mirror:
             if self._stopped:
                 raise Superseded("a newer server writes these blocks")
             own = self.ledger.blocks.get(cidr)
-            self._dirty.pop(cidr, None)  # a change while we write counts for the next round
+            since = self._dirty.pop(cidr)  # a change while we write counts for the next round
             if own is None or own.phase in (Phase.DELETING, Phase.LOST):
                 continue
+            self._writing = since
             try:
                 async with asyncio.timeout(self._settings.store_limit):
                     written = await self._write(own)
             except (StoreError, TimeoutError) as e:
                 log.warning("block %s is not mirrored yet: %s", cidr, in_words(e))
                 written = False
+            finally:
+                self._writing = None
             if not written:
-                self._dirty[cidr] = None
+                self._dirty[cidr] = since
         return not self._dirty
 
     def check(self, own: Own, seen: IPAMBlock) -> None:
