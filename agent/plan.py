@@ -133,12 +133,15 @@ def plan(snapshot: Snapshot) -> Plan:
 
     held = {prefix for prefix, protocol, _ in kernel.routes if protocol == PROTO_BLOCKS}
     standing = standing_blocks(snapshot, held)
-    blackholes = standing | {cidr for cidr in held - standing if still_announced(cidr, snapshot)}
+    fresh = fresh_blocks(standing - held, snapshot)
+    known = (standing - fresh) | {cidr for cidr in held - standing if still_announced(cidr, snapshot)}
     # R9: install, then announce.
     announcements = announce(standing & held, sessions, pools)
 
-    policy = import_policy(me, peers, pools, blackholes, snapshot)
+    policy = import_policy(me, peers, pools, known, snapshot)
     selection = snapshot.rib.select(policy)
+    # R5: what others announce stays in the kernel, where the CNI server sees it, and the block has no blackhole.
+    blackholes = known | (fresh - routed_elsewhere(fresh, selection, notes))
     missing = missing_pod_routes(snapshot)
 
     routes: dict[RouteKey, Route] = {}
@@ -151,6 +154,7 @@ def plan(snapshot: Snapshot) -> Plan:
 
     note_speaker(snapshot, sessions, notes)
     note_refused_routes(peers, selection, notes)
+    note_own_blocks(peers, selection, snapshot.rib, notes)
     note_forwarding(kernel, standing, notes)
     return Plan(
         routes=routes,
@@ -391,6 +395,29 @@ def standing_blocks(snapshot: Snapshot, held: set[str]) -> set[str]:
     return (own - leaving) | (with_live_pods(in_question, snapshot.kernel) - snapshot.cluster.taken)
 
 
+def fresh_blocks(cidrs: set[str], snapshot: Snapshot) -> set[str]:
+    """Those of these blocks without blackhole that nothing of ours was seen to live in: newly claimed, as it seems."""
+    used = {b.spec.cidr for b in snapshot.cluster.blocks if b.status.allocations}
+    return cidrs - used - with_live_pods(cidrs, snapshot.kernel)
+
+
+def routed_elsewhere(fresh: set[str], selection: Selection, notes: Notes) -> set[str]:
+    """Those of the new blocks that a peer's route is equal to or inside of: somebody else uses them (R5)."""
+    if not fresh:
+        return set()
+    blocks, found = PrefixSet(fresh), set()
+    for prefix, hops in selection.best.items():
+        if blocks.covers(parse(prefix)):
+            cidr = next(c for c in fresh if PrefixSet([c]).covers(parse(prefix)))
+            found.add(cidr)
+            notes.add(
+                "ForeignRoute",
+                f"{prefix} via {' and '.join(h.gateway for h in hops)} is in the new block {cidr}, which is neither "
+                f"used nor announced until that route is gone: does another cluster have a pool here?",
+            )
+    return found
+
+
 def is_leaving(block: IPAMBlock) -> bool:
     """The owner gives it back (R4), or somebody deleted it (R5)."""
     return block.status.releasing or bool(block.metadata.deletion_timestamp)
@@ -608,6 +635,25 @@ def note_refused_routes(peers: Iterable[Peer], selection: Selection, notes: Note
                 notes.add("NextHopNotOnLink", f"{peer.name}: {count} prefixes: {refusal.value}")
             elif refusal in _TELLING:
                 notes.add("RoutesRefused", f"{peer.name}: {count} prefixes, {refusal.name}: {refusal.value}")
+
+
+def note_own_blocks(peers: Iterable[Peer], selection: Selection, rib: Rib, notes: Notes) -> None:
+    """Somebody else announces what is in a block that is in use here. Our own announcement that comes back (where
+    numAllowedLocalASNumbers lets it) has our AS in its path."""
+    for peer in peers:
+        prefixes = sorted(
+            prefix
+            for prefix, why in selection.refused.get(peer.address, {}).items()
+            if why is Refusal.OwnBlock
+            and peer.local_as not in rib.peers[peer.address].routes[prefix].attributes.as_path
+        )
+        if prefixes:
+            notes.add(
+                "ForeignRoute",
+                f"{peer.name} announces {', '.join(_some(prefixes))}, in a block of this node: refused, but pods of that "
+                f"block are perhaps not reached from elsewhere; another cluster with a pool here, or a node that the "
+                f"store knows no more, is to be given other addresses",
+            )
 
 
 def note_forwarding(kernel: KernelState, blocks: Iterable[str], notes: Notes) -> None:

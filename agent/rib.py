@@ -89,7 +89,7 @@ class Refusal(enum.Enum):
     InvalidPrefix = "the prefix is not one"
     DefaultRouteRefused = "a default route comes in only from a peer with defaultRoute: Fallback"
     OutsidePools = "the prefix is inside no pool and no importCIDRs"
-    OwnBlock = "the prefix is equal to or inside a block of this node"
+    OwnBlock = "the prefix is equal to or inside a block of this node: somebody else announces it too"
     ASSet = "the AS_PATH has an AS_SET (RFC 9774)"
     OwnASInPath = "our AS is in the AS_PATH more often than numAllowedLocalASNumbers"
     FirstASNotPeer = "the AS_PATH does not begin with the peer's AS"
@@ -184,10 +184,6 @@ def outside_pools(prefix: Prefix, context: Context) -> bool:
     return not is_default(prefix) and not context.allowed.covers(prefix)
 
 
-def own_block(prefix: Prefix, context: Context) -> bool:
-    return context.own.covers(prefix)
-
-
 def has_as_set(path: Attributes, context: Context) -> bool:
     return bool(path.as_set)
 
@@ -212,11 +208,10 @@ def next_hop_family(prefix: Prefix, next_hop: str) -> bool:
     return prefix.bits == 128 and ":" not in next_hop  # the other way round is RFC 8950
 
 
-#: In this order, prefix before path before next hop; the first rule that says yes is the reason.
+#: In this order, prefix before path before next hop before own blocks; the first rule that says yes is the reason.
 PREFIX_RULES: Final[tuple[tuple[Refusal, Callable[[Prefix, Context], bool]], ...]] = (
     (Refusal.DefaultRouteRefused, refused_default),
     (Refusal.OutsidePools, outside_pools),
-    (Refusal.OwnBlock, own_block),
 )
 PATH_RULES: Final[tuple[tuple[Refusal, Callable[[Attributes, Context], bool]], ...]] = (
     (Refusal.ASSet, has_as_set),
@@ -237,7 +232,9 @@ def judge(route: Received, prefix: Prefix, context: Context) -> NextHop | Refusa
         return refused
     if next_hop_family(prefix, route.next_hop):
         return Refusal.NextHopFamily
-    return context.hop(route.next_hop)
+    hop = context.hop(route.next_hop)
+    # Last, so that it is said of others' routes only, and not of our own that came back.
+    return Refusal.OwnBlock if isinstance(hop, NextHop) and context.own.covers(prefix) else hop
 
 
 # -- best path (RFC 4271, 9.1.2.2): each step keeps the better ones ------------------------------------------------

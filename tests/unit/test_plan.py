@@ -299,6 +299,62 @@ def imported(wanted: Plan) -> dict[str, Route]:
     return {p: r for (p, proto, _), r in wanted.routes.items() if proto == PROTO_IMPORTS}
 
 
+# -- foreign routes in own blocks (R5) --------------------------------------------------------------------------------
+
+
+def allocated(cidr: str, address: str) -> Any:
+    found = block(cidr)
+    one = Allocation(address=address, network="pods", container="c1", interface="eth0")
+    return replace(found, status=replace(found.status, allocations=(one,)))
+
+
+@pytest.mark.parametrize("theirs", [OWN4, "10.244.1.7/32", "10.244.1.32/27"])
+def test_a_new_block_that_a_peer_routes_to_gets_no_blackhole_and_the_import_stays(theirs: str) -> None:
+    rib = rib_with({"10.0.1.0": [theirs], "fd00:0:2::": ["fd00:10:244::40/126"]}, kernel=kernel_of())
+    wanted = plan(snapshot(kernel=kernel_of(), rib=rib))
+    assert prefixes(wanted, PROTO_BLOCKS) == set()
+    assert announced(wanted) == set()
+    assert set(imported(wanted)) == {theirs, "fd00:10:244::40/126"}
+    assert theirs in message(wanted, "ForeignRoute")
+    assert OWN4 in message(wanted, "ForeignRoute")
+    assert "10.0.1.0" in message(wanted, "ForeignRoute")
+    gone = plan(snapshot(kernel=kernel_of(), rib=rib_with({})))
+    assert prefixes(gone, PROTO_BLOCKS) == {OWN4, OWN6}
+
+
+def test_a_route_around_a_new_block_or_beside_it_is_nobody_s_claim() -> None:
+    rib = rib_with({"10.0.1.0": ["10.244.0.0/16", "10.244.1.0/24", "10.244.1.64/26"]}, kernel=kernel_of())
+    wanted = plan(snapshot(kernel=kernel_of(), rib=rib))
+    assert prefixes(wanted, PROTO_BLOCKS) == {OWN4, OWN6}
+    assert "ForeignRoute" not in types(wanted)
+
+
+@pytest.mark.parametrize("how", ["blackhole", "allocation", "pod"])
+def test_a_block_in_use_is_ours_whatever_a_peer_routes_to(how: str) -> None:
+    """Also when somebody took its blackhole away."""
+    pod = Route(prefix="10.244.1.9/32", protocol=PROTO_PODS, metric=32, nexthops=(NextHop("", 9),))
+    kernel, blocks = {
+        "blackhole": (kernel_of(OWN4), (block(OWN4),)),
+        "allocation": (kernel_of(), (allocated(OWN4, "10.244.1.9"),)),
+        "pod": (kernel_of(routes={pod.key: Installed(route=pod)}), (block(OWN4),)),
+    }[how]
+    rib = rib_with({"10.0.1.0": ["10.244.1.0/27"]})
+    wanted = plan(snapshot(kernel=kernel, rib=rib, cluster=cluster(blocks=blocks)))
+    assert prefixes(wanted, PROTO_BLOCKS) == {OWN4}
+    assert imported(wanted) == {}
+    assert "tor-1-v4 announces 10.244.1.0/27" in message(wanted, "ForeignRoute")
+
+
+def test_an_own_announcement_that_comes_back_is_nobody_else_s() -> None:
+    peers = (bgp_peer("tor", "10.0.1.0", num_allowed_local_as_numbers=1),)
+    rib = rib_with({}, cluster=cluster(peers=peers))
+    back = Received(prefix=OWN4, next_hop="10.0.1.0", attributes=Attributes(as_path=(65001, 65100), origin="igp"))
+    rib.apply(Update(peer="10.0.1.0", generation=1, announced=(back,)), 0.0)
+    wanted = plan(snapshot(rib=rib, cluster=cluster(peers=peers)))
+    assert imported(wanted) == {}
+    assert "ForeignRoute" not in types(wanted)
+
+
 def test_imports_have_source_metric_and_all_equal_next_hops() -> None:
     rib = rib_with(
         {
