@@ -13,6 +13,7 @@ import yaml
 
 from lab.kube.build import NotHere, Programs, find
 from lab.kube.cluster import Cluster
+from lab.kube.installed import Installed, install
 
 MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
 
@@ -64,6 +65,19 @@ def cluster(_shared: Cluster) -> Cluster:
     """The cluster of this session with our manifests applied, and nothing of any other test in it."""
     _shared.reset()
     return _shared
+
+
+@pytest.fixture(scope="session")
+def _installed(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+    with install(tmp_path_factory.mktemp("installed"), programs, audit=True) as made:
+        yield made
+
+
+@pytest.fixture
+def installed(_installed: Installed) -> Installed:
+    """A cluster of this session as an operator has it, with an audit log, and nothing of any other test in it."""
+    _installed.cluster.reset()
+    return _installed
 
 
 @pytest.fixture

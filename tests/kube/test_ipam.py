@@ -5,24 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-import pytest
 from msgspec.structs import replace
 
 from ipam.errors import IPAMError
 from ipam.ledger import Phase
-from ipam.model import Lease
 from ipam.node import Settings
 from lab.kube.audit import count
-from lab.kube.build import Programs
-from lab.kube.installed import CNI, Installed, install
-from store.clock import SystemClock
-from store.errors import NotFound, StoreError
-from store.kube import KubeStore
-from store.kubeaccess import from_kubeconfig
+from lab.kube.installed import Installed
+from store.errors import StoreError
 from store.model import (
     ANNOTATION_RELEASE,
     ANNOTATION_RELEASE_REFUSED,
@@ -31,119 +23,10 @@ from store.model import (
     IPPool,
     Meta,
     Node,
-    block_name,
 )
 from tests.ipam_fakes import Rig, attachment, link_name
 from tests.ipam_fakes import pool as a_pool
-
-#: As in production, only faster.
-SETTINGS = Settings(
-    rest=0.3,
-    withdrawn=0.2,
-    blackhole_limit=0.3,
-    backoff_max=0.5,
-    grace=3.0,
-    absence_look=0.2,
-    absence_gap=12.0,  # a look comes with every claim that finds nothing, 5 s apart at rest
-    recheck=2.0,
-)
-CLOCK = SystemClock()
-
-
-@pytest.fixture(scope="module")
-def _installed(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-    with install(tmp_path_factory.mktemp("ipam"), programs, audit=True) as made:
-        yield made
-
-
-@pytest.fixture
-def installed(_installed: Installed) -> Installed:
-    _installed.cluster.reset()
-    return _installed
-
-
-class World:
-    """``people`` is an operator's store; ``nodes`` are servers that run, each with its own token and agent."""
-
-    def __init__(self, installed: Installed, folder: Path) -> None:
-        self.cluster = installed.cluster
-        self._installed = installed
-        self._folder = folder
-        self.people = KubeStore(from_kubeconfig([self.cluster.kubeconfig()]), CLOCK)
-        self.rigs: list[Rig] = []
-
-    async def node(self, name: str, settings: Settings = SETTINGS) -> Rig:
-        kubeconfig = self._folder / f"{name}.kubeconfig"
-        # A node of the fixture has the token of its pod; more than those two are the operator's.
-        token = self._installed.tokens.get((CNI, name), self.cluster.admin_token)
-        self.cluster.kubeconfig(token, path=kubeconfig)
-        store = KubeStore(from_kubeconfig([kubeconfig]), CLOCK)
-        rig = Rig(self._folder, node=name, store=store, clock=CLOCK, settings=settings)  # type: ignore[arg-type]
-        self.rigs.append(rig)
-        await rig.up(run=False)
-        rig._running = asyncio.create_task(rig.ipam.run())
-        rig._agent = asyncio.create_task(_agent(rig))
-        return rig
-
-    async def close(self) -> None:
-        for rig in self.rigs:
-            await rig.down()
-            await rig.store.close()
-        await self.people.close()
-
-    async def block(self, cidr: str) -> IPAMBlock | None:
-        try:
-            return await self.people.get(IPAMBlock, block_name(cidr))
-        except NotFound:
-            return None
-
-
-async def _agent(rig: Rig) -> None:
-    while True:
-        with suppress(StoreError):  # then it keeps what it has (R14)
-            await rig.sync_blackholes()
-        await asyncio.sleep(0.05)
-
-
-def run(installed: Installed, folder: Path, story: Callable[[World], Awaitable[None]], *pools: IPPool) -> None:
-    @asynccontextmanager
-    async def world() -> AsyncIterator[World]:
-        made = World(installed, folder)
-        try:
-            for pool in pools:
-                await made.people.create(pool)
-            yield made
-        finally:
-            await made.close()
-
-    async def main() -> None:
-        async with asyncio.timeout(90), world() as made:
-            await story(made)
-            for rig in made.rigs:
-                rig.check_alive()
-
-    asyncio.run(main())
-
-
-async def soon(probe: Callable[[], Awaitable[object]], limit: float = 10) -> None:
-    async with asyncio.timeout(limit):
-        while not await probe():  # noqa: ASYNC110 - what is waited for is in another process
-            await asyncio.sleep(0.05)
-
-
-async def adds(rig: Rig, names: list[str]) -> list[Lease]:
-    """ADDs one after another, each tried again as a kubelet does."""
-    leases = []
-    for name in names:
-        async with asyncio.timeout(10):
-            while True:
-                try:
-                    leases.append(await rig.add(name))
-                    break
-                except IPAMError:
-                    await asyncio.sleep(0.1)
-    return leases
-
+from tests.kube.world import CLOCK, SETTINGS, World, adds, run, soon
 
 SMALL = a_pool("small", "10.1.0.0/24", 28)
 
@@ -206,7 +89,6 @@ def test_a_dead_nodes_blocks_come_free_by_another_nodes_token(installed: Install
         assert CLOCK.monotonic() - began >= SETTINGS.grace
         await adds(rig, [f"more{i}" for i in range(19)])
         world.rigs.remove(dead)
-        await dead.store.close()
 
     run(installed, tmp_path, story, a_pool("two", "10.2.0.0/27", 28))
 
@@ -369,9 +251,7 @@ def test_nodes_that_race_for_few_blocks_share_none(installed: Installed, tmp_pat
                 await asyncio.sleep(0.2 * (turn % 3))
                 if (i + turn) % 5 == 0:
                     await rig.down()
-                    await rig.up(run=False)
-                    rig._running = asyncio.create_task(rig.ipam.run())
-                    rig._agent = asyncio.create_task(_agent(rig))
+                    await world.up(rig)
                 for address in lease.addresses:
                     del held[address]
                 rig.delete(name)
