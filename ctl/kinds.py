@@ -33,9 +33,9 @@ def find_kinds(words: str) -> tuple[type[Resource], ...]:
 
 
 def reference(obj: Resource) -> str:
-    """How output names an object: ``ippool/default``."""
-    return reference_to(type(obj), obj.name)
+    """How output names an object: ``ippool/default``, ``pod/shop/web-0``."""
+    return reference_to(type(obj), obj.key)
 
 
-def reference_to(kind: type[Resource], name: str) -> str:
-    return f"{kind.kind().lower()}/{name}"
+def reference_to(kind: type[Resource], key: str) -> str:
+    return f"{kind.kind().lower()}/{key}"

@@ -7,18 +7,25 @@ from typing import Any
 
 import msgspec
 
-from ctl.kinds import reference
+from ctl.kinds import reference_to
 from ctl.words import age, count, listed, yes
 from store.model import (
     ANNOTATION_ASN,
+    LABEL_SERVICE,
     BGPConfiguration,
     BGPNodeStatus,
     BGPPeer,
+    EndpointSlice,
     IPAMBlock,
     IPPool,
     IPReservation,
+    KubeEvent,
+    Namespace,
     Node,
+    Pod,
     Resource,
+    Secret,
+    Service,
 )
 from store.validate import block_size
 
@@ -38,17 +45,24 @@ class Table(msgspec.Struct, frozen=True):
 
 
 def table(
-    kind: type[Resource], objects: Iterable[Resource], *, now: str, wide: bool = False, full_names: bool = False
+    kind: type[Resource],
+    objects: Iterable[Resource],
+    *,
+    now: str,
+    wide: bool = False,
+    full_names: bool = False,
+    namespaces: bool = False,
 ) -> Table:
     """The objects of one kind, a row each. ``now`` is what ages are counted to (RFC 3339); ``full_names`` writes
-    ``ippool/default`` where several kinds stand on one page."""
+    ``ippool/default`` where several kinds stand on one page; ``namespaces`` adds a column where the kind has them."""
     columns = [c for c in COLUMNS[kind] if wide or not c.wide]
-    rows = []
-    for obj in objects:
-        name = reference(obj) if full_names else obj.name
-        cells = [c.cell(obj) for c in columns]
-        rows.append((name, *cells, age(obj.metadata.creation_timestamp, now)))
-    return Table(("NAME", *(c.title for c in columns), "AGE"), tuple(rows))
+    columns = [
+        *([Column("NAMESPACE", lambda o: o.metadata.namespace)] if namespaces and kind.NAMESPACED else []),
+        Column("NAME", lambda o: reference_to(kind, o.name) if full_names else o.name),
+        *columns,
+        Column("AGE", lambda o: age(o.metadata.creation_timestamp, now)),
+    ]
+    return Table(tuple(c.title for c in columns), tuple(tuple(c.cell(o) for c in columns) for o in objects))
 
 
 def _block_size(pool: IPPool) -> str:
@@ -97,6 +111,15 @@ def _labels(obj: Resource) -> str:
 
 def _addresses(node: Node) -> str:
     return listed(a.address for a in node.status.addresses if a.type == "InternalIP")
+
+
+def _service_addresses(service: Service) -> str:
+    ingress = (i.ip for i in service.status.load_balancer.ingress if i.ip)
+    return listed([*service.spec.cluster_ips, *service.spec.external_ips, *ingress])
+
+
+def _regarding(event: KubeEvent) -> str:
+    return f"{event.regarding.kind.lower()}/{event.regarding.name}" if event.regarding else ""
 
 
 COLUMNS: dict[type[Resource], Sequence[Column]] = {
@@ -150,5 +173,31 @@ COLUMNS: dict[type[Resource], Sequence[Column]] = {
         Column("AS", lambda n: n.metadata.annotations.get(ANNOTATION_ASN, "")),
         Column("POD-CIDRS", lambda n: listed(n.spec.pod_cidrs), wide=True),
         Column("LABELS", _labels, wide=True),
+    ),
+    Namespace: (Column("LABELS", _labels, wide=True),),
+    Pod: (
+        Column("PHASE", lambda p: p.status.phase),
+        Column("ADDRESSES", lambda p: listed(a.ip for a in p.status.pod_ips)),
+        Column("NODE", lambda p: p.spec.node_name),
+        Column("HOST-NETWORK", lambda p: yes(p.spec.host_network), wide=True),
+    ),
+    Service: (
+        Column("TYPE", lambda s: s.spec.type),
+        Column("ADDRESSES", _service_addresses),
+        Column("EXTERNAL-POLICY", lambda s: s.spec.external_traffic_policy, wide=True),
+        Column("INTERNAL-POLICY", lambda s: s.spec.internal_traffic_policy, wide=True),
+    ),
+    EndpointSlice: (
+        Column("SERVICE", lambda e: e.metadata.labels.get(LABEL_SERVICE, "")),
+        Column("READY", lambda e: str(sum(one.conditions.ready for one in e.endpoints))),
+        Column("ALL", lambda e: str(len(e.endpoints))),
+    ),
+    Secret: (Column("TYPE", lambda s: s.type), Column("VALUES", lambda s: str(len(s.data)))),
+    KubeEvent: (
+        Column("TYPE", lambda e: e.type),
+        Column("REASON", lambda e: e.reason),
+        Column("OBJECT", _regarding),
+        Column("NOTE", lambda e: e.note),
+        Column("FROM", lambda e: e.reporting_controller, wide=True),
     ),
 }

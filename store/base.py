@@ -14,7 +14,7 @@ T = TypeVar("T", bound=Resource)
 
 
 class Listing(msgspec.Struct, Generic[T], frozen=True):
-    """Objects in order of name, and the version of the store that they were read at (for ``watch``'s ``since``)."""
+    """Objects in order of key, and the version of the store that they were read at (for ``watch``'s ``since``)."""
 
     items: tuple[T, ...]
     version: str
@@ -35,11 +35,15 @@ class Event(msgspec.Struct, Generic[T], frozen=True):
 class Store(Protocol):
     """Typed objects with optimistic concurrency. Every method may raise ``Unavailable``.
 
+    ``key`` is ``Resource.key``: ``namespace/name``, or the name alone where the kind has no namespaces; another form is
+    ``Invalid``.
+
     ``where`` selects by equality of fields that the kind declares in ``SELECTABLE``, as ``{"spec.node": "node-1"}``, or
-    of ``metadata.name``; another field is ``Invalid``.
+    of ``metadata.name`` and ``metadata.namespace``; another field is ``Invalid``. So is a selection of a kind that is
+    read ``BY_NAME`` only, without both.
     """
 
-    async def get(self, kind: type[R], name: str) -> R:
+    async def get(self, kind: type[R], key: str) -> R:
         """The current object. ``NotFound``."""
         ...
 
@@ -60,8 +64,8 @@ class Store(Protocol):
         ...
 
     async def update(self, obj: R) -> R:
-        """Replaces spec, labels, annotations and finalizers; ``status`` stays as it is in the store. The object carries
-        the ``resource_version`` that it was decided on (none: ``Invalid``). An equal object changes nothing: no new
+        """Replaces all but ``status`` and the metadata that are the store's own. The object carries the
+        ``resource_version`` that it was decided on (none: ``Invalid``). An equal object changes nothing: no new
         version, no event. Removing the last finalizer of a marked object deletes it.
         ``NotFound``, ``Conflict``, ``Invalid``."""
         ...
@@ -70,7 +74,7 @@ class Store(Protocol):
         """Replaces ``status`` alone; everything else is left as it is in the store. Otherwise as ``update``."""
         ...
 
-    async def delete(self, kind: type[R], name: str, *, uid: str = "", resource_version: str = "") -> None:
+    async def delete(self, kind: type[R], key: str, *, uid: str = "", resource_version: str = "") -> None:
         """Deletes; an object with finalizers is only marked (``deletion_timestamp``). ``NotFound``; ``Conflict`` if a
         given precondition does not hold."""
         ...
@@ -81,14 +85,14 @@ class Store(Protocol):
 MUTATE_LIMIT = 16
 
 
-async def mutate(store: Store, kind: type[R], name: str, change: Callable[[R], R | None], *, status: bool = False) -> R:
+async def mutate(store: Store, kind: type[R], key: str, change: Callable[[R], R | None], *, status: bool = False) -> R:
     """Reads the object, applies ``change``, writes; reads again on a conflict, at most ``MUTATE_LIMIT`` times.
 
     ``change`` is pure: it may be called more than once. Returning None means that nothing is to be done.
     ``status`` says which half is written. Raises what the store raises, ``Conflict`` when the limit is reached.
     """
     for attempt in range(MUTATE_LIMIT):
-        current = await store.get(kind, name)
+        current = await store.get(kind, key)
         wanted = change(current)
         if wanted is None:
             return current

@@ -14,6 +14,7 @@ import msgspec
 
 from store.cel import FIELDS, METADATA, OBJECTS, STRUCTS, Schema
 from store.model import (
+    GROUP,
     KINDS,
     BGPConfiguration,
     BGPNodeStatus,
@@ -27,7 +28,7 @@ from store.model import (
 
 def custom_kinds() -> tuple[type[Resource], ...]:
     """The kinds that are ours to define."""
-    return tuple(kind for kind in KINDS if "/" in kind.API)
+    return tuple(kind for kind in KINDS if kind.API == GROUP)
 
 
 def definition(kind: type[Resource]) -> dict[str, Any]:

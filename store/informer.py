@@ -19,7 +19,7 @@ BACKOFF = (0.1, 10.0)
 
 
 class Informer(Generic[R]):
-    """What the store said last of the objects of ``kind`` (those that match ``where``), by name.
+    """What the store said last of the objects of ``kind`` (those that match ``where``), by key.
 
     Nothing is ever forgotten because of a fault: while the store is away, and while everything is read again, the last
     state stands; what vanished meanwhile goes when the new state is complete. ``rng`` spreads the attempts of many
@@ -52,7 +52,7 @@ class Informer(Generic[R]):
 
     @property
     def items(self) -> Mapping[str, R]:
-        """By name; a live view that cannot be written: copy it to keep it."""
+        """By key; a live view that cannot be written: copy it to keep it."""
         return MappingProxyType(self._items)
 
     @property
@@ -115,9 +115,9 @@ class Informer(Generic[R]):
         elif event.object is not None:
             target = self._items if self._fresh is None else self._fresh
             if event.type == "deleted":
-                target.pop(event.object.name, None)
+                target.pop(event.object.key, None)
             else:
-                target[event.object.name] = event.object
+                target[event.object.key] = event.object
             if self._fresh is None:
                 self._move()
 

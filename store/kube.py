@@ -3,7 +3,7 @@
 Reads are the API server's consistent ones (no ``resourceVersion``), so what R5 wants uncached is. A watch goes on over
 everything that is no loss: it resumes where bookmarks and events left it, and says ``Expired`` when that is too old.
 
-Core objects have fields that the model does not know, so they are patched; ours are written whole.
+Kubernetes' own objects have fields that the model does not know, so they are patched; ours are written whole.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from store.clock import Clock
 from store.errors import AlreadyExists, Conflict, Expired, Invalid, NotFound, Problem, StoreError, Unavailable
 from store.kubeaccess import Access
 from store.kubehttp import Http, Limits, Refusal, Status
-from store.model import IPAMBlock, IPPool, R, Resource
-from store.semantics import check_where, title
+from store.model import GROUP, IPAMBlock, IPPool, R, Resource
+from store.semantics import check_where, split_key, title
 from store.validate import validate, validate_against
 
 #: Objects in one answer to a list: some MB of full blocks.
 PAGE = 500
 _MERGE_PATCH = "application/merge-patch+json"
 #: Metadata that are ours to write; the rest is the API server's.
-_WRITTEN = ("name", "uid", "resourceVersion", "labels", "annotations", "finalizers", "ownerReferences")
+_WRITTEN = ("name", "namespace", "uid", "resourceVersion", "labels", "annotations", "finalizers", "ownerReferences")
 
 
 class _Line(msgspec.Struct, frozen=True):
@@ -62,41 +62,43 @@ class KubeStore:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    async def get(self, kind: type[R], name: str) -> R:
-        what = f"{kind.kind()} {name}"
+    async def get(self, kind: type[R], key: str) -> R:
+        what = f"{kind.kind()} {key}"
         try:
-            body = await self._http.call("GET", _path(kind, name))
+            body = await self._http.call("GET", _object_path(kind, key))
         except Refusal as e:
             raise self._refused(what, e) from e
         return self._decode(kind, body)
 
     async def list(self, kind: type[R], *, where: Mapping[str, str] | None = None) -> Listing[R]:
         check_where(kind, where)
-        query = _selection(where) | {"limit": str(PAGE)}
+        path, selection = _selection(kind, where)
+        query = selection | {"limit": str(PAGE)}
         items: list[R] = []
         while True:
             try:
-                page = self._decode_page(kind, await self._http.call("GET", _path(kind), query=query))
+                page = self._decode_page(kind, await self._http.call("GET", path, query=query))
             except Refusal as e:
                 if e.code != 410 or "continue" not in query:
                     raise self._refused(kind.PLURAL, e) from e
                 # The state that the first page was of is gone: once more, in one piece.
-                query, items = _selection(where), []
+                query, items = selection, []
                 continue
             items += page.items
             if not page.metadata.more:
                 break
             query["continue"] = page.metadata.more
-        items.sort(key=lambda obj: obj.name)
+        items.sort(key=lambda obj: obj.key)
         return Listing(tuple(items), page.metadata.resource_version)
 
     async def watch(
         self, kind: type[R], *, since: str | None = None, where: Mapping[str, str] | None = None
     ) -> AsyncGenerator[Event[R], None]:
         check_where(kind, where)
+        path, selection = _selection(kind, where)
         if since:
             version = since
-            await self._check_version(kind, version)
+            await self._check_version(kind, version, path, selection)
         else:
             present = await self.list(kind, where=where)
             version = present.version
@@ -111,8 +113,8 @@ class KubeStore:
             try:
                 if resumed:
                     # A watch from a version that is not there yet says nothing, for ever: after a restore of etcd, say.
-                    await self._check_version(kind, version)
-                async with self._http.lines(_path(kind), self._watching(version, where)) as lines:
+                    await self._check_version(kind, version, path, selection)
+                async with self._http.lines(path, selection | self._watching(version)) as lines:
                     async for line in lines:
                         event, version = self._read(kind, line, version)
                         quiet = False
@@ -143,14 +145,16 @@ class KubeStore:
         if problems:
             raise Invalid(title(obj), problems)
         body["metadata"].pop("uid", None)
-        return await self._write("POST", _path(type(obj)), obj, body, {"fieldValidation": "Strict"})
+        return await self._write(
+            "POST", _path(type(obj), obj.metadata.namespace), obj, body, {"fieldValidation": "Strict"}
+        )
 
     async def update(self, obj: R) -> R:
         _decided(obj)
         body = _body(obj)
-        if _is_core(type(obj)):
+        if not _is_ours(type(obj)):
             return await self._patch(obj, body)
-        return await self._write("PUT", _path(type(obj), obj.name), obj, body, {"fieldValidation": "Strict"})
+        return await self._write("PUT", _object_path(type(obj), obj.key), obj, body, {"fieldValidation": "Strict"})
 
     async def update_status(self, obj: R) -> R:
         _decided(obj)
@@ -159,8 +163,8 @@ class KubeStore:
         whole = kubewire.encode(_typed(obj))
         meta = {key: value for key, value in whole["metadata"].items() if key in ("name", "uid", "resourceVersion")}
         body = {"apiVersion": obj.API, "kind": obj.kind(), "metadata": meta}
-        path = f"{_path(type(obj), obj.name)}/status"
-        if _is_core(type(obj)):
+        path = f"{_object_path(type(obj), obj.key)}/status"
+        if not _is_ours(type(obj)):
             # An absent field is one that is left as it is, so what is empty must be said.
             body["status"] = {**_empty(type(obj)), **whole.get("status", {})}
             return await self._write("PATCH", path, obj, body, content_type=_MERGE_PATCH)
@@ -168,7 +172,7 @@ class KubeStore:
             body["status"] = whole["status"]
         return await self._write("PUT", path, obj, body)
 
-    async def delete(self, kind: type[R], name: str, *, uid: str = "", resource_version: str = "") -> None:
+    async def delete(self, kind: type[R], key: str, *, uid: str = "", resource_version: str = "") -> None:
         preconditions = {"uid": uid, "resourceVersion": resource_version}
         options = {
             "apiVersion": "v1",
@@ -177,9 +181,9 @@ class KubeStore:
             "preconditions": {key: value for key, value in preconditions.items() if value},
         }
         try:
-            await self._http.call("DELETE", _path(kind, name), body=options)
+            await self._http.call("DELETE", _object_path(kind, key), body=options)
         except Refusal as e:
-            raise self._refused(f"{kind.kind()} {name}", e) from e
+            raise self._refused(f"{kind.kind()} {key}", e) from e
 
     async def _write(
         self,
@@ -200,7 +204,7 @@ class KubeStore:
     async def _patch(self, obj: R, body: dict[str, Any]) -> R:
         """Changes what differs between the object that it was decided on and ``body``, and nothing else of it."""
         kind, meta = type(obj), obj.metadata
-        current = await self.get(kind, obj.name)
+        current = await self.get(kind, obj.key)
         stale = meta.resource_version != current.metadata.resource_version
         if stale or (meta.uid and meta.uid != current.metadata.uid):
             raise Conflict(f"{title(obj)} is another one than it was decided on (version or uid): read it again")
@@ -209,7 +213,7 @@ class KubeStore:
             return current
         pinned = {"uid": current.metadata.uid, "resourceVersion": current.metadata.resource_version}
         changes["metadata"] = {**changes.get("metadata", {}), **pinned}
-        return await self._write("PATCH", _path(kind, obj.name), obj, changes, content_type=_MERGE_PATCH)
+        return await self._write("PATCH", _object_path(kind, obj.key), obj, changes, content_type=_MERGE_PATCH)
 
     async def _beside(self, obj: Resource) -> tuple[Resource, ...]:
         """The pools that a pool or a block is measured by. Another may come just then: a guard, no lock (R1)."""
@@ -224,8 +228,8 @@ class KubeStore:
 
     # -- versions and events --------------------------------------------------------------------------------------
 
-    def _watching(self, version: str, where: Mapping[str, str] | None) -> dict[str, str]:
-        return _selection(where) | {
+    def _watching(self, version: str) -> dict[str, str]:
+        return {
             "watch": "true",
             "allowWatchBookmarks": "true",
             "resourceVersion": version,
@@ -255,13 +259,13 @@ class KubeStore:
                 return Event("deleted", obj, version), version
         raise Unavailable(f"API server {self._http.server}: a watch said {said.type}, which is nothing known")
 
-    async def _check_version(self, kind: type[Resource], version: str) -> None:
+    async def _check_version(self, kind: type[Resource], version: str, path: str, selection: Mapping[str, str]) -> None:
         """``Expired`` if the API server has not come to that version yet. Versions are numbers that grow (Kubernetes,
         "Resource versions", comparable since 1.35, and numbers of etcd's writes before)."""
         present = version
         if version.isascii() and version.isdigit():
             try:
-                answer = await self._http.call("GET", _path(kind), query={"limit": "1"})
+                answer = await self._http.call("GET", path, query={**selection, "limit": "1"})
             except Refusal as e:
                 raise self._refused(kind.PLURAL, e) from e
             present = self._decode_page(kind, answer).metadata.resource_version
@@ -322,21 +326,30 @@ class KubeStore:
 # -- from objects to what is sent ----------------------------------------------------------------------------------
 
 
-def _is_core(kind: type[Resource]) -> bool:
-    return "/" not in kind.API
+def _is_ours(kind: type[Resource]) -> bool:
+    return kind.API == GROUP
 
 
-def _path(kind: type[Resource], name: str = "") -> str:
-    root = f"/api/{kind.API}" if _is_core(kind) else f"/apis/{kind.API}"
-    return f"{root}/{kind.PLURAL}" + (f"/{quote(name, safe='')}" if name else "")
+def _path(kind: type[Resource], namespace: str = "") -> str:
+    """Where the objects of a namespace are; of all namespaces with "", or where the kind has none."""
+    root = f"/apis/{kind.API}" if "/" in kind.API else f"/api/{kind.API}"
+    return f"{root}/namespaces/{quote(namespace, safe='')}/{kind.PLURAL}" if namespace else f"{root}/{kind.PLURAL}"
 
 
-def _selection(where: Mapping[str, str] | None) -> dict[str, str]:
-    """Field selectors know three characters that must be escaped (apimachinery, fields.EscapeValue)."""
-    if not where:
-        return {}
-    escaped = ((key, re.sub(r"([\\,=])", r"\\\1", value)) for key, value in where.items())
-    return {"fieldSelector": ",".join(f"{key}={value}" for key, value in escaped)}
+def _object_path(kind: type[Resource], key: str) -> str:
+    namespace, name = split_key(kind, key)
+    return f"{_path(kind, namespace)}/{quote(name, safe='')}"
+
+
+def _selection(kind: type[Resource], where: Mapping[str, str] | None) -> tuple[str, dict[str, str]]:
+    """Path and query of a list or watch. A namespace goes into the path, so that a right to that namespace is enough.
+    Field selectors know three characters that must be escaped (apimachinery, fields.EscapeValue)."""
+    where = where or {}
+    namespace = where.get("metadata.namespace", "")
+    fields = {field: value for field, value in where.items() if not (namespace and field == "metadata.namespace")}
+    escaped = ((field, re.sub(r"([\\,=])", r"\\\1", value)) for field, value in fields.items())
+    selector = ",".join(f"{field}={value}" for field, value in escaped)
+    return _path(kind, namespace), {"fieldSelector": selector} if selector else {}
 
 
 def _typed(obj: R) -> R:

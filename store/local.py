@@ -14,7 +14,7 @@ from store import semantics
 from store.base import Event, Listing, T
 from store.clock import Clock
 from store.errors import Expired, NotFound
-from store.model import R, Resource
+from store.model import BGPNodeStatus, IPAMBlock, KubeEvent, R, Resource
 from store.semantics import Change
 from store.validate import BESIDE
 
@@ -53,14 +53,14 @@ class LocalStore(ABC):
     # -- what a backend adds ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    async def _get(self, kind: type[T], name: str) -> T | None: ...
+    async def _get(self, kind: type[T], key: str) -> T | None: ...
 
     @abstractmethod
     async def _all(self, kind: type[T]) -> tuple[Sequence[T], int]:
-        """All objects in order of name, and the version that they were read at."""
+        """All objects in order of key, and the version that they were read at."""
 
     @abstractmethod
-    async def _write(self, kind: type[T], name: str, decide: Decide[T], *, durable: bool) -> T | None:
+    async def _write(self, kind: type[T], key: str, decide: Decide[T], *, durable: bool) -> T | None:
         """Applies ``decide`` to the current object, in one step; what it raises leaves everything as it was. Returns
         the object written, or the current one if nothing changes. ``durable``: outlives a power cut."""
 
@@ -77,10 +77,11 @@ class LocalStore(ABC):
 
     # -- Store -----------------------------------------------------------------------------------------------------
 
-    async def get(self, kind: type[R], name: str) -> R:
-        found = await self._get(kind, name)
+    async def get(self, kind: type[R], key: str) -> R:
+        semantics.split_key(kind, key)
+        found = await self._get(kind, key)
         if found is None:
-            raise NotFound(f"{kind.kind()} {name} does not exist")
+            raise NotFound(f"{kind.kind()} {key} does not exist")
         return found
 
     async def list(self, kind: type[R], *, where: Mapping[str, str] | None = None) -> Listing[R]:
@@ -131,18 +132,20 @@ class LocalStore(ABC):
             obj, lambda current, _, version: semantics.update_status(obj, current, version=version), status=True
         )
 
-    async def delete(self, kind: type[R], name: str, *, uid: str = "", resource_version: str = "") -> None:
+    async def delete(self, kind: type[R], key: str, *, uid: str = "", resource_version: str = "") -> None:
+        semantics.split_key(kind, key)
+
         def decide(current: R | None, beside: Sequence[Resource], version: str) -> Change[R] | None:
             return semantics.delete(
-                kind, name, current, uid=uid, resource_version=resource_version, version=version, now=self._clock.now()
+                kind, key, current, uid=uid, resource_version=resource_version, version=version, now=self._clock.now()
             )
 
-        await self._write(kind, name, decide, durable=_is_wish(kind))
+        await self._write(kind, key, decide, durable=_is_wish(kind))
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
     async def _written(self, obj: R, decide: Decide[R], *, status: bool = False) -> R:
-        written = await self._write(type(obj), obj.name, decide, durable=not status and _is_wish(type(obj)))
+        written = await self._write(type(obj), obj.key, decide, durable=not status and _is_wish(type(obj)))
         if written is None:
             raise AssertionError(f"a write of {semantics.title(obj)} left nothing behind")
         return written
@@ -167,4 +170,4 @@ def beside(kind: type[Resource]) -> type[Resource] | None:
 
 def _is_wish(kind: type[Resource]) -> bool:
     """What people asked for must outlive a power cut; what a node says of itself is void after a boot anyway (R3)."""
-    return kind.__name__ not in ("IPAMBlock", "BGPNodeStatus")
+    return kind not in (IPAMBlock, BGPNodeStatus, KubeEvent)

@@ -38,28 +38,28 @@ class MemoryStore(LocalStore):
     async def close(self) -> None:
         self.fail_with("the store is closed")
 
-    async def _get(self, kind: type[T], name: str) -> T | None:
+    async def _get(self, kind: type[T], key: str) -> T | None:
         self._check()
-        return cast("T | None", self._objects.get(kind, {}).get(name))
+        return cast("T | None", self._objects.get(kind, {}).get(key))
 
     async def _all(self, kind: type[T]) -> tuple[Sequence[T], int]:
         self._check()
         objects = self._objects.get(kind, {})
-        return [cast(T, objects[name]) for name in sorted(objects)], self._head
+        return [cast(T, objects[key]) for key in sorted(objects)], self._head
 
-    async def _write(self, kind: type[T], name: str, decide: Decide[T], *, durable: bool) -> T | None:
+    async def _write(self, kind: type[T], key: str, decide: Decide[T], *, durable: bool) -> T | None:
         self._check()
         objects = self._objects.setdefault(kind, {})
-        current = cast("T | None", objects.get(name))
+        current = cast("T | None", objects.get(key))
         other = beside(kind)
         change = decide(current, tuple(self._objects.get(other, {}).values()) if other else (), str(self._head + 1))
         if change is None:
             return current
         self._head += 1
         if change.type == "deleted":
-            del objects[name]
+            del objects[key]
         else:
-            objects[name] = change.object
+            objects[key] = change.object
         self._log.append((self._head, change))
         self._ring()
         return change.object

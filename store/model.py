@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import field
 
+#: Of the kinds that are ours to define.
 GROUP = "underlay.network/v1"
 CALICO_GROUP = "projectcalico.org/v3"
 
@@ -26,6 +27,8 @@ ANNOTATION_RELEASE_REFUSED = "underlay.network/release-refused"
 FINALIZER_OWNER = "underlay.network/owner"
 #: Label that says which program made an object (Kubernetes' "Recommended Labels").
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+#: Label of an EndpointSlice: the service whose endpoints it has.
+LABEL_SERVICE = "kubernetes.io/service-name"
 
 
 class _Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
@@ -56,23 +59,34 @@ class Meta(_Struct, frozen=True, kw_only=True):
 
 
 class Resource(_Struct, frozen=True, kw_only=True, tag_field="kind"):
-    """Root of the kinds. ``KIND`` is the tag; ``PLURAL`` and ``SHORT`` are what people type; ``API`` the group."""
+    """Root of the kinds, tagged with the kind's name. ``PLURAL`` and ``SHORT`` are what people type; ``API`` is group
+    and version."""
 
     API: ClassVar[str] = GROUP
     PLURAL: ClassVar[str] = ""
     SHORT: ClassVar[tuple[str, ...]] = ()
-    #: Fields that ``list`` and ``watch`` can select by (equality), as dotted wire paths.
+    #: Objects live in a namespace, rather than belong to the whole cluster.
+    NAMESPACED: ClassVar[bool] = False
+    #: Read one by one only: ``list`` and ``watch`` name the object, because nobody should see the others.
+    BY_NAME: ClassVar[bool] = False
+    #: Fields that ``list`` and ``watch`` can select by (equality), as dotted wire paths. ``metadata.name`` and, where
+    #: there is one, ``metadata.namespace`` are always among them.
     SELECTABLE: ClassVar[tuple[str, ...]] = ()
 
     metadata: Meta
 
     @classmethod
     def kind(cls) -> str:
-        return cls.__name__
+        return str(cls.__struct_config__.tag)
 
     @property
     def name(self) -> str:
         return self.metadata.name
+
+    @property
+    def key(self) -> str:
+        """How a store is asked for the object: ``namespace/name``, or the name alone where there is no namespace."""
+        return f"{self.metadata.namespace}/{self.name}" if self.NAMESPACED else self.name
 
 
 R = TypeVar("R", bound=Resource)
@@ -257,7 +271,7 @@ class BGPNodeStatus(Resource, frozen=True, kw_only=True, tag="BGPNodeStatus"):
     status: BGPNodeStatusStatus = BGPNodeStatusStatus()
 
 
-# -- Kubernetes' own ---------------------------------------------------------------------------------------------
+# -- Kubernetes' own, as far as we read or write them --------------------------------------------------------------
 
 
 class NodeAddress(_Struct, frozen=True, kw_only=True):
@@ -285,6 +299,160 @@ class Node(Resource, frozen=True, kw_only=True, tag="Node"):
     status: NodeStatus = NodeStatus()
 
 
+class Namespace(Resource, frozen=True, kw_only=True, tag="Namespace"):
+    """Kubernetes' Namespace: its annotations may name pools."""
+
+    API: ClassVar[str] = "v1"
+    PLURAL: ClassVar[str] = "namespaces"
+    SHORT: ClassVar[tuple[str, ...]] = ("ns",)
+
+
+class PodIP(_Struct, frozen=True, kw_only=True):
+    ip: str
+
+
+class PodSpec(_Struct, frozen=True, kw_only=True):
+    node_name: str = ""
+    host_network: bool = False
+
+
+class PodStatus(_Struct, frozen=True, kw_only=True):
+    phase: str = ""
+    pod_ip: str = field(default="", name="podIP")
+    pod_ips: tuple[PodIP, ...] = field(default=(), name="podIPs")
+
+
+class Pod(Resource, frozen=True, kw_only=True, tag="Pod"):
+    """Kubernetes' Pod: where it runs and which addresses kubelet says it has."""
+
+    API: ClassVar[str] = "v1"
+    PLURAL: ClassVar[str] = "pods"
+    SHORT: ClassVar[tuple[str, ...]] = ("po",)
+    NAMESPACED: ClassVar[bool] = True
+    SELECTABLE: ClassVar[tuple[str, ...]] = ("spec.nodeName",)
+
+    spec: PodSpec = PodSpec()
+    status: PodStatus = PodStatus()
+
+
+class ServiceSpec(_Struct, frozen=True, kw_only=True):
+    type: str = "ClusterIP"
+    #: "None" for a headless service, which has no address.
+    cluster_ip: str = field(default="", name="clusterIP")
+    cluster_ips: tuple[str, ...] = field(default=(), name="clusterIPs")
+    external_ips: tuple[str, ...] = field(default=(), name="externalIPs")
+    external_traffic_policy: str = ""
+    internal_traffic_policy: str = ""
+
+
+class LoadBalancerIngress(_Struct, frozen=True, kw_only=True):
+    ip: str = ""
+
+
+class LoadBalancerStatus(_Struct, frozen=True, kw_only=True):
+    ingress: tuple[LoadBalancerIngress, ...] = ()
+
+
+class ServiceStatus(_Struct, frozen=True, kw_only=True):
+    load_balancer: LoadBalancerStatus = LoadBalancerStatus()
+
+
+class Service(Resource, frozen=True, kw_only=True, tag="Service"):
+    """Kubernetes' Service: its addresses, and whether only nodes with an endpoint may take traffic for them."""
+
+    API: ClassVar[str] = "v1"
+    PLURAL: ClassVar[str] = "services"
+    SHORT: ClassVar[tuple[str, ...]] = ("svc",)
+    NAMESPACED: ClassVar[bool] = True
+
+    spec: ServiceSpec = ServiceSpec()
+    status: ServiceStatus = ServiceStatus()
+
+
+class EndpointConditions(_Struct, frozen=True, kw_only=True):
+    #: Where nothing is said an endpoint is taken for ready (discovery.k8s.io/v1).
+    ready: bool = True
+
+
+class Endpoint(_Struct, frozen=True, kw_only=True):
+    addresses: tuple[str, ...]
+    node_name: str = ""
+    conditions: EndpointConditions = EndpointConditions()
+
+
+class EndpointSlice(Resource, frozen=True, kw_only=True, tag="EndpointSlice"):
+    """Kubernetes' EndpointSlice: where the pods of a service run. ``LABEL_SERVICE`` names the service, in the same
+    namespace."""
+
+    API: ClassVar[str] = "discovery.k8s.io/v1"
+    PLURAL: ClassVar[str] = "endpointslices"
+    NAMESPACED: ClassVar[bool] = True
+
+    #: "IPv4", "IPv6" or "FQDN"; it never changes.
+    address_type: str
+    endpoints: tuple[Endpoint, ...] = ()
+
+
+class Secret(Resource, frozen=True, kw_only=True, tag="Secret"):
+    """Kubernetes' Secret. Its values are never shown, so neither are its annotations, where ``kubectl apply`` keeps a
+    copy of them."""
+
+    API: ClassVar[str] = "v1"
+    PLURAL: ClassVar[str] = "secrets"
+    NAMESPACED: ClassVar[bool] = True
+    BY_NAME: ClassVar[bool] = True
+
+    type: str = "Opaque"
+    #: In base64 on the wire.
+    data: dict[str, bytes] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Secret({self.key}, type={self.type!r}, {len(self.data)} values not shown)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("key", self.key), ("type", self.type)]
+
+
+class ObjectReference(_Struct, frozen=True, kw_only=True):
+    api_version: str = ""
+    kind: str
+    namespace: str = ""
+    name: str
+    uid: str = ""
+
+
+class EventSeries(_Struct, frozen=True, kw_only=True):
+    """The same event again: how often in all (2 or more), and when last (as ``KubeEvent.event_time``)."""
+
+    count: int
+    last_observed_time: str
+
+
+class KubeEvent(Resource, frozen=True, kw_only=True, tag="Event"):
+    """Kubernetes' Event: something that an operator should find with the object that it is ``regarding``. It lives in
+    that object's namespace, in ``default`` where that has none. (``store.base.Event`` is what a watch tells.)"""
+
+    API: ClassVar[str] = "events.k8s.io/v1"
+    PLURAL: ClassVar[str] = "events"
+    SHORT: ClassVar[tuple[str, ...]] = ("ev",)
+    NAMESPACED: ClassVar[bool] = True
+
+    #: RFC 3339 with exactly six digits of a second, as 2026-01-01T00:00:00.000000Z.
+    event_time: str = ""
+    #: Which program says so, as domain/name, and which instance of it.
+    reporting_controller: str = ""
+    reporting_instance: str = ""
+    #: What was done or failed, and why: CamelCase, at most 128 characters.
+    action: str = ""
+    reason: str = ""
+    regarding: ObjectReference | None = None
+    #: For people, at most 1 KiB.
+    note: str = ""
+    #: "Normal" or "Warning".
+    type: str = ""
+    series: EventSeries | None = None
+
+
 KINDS: tuple[type[Resource], ...] = (
     IPPool,
     IPReservation,
@@ -293,6 +461,12 @@ KINDS: tuple[type[Resource], ...] = (
     BGPPeer,
     BGPNodeStatus,
     Node,
+    Namespace,
+    Pod,
+    Service,
+    EndpointSlice,
+    Secret,
+    KubeEvent,
 )
 
 

@@ -71,7 +71,8 @@ def update(obj: T, current: T | None, beside: Iterable[Resource], *, version: st
         remedy = "add none: the object is being deleted"
         problems.append(Problem("metadata.finalizers", sorted(added), remedy))
     _refuse(new, problems, [*validate(present), *validate_against(present, beside)])
-    respecified = getattr(new, "spec", None) != getattr(present, "spec", None)
+    # A generation is one of what is wished: all but metadata and status, which is the present one's already.
+    respecified = msgspec.structs.replace(new, metadata=meta) != present
     new = _stamp(new, resource_version=version, generation=meta.generation + respecified)
     gone = bool(meta.deletion_timestamp) and not new.metadata.finalizers
     return Change("deleted" if gone else "modified", new, selectable(present))
@@ -90,11 +91,11 @@ def update_status(obj: T, current: T | None, *, version: str) -> Change[T] | Non
 
 
 def delete(
-    kind: type[T], name: str, current: T | None, *, uid: str, resource_version: str, version: str, now: str
+    kind: type[T], key: str, current: T | None, *, uid: str, resource_version: str, version: str, now: str
 ) -> Change[T] | None:
     """The object gone, or marked where it has finalizers; None if it is marked already."""
     if current is None:
-        raise NotFound(f"{kind.kind()} {name} does not exist")
+        raise NotFound(f"{kind.kind()} {key} does not exist")
     meta = current.metadata
     if uid and uid != meta.uid:
         raise Conflict(f"{title(current)} has uid {meta.uid}, not {uid}: it was deleted and created again")
@@ -109,13 +110,28 @@ def delete(
     return Change("modified", marked, selectable(current))
 
 
-# -- selecting ----------------------------------------------------------------------------------------------------
+# -- addressing and selecting --------------------------------------------------------------------------------------
+
+
+def split_key(kind: type[Resource], key: str) -> tuple[str, str]:
+    """Namespace ("" where the kind has none) and name of a ``Resource.key``. ``Invalid`` if it is none of this kind."""
+    namespace, slash, name = key.rpartition("/")
+    if kind.NAMESPACED and not (namespace and name and "/" not in namespace):
+        remedy = f"write namespace/name: a {kind.kind()} lives in a namespace"
+    elif not kind.NAMESPACED and (slash or not name):
+        remedy = f"write the name alone: a {kind.kind()} belongs to the whole cluster"
+    else:
+        return namespace, name
+    raise Invalid(f"{kind.kind()} {key}", [Problem("key", key, remedy)])
 
 
 def check_where(kind: type[Resource], where: Mapping[str, str] | None) -> None:
-    """``Invalid`` if ``where`` names a field that cannot be selected by."""
-    allowed = ("metadata.name", *kind.SELECTABLE)
-    wrong = [Problem(f, v, f"select by {' or '.join(allowed)}") for f, v in (where or {}).items() if f not in allowed]
+    """``Invalid`` if ``where`` names a field that cannot be selected by, or leaves out one that must be named."""
+    where, allowed = where or {}, _selected_by(kind)
+    wrong = [Problem(f, v, f"select by {' or '.join(allowed)}") for f, v in where.items() if f not in allowed]
+    if kind.BY_NAME:
+        remedy = f"say which: {kind.PLURAL} are read one by one, never all together"
+        wrong += [Problem(f, "", remedy) for f in ("metadata.namespace", "metadata.name") if not where.get(f)]
     if wrong:
         raise Invalid(f"the selection of {kind.PLURAL}", wrong)
 
@@ -123,12 +139,16 @@ def check_where(kind: type[Resource], where: Mapping[str, str] | None) -> None:
 def selectable(obj: Resource) -> dict[str, str]:
     """The values that ``where`` can ask for, by dotted wire path."""
     values = {}
-    for path in ("metadata.name", *type(obj).SELECTABLE):
+    for path in _selected_by(type(obj)):
         value: object = obj
         for attribute in _attributes(type(obj), path):
             value = getattr(value, attribute)
         values[path] = str(value)
     return values
+
+
+def _selected_by(kind: type[Resource]) -> tuple[str, ...]:
+    return ("metadata.name", *(("metadata.namespace",) if kind.NAMESPACED else ()), *kind.SELECTABLE)
 
 
 @lru_cache(maxsize=64)
@@ -158,7 +178,7 @@ def as_event(change: Change[T], where: Mapping[str, str] | None) -> Event[T] | N
 
 
 def title(obj: Resource) -> str:
-    return f"{obj.kind()} {obj.name}"
+    return f"{obj.kind()} {obj.key}"
 
 
 def _decided_on(obj: T, current: T | None) -> T:

@@ -42,6 +42,7 @@ APPLICATION_ID = 0x554C5354
 _SCHEMA = f"""
 CREATE TABLE head (one INTEGER PRIMARY KEY CHECK (one = 1), version INTEGER NOT NULL, trimmed INTEGER NOT NULL);
 INSERT INTO head VALUES (1, :first, :first);
+-- name: the key, with its namespace where there is one
 CREATE TABLE objects (kind TEXT NOT NULL, name TEXT NOT NULL, body BLOB NOT NULL, UNIQUE (kind, name));
 CREATE TABLE changes (version INTEGER PRIMARY KEY, kind TEXT NOT NULL, type TEXT NOT NULL, was BLOB NOT NULL,
                       body BLOB NOT NULL);
@@ -79,23 +80,23 @@ class SqliteStore(LocalStore):
 
     # -- what LocalStore asks --------------------------------------------------------------------------------------
 
-    async def _get(self, kind: type[T], name: str) -> T | None:
-        return await self._patiently(lambda db: _load(db, kind, name))
+    async def _get(self, kind: type[T], key: str) -> T | None:
+        return await self._patiently(lambda db: _load(db, kind, key))
 
     async def _all(self, kind: type[T]) -> tuple[Sequence[T], int]:
         def read(db: sqlite3.Connection) -> tuple[Sequence[T], int]:
             rows = db.execute("SELECT name, body FROM objects WHERE kind = ? ORDER BY name", (kind.kind(),)).fetchall()
-            return [_decode(body, kind, name) for name, body in rows], _head(db)[0]
+            return [_decode(body, kind, key) for key, body in rows], _head(db)[0]
 
         return await self._patiently(_reading(read))
 
-    async def _write(self, kind: type[T], name: str, decide: Decide[T], *, durable: bool) -> T | None:
+    async def _write(self, kind: type[T], key: str, decide: Decide[T], *, durable: bool) -> T | None:
         def write(db: sqlite3.Connection) -> tuple[T | None, bool]:
             # Not inside the transaction: SQLite ignores it there. NORMAL loses the last writes in a power cut, no more.
             db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             db.execute("BEGIN IMMEDIATE")
             version = _head(db)[0] + 1
-            current = _load(db, kind, name)
+            current = _load(db, kind, key)
             other = beside(kind)
             change = decide(current, _load_all(db, other) if other else (), str(version))
             if change is None:
@@ -302,24 +303,24 @@ def _head(db: sqlite3.Connection) -> tuple[int, int]:
     return version, trimmed
 
 
-def _load(db: sqlite3.Connection, kind: type[T], name: str) -> T | None:
-    row = db.execute("SELECT body FROM objects WHERE kind = ? AND name = ?", (kind.kind(), name)).fetchone()
-    return None if row is None else _decode(row[0], kind, name)
+def _load(db: sqlite3.Connection, kind: type[T], key: str) -> T | None:
+    row = db.execute("SELECT body FROM objects WHERE kind = ? AND name = ?", (kind.kind(), key)).fetchone()
+    return None if row is None else _decode(row[0], kind, key)
 
 
 def _load_all(db: sqlite3.Connection, kind: type[Resource]) -> list[Resource]:
     rows = db.execute("SELECT name, body FROM objects WHERE kind = ?", (kind.kind(),)).fetchall()
-    return [_decode(body, kind, name) for name, body in rows]
+    return [_decode(body, kind, key) for key, body in rows]
 
 
 def _save(db: sqlite3.Connection, change: Change[T], version: int) -> None:
-    kind, name, body = change.object.kind(), change.object.name, msgspec.json.encode(change.object)
+    kind, key, body = change.object.kind(), change.object.key, msgspec.json.encode(change.object)
     if change.type == "deleted":
-        db.execute("DELETE FROM objects WHERE kind = ? AND name = ?", (kind, name))
+        db.execute("DELETE FROM objects WHERE kind = ? AND name = ?", (kind, key))
     else:
         db.execute(
             "INSERT INTO objects VALUES (?, ?, ?) ON CONFLICT (kind, name) DO UPDATE SET body = excluded.body",
-            (kind, name, body),
+            (kind, key, body),
         )
     was = msgspec.json.encode(change.was)
     db.execute("INSERT INTO changes VALUES (?, ?, ?, ?, ?)", (version, kind, change.type, was, body))
@@ -331,12 +332,12 @@ def _trim(db: sqlite3.Connection, last: int) -> None:
         db.execute("UPDATE head SET trimmed = ?", (last,))
 
 
-def _decode(body: bytes, kind: type[T], name: str) -> T:
+def _decode(body: bytes, kind: type[T], key: str) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.MsgspecError as e:
         raise Unavailable(
-            f"{kind.kind()} {name} cannot be read: {e}; the file is damaged, or a newer release wrote it"
+            f"{kind.kind()} {key} cannot be read: {e}; the file is damaged, or a newer release wrote it"
         ) from e
 
 

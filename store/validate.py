@@ -11,17 +11,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any, cast
 
+import msgspec
+
 from store.errors import BadSelector, Problem
 from store.model import (
     ANNOTATION_ASN,
     BGPConfiguration,
     BGPPeer,
+    EndpointSlice,
     IPAMBlock,
     IPPool,
     IPReservation,
+    KubeEvent,
     Meta,
     Node,
     Resource,
+    Secret,
     block_name,
     within_of,
 )
@@ -38,7 +43,7 @@ BESIDE: Mapping[type[Resource], type[Resource]] = {IPPool: IPPool, IPAMBlock: IP
 
 def validate(obj: Resource, *, old: Resource | None = None) -> tuple[Problem, ...]:
     """All that is wrong with ``obj`` by itself, or as the successor of ``old`` (what never changes); () if nothing."""
-    problems = [*_metadata(obj.metadata)]
+    problems = [*_namespace(obj), *_metadata(obj.metadata)]
     check = _CHECKS.get(type(obj))
     if check is not None:
         problems += check(obj)
@@ -141,6 +146,7 @@ _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 _KEY_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _ANNOTATIONS_LIMIT = 256 * 1024
+_SECRET_LIMIT = 1024 * 1024
 
 
 def _is_name(text: str) -> bool:
@@ -158,11 +164,19 @@ _NAME_REMEDY = "write lower-case letters, digits, '-' and '.', beginning and end
 _KEY_REMEDY = "write name or domain/name of letters, digits, '-', '_' and '.', the name at most 63 characters"
 
 
+def _namespace(obj: Resource) -> Iterator[Problem]:
+    namespace = obj.metadata.namespace
+    if not obj.NAMESPACED:
+        if namespace:
+            yield Problem("metadata.namespace", namespace, "leave it out: this kind belongs to the whole cluster")
+    elif not re.fullmatch(_LABEL, namespace):
+        remedy = "say in which namespace it lives: lower-case letters, digits and '-', at most 63 of them (RFC 1123)"
+        yield Problem("metadata.namespace", namespace, remedy)
+
+
 def _metadata(meta: Meta) -> Iterator[Problem]:
     if not _is_name(meta.name):
         yield Problem("metadata.name", meta.name, _NAME_REMEDY)
-    if meta.namespace:
-        yield Problem("metadata.namespace", meta.namespace, "leave it out: this kind belongs to the whole cluster")
     for key, value in meta.labels.items():
         if not _is_key(key):
             yield Problem("metadata.labels", key, _KEY_REMEDY)
@@ -433,6 +447,66 @@ def _node(node: Node) -> Iterator[Problem]:
             yield from _address(f"status.addresses[{i}].address", address.address)
 
 
+# -- Kubernetes' own ------------------------------------------------------------------------------------------------
+
+_EVENT_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def _endpoint_slice(endpoints: EndpointSlice) -> Iterator[Problem]:
+    version = {"IPv4": 4, "IPv6": 6, "FQDN": 0}.get(endpoints.address_type)
+    if version is None:
+        yield Problem("addressType", endpoints.address_type, "write IPv4, IPv6 or FQDN")
+    for i, endpoint in enumerate(endpoints.endpoints):
+        field = f"endpoints[{i}].addresses"
+        if not 1 <= len(endpoint.addresses) <= 100:
+            yield Problem(field, list(endpoint.addresses), "an endpoint has 1..100 addresses")
+        for text in endpoint.addresses if version else ():
+            network = _network(text)
+            if network is None or "/" in text or network.version != version:
+                yield Problem(field, text, f"write {endpoints.address_type} addresses, as addressType says")
+
+
+def _event(event: KubeEvent) -> Iterator[Problem]:
+    """As the API server holds events.k8s.io/v1 (pkg/apis/core/validation/events.go)."""
+    yield from _event_time("eventTime", event.event_time)
+    if event.type not in ("Normal", "Warning"):
+        yield Problem("type", event.type, "write Normal or Warning")
+    if not _is_key(event.reporting_controller):
+        yield Problem("reportingController", event.reporting_controller, _KEY_REMEDY)
+    for field, value in (
+        ("reportingInstance", event.reporting_instance),
+        ("action", event.action),
+        ("reason", event.reason),
+    ):
+        if not 1 <= len(value) <= 128:
+            yield Problem(field, value, "write 1..128 characters")
+    if len(event.note.encode()) > 1024:
+        yield Problem("note", event.note, "write at most 1024 bytes")
+    regarding = event.regarding
+    if regarding is None:
+        yield Problem("regarding", None, "an event is about an object: say which")
+    elif event.metadata.namespace != (regarding.namespace or "default"):
+        remedy = f"write {regarding.namespace or 'default'}: an event lives where the object is, or in default"
+        yield Problem("metadata.namespace", event.metadata.namespace, remedy)
+    if event.series is not None:
+        yield from _event_time("series.lastObservedTime", event.series.last_observed_time)
+        if event.series.count < 2:
+            yield Problem("series.count", event.series.count, "write 2 or more: the first one is no series")
+
+
+def _event_time(field: str, text: str) -> Iterator[Problem]:
+    if not _EVENT_TIME.fullmatch(text):
+        yield Problem(field, text, "write RFC 3339 with six digits of a second, as 2026-01-01T00:00:00.000000Z")
+
+
+def _secret(secret: Secret) -> Iterator[Problem]:
+    for key in secret.data:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", key) or key in (".", ".."):
+            yield Problem("data", key, "a key has letters, digits, '-', '_' and '.', at most 253 of them")
+    if sum(map(len, secret.data.values())) > _SECRET_LIMIT:
+        yield Problem("data", "(not shown)", f"all together hold at most {_SECRET_LIMIT} bytes")
+
+
 # -- what never changes --------------------------------------------------------------------------------------------
 
 
@@ -442,6 +516,15 @@ def _immutable(obj: Resource, old: Resource) -> Iterator[Problem]:
             yield _changed("spec.cidr", obj.spec.cidr, old.spec.cidr, "pool")
         if obj.spec.block_size != old.spec.block_size:
             yield _changed("spec.blockSize", obj.spec.block_size, old.spec.block_size, "pool")
+    if isinstance(obj, EndpointSlice) and isinstance(old, EndpointSlice) and obj.address_type != old.address_type:
+        yield _changed("addressType", obj.address_type, old.address_type, "slice")
+    if isinstance(obj, Secret) and isinstance(old, Secret) and obj.type != old.type:
+        yield _changed("type", obj.type, old.type, "secret")
+    if isinstance(obj, KubeEvent) and isinstance(old, KubeEvent):
+        for part in msgspec.structs.fields(KubeEvent):
+            value, before = getattr(obj, part.name), getattr(old, part.name)
+            if value != before and part.name not in ("metadata", "series"):
+                yield _changed(part.encode_name, value, before, "event")
     if isinstance(obj, IPAMBlock) and isinstance(old, IPAMBlock):
         for field in ("cidr", "pool", "node"):
             value, before = getattr(obj.spec, field), getattr(old.spec, field)
@@ -460,4 +543,7 @@ _CHECKS: Mapping[type[Resource], Callable[[Any], Iterator[Problem]]] = {
     BGPConfiguration: _bgp_configuration,
     BGPPeer: _bgp_peer,
     Node: _node,
+    EndpointSlice: _endpoint_slice,
+    KubeEvent: _event,
+    Secret: _secret,
 }

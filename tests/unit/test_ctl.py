@@ -33,6 +33,7 @@ from store.model import (
     BGPPeer,
     BGPPeerSpec,
     Condition,
+    EndpointSlice,
     IPAMBlock,
     IPAMBlockSpec,
     IPPool,
@@ -149,6 +150,7 @@ def test_every_kind_has_a_table(kind: type[Resource]) -> None:
         IPReservation: {"spec": IPReservationSpec(reserved_cidrs=("10.244.0.0/29", "10.244.1.1"))},
         IPAMBlock: {"spec": IPAMBlockSpec(cidr="10.244.0.0/26", pool="p", node="n")},
         BGPPeer: {"spec": BGPPeerSpec(peer_ip="10.0.0.1", as_number=65001)},
+        EndpointSlice: {"address_type": "IPv4"},
     }
     obj = kind(metadata=Meta(name="x", creation_timestamp="2026-11-24T11:00:00Z"), **specs.get(kind, {}))
     narrow, wide = table(kind, [obj], now=NOW), table(kind, [obj], now=NOW, wide=True, full_names=True)
@@ -197,9 +199,9 @@ def test_get_by_label(ctl: Ctl, selector: str) -> None:
 def test_a_wrong_selector_or_kind_is_a_usage_error(ctl: Ctl) -> None:
     assert ctl("get", "peers", "-l", "rack == 'x")[0] == 2
     assert ctl("get", "peers", "tor", "-l", "a=b")[0] == 2
-    code, _, err = ctl("get", "pods")
+    code, _, err = ctl("get", "deployments")
     assert code == 2
-    assert "'pods'" in err
+    assert "'deployments'" in err
     assert "ippools" in err
     assert ctl("get")[0] == 2
     assert ctl("got", "peers")[0] == 2
