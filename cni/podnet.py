@@ -1,4 +1,4 @@
-"""The wiring of one pod: Calico's recipe, in five netlink batches and without a wait.
+"""The wiring of one pod: Calico's recipe, in four netlink batches and without a wait.
 
     pod    eth0, /32 and /128, default via 169.254.1.1 and via the node end's link-local address; both gateways are
            permanent neighbours, so the first packet leaves without a question
@@ -13,9 +13,10 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
-import os
 import socket
+import struct
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -93,8 +94,9 @@ def gateway(address: str) -> str:
 # -- make and unmake -----------------------------------------------------------------------------------------------
 
 
-def wire(node: Netlink, pod_ns: int, want: Wiring) -> int:
-    """Makes the veth pair, addresses, neighbours and routes; returns the node end's index.
+def wire(node: Netlink, pod_ns: int, want: Wiring) -> tuple[int, bool]:
+    """Makes the veth pair, addresses, neighbours and routes; returns the node end's index, and whether both ends have
+    carrier already (``has_carrier`` asks again).
 
     ``pod_ns`` is a descriptor of the pod's network namespace. A link of ours that is left from before under the same
     name is removed first. Raises WiringError, InterfaceExists; then nothing is left.
@@ -103,22 +105,23 @@ def wire(node: Netlink, pod_ns: int, want: Wiring) -> int:
     try:
         link = _make_pair(node, pod_ns, want)
         made = True
-        with netns.inside(pod_ns):
-            _sysctls(want, want.pod_end)
-            with Netlink() as pod:
-                pod.apply(pod_end(want, link.peer))
-        _sysctls(want, want.node_end)
-        node.apply(node_end(want, link.index))
+        with _netlink_of(pod_ns) as pod:
+            _apply(pod, pod_end(want, link.peer), want.pod_end, pod_ns)
+            if link.accept_ra > 1:
+                # Only with 2 does a router take advertisements: a pod could give the node a default route.
+                _zero(f"ipv6/conf/{want.node_end}/accept_ra")
+            _apply(node, node_end(want, link.index), want.node_end)
+            ready = pod.carrier(want.pod_end) and node.carrier(want.node_end)
     except (NetlinkError, OSError) as e:
         if made:
             remove(node, want.node_end)
         raise WiringError(f"wiring of {want.node_end} to {want.pod_end}, {', '.join(want.addresses)}: {e}") from e
-    return link.index
+    return link.index, ready
 
 
 def has_carrier(node: Netlink, pod_ns: int, want: Wiring) -> bool:
     """Whether both ends may send; asking carries out what would otherwise lose the first packets."""
-    with netns.inside(pod_ns), Netlink() as pod:
+    with _netlink_of(pod_ns) as pod:
         return pod.carrier(want.pod_end) and node.carrier(want.node_end)
 
 
@@ -230,7 +233,7 @@ def node_end(want: Wiring, index: int) -> list[Message]:
         mode = attr(rtnl.IFLA_INET6_ADDR_GEN_MODE, bytes((rtnl.ADDR_GEN_NONE,)))
         families += nest(socket.AF_INET6, mode)
     configure = rtnl.LINK.pack(0, 0, index, 0, 0) + attr(rtnl.IFLA_AF_SPEC, families)
-    messages = [Message(rtnl.NEWLINK, configure), _up(index)]
+    messages = [Message(rtnl.NEWLINK, configure), _answer_at_once(index), _up(index)]
     if six:
         messages.append(_address(index, GATEWAY6, 64, rtnl.SCOPE_LINK))
     for a in want.addresses:
@@ -242,6 +245,14 @@ def node_end(want: Wiring, index: int) -> list[Message]:
 
 def _up(index: int) -> Message:
     return Message(rtnl.NEWLINK, rtnl.LINK.pack(0, 0, index, rtnl.IFF_UP, rtnl.IFF_UP))
+
+
+def _answer_at_once(index: int) -> Message:
+    """proxy_delay 0: a pod that flushed its neighbours is answered now, not within 0.8 s."""
+    none = struct.pack("=Q", 0)
+    parameters = nest(rtnl.NDTA_PARMS, attr_u32(rtnl.NDTPA_IFINDEX, index), attr(rtnl.NDTPA_PROXY_DELAY, none))
+    body = rtnl.NEIGHTBL.pack(socket.AF_INET) + attr_text(rtnl.NDTA_NAME, "arp_cache") + parameters
+    return Message(rtnl.SETNEIGHTBL, body)
 
 
 def _address(index: int, address: str, length: int, scope: int) -> Message:
@@ -268,25 +279,28 @@ def _route(family: int, length: int, protocol: int, scope: int) -> bytes:
     return rtnl.ROUTE.pack(family, length, 0, 0, rtnl.RT_TABLE_MAIN, protocol, scope, rtnl.RTN_UNICAST, 0)
 
 
-def _sysctls(want: Wiring, interface: str) -> None:
-    """What netlink cannot set, in the namespace that the thread is in. A runtime may have turned IPv6 off there."""
-    if any(":" in a for a in want.addresses):
-        _zero(f"ipv6/conf/{interface}/disable_ipv6")
-        if interface == want.node_end:
-            # A router's interface, but ``default.accept_ra=2`` would still let a pod give the node a default route.
-            _zero(f"ipv6/conf/{interface}/accept_ra")
-    if interface == want.node_end:
-        # For a pod that flushed its neighbours: the answer to its question must not be put off by up to 0.8 s.
-        _zero(f"ipv4/neigh/{interface}/proxy_delay")
+def _netlink_of(pod_ns: int) -> Netlink:
+    """A socket in the pod's namespace: it stays there, while the thread comes back."""
+    with netns.inside(pod_ns):
+        return Netlink()
+
+
+def _apply(netlink: Netlink, messages: Sequence[Message], interface: str, pod_ns: int | None = None) -> None:
+    """As ``Netlink.apply``. Where IPv6 is off on the interface, which a runtime may have seen to, it is turned on
+    (EACCES: inet6_rtm_newaddr, net/ipv6/addrconf.c) and what was refused is said again."""
+    errors = netlink.batch(messages)
+    if any(error is not None and error.number == errno.EACCES for error in errors):
+        with netns.inside(pod_ns) if pod_ns is not None else nullcontext():
+            _zero(f"ipv6/conf/{interface}/disable_ipv6")
+        errors = netlink.batch([m for m, error in zip(messages, errors, strict=True) if error is not None])
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 def _zero(name: str) -> None:
-    """Sets a sysctl to 0. Not by pathlib: three of these would be a tenth of an ADD."""
-    fd = os.open(f"/proc/sys/net/{name}", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, b"0")
-    finally:
-        os.close(fd)
+    """Sets a sysctl of the namespace that the thread is in. A write costs more than a batch: it is for what is rare."""
+    Path("/proc/sys/net", name).write_text("0")
 
 
 def prepare_node() -> None:

@@ -6,7 +6,6 @@ Names and numbers are those of the kernel's include/uapi/linux/{if_link,rtnetlin
 from __future__ import annotations
 
 import errno
-import ipaddress
 import socket
 import struct
 from typing import Final
@@ -19,12 +18,14 @@ NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, GETADDR = 20, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWNEIGH, GETNEIGH = 28, 30
+SETNEIGHTBL: Final = 67
 GETNEXTHOP: Final = 106
 
 LINK: Final = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 ADDR: Final = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
 ROUTE: Final = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 NEIGH: Final = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
+NEIGHTBL: Final = struct.Struct("=Bxxx")  # ndtmsg: family
 NEXTHOP: Final = struct.Struct("=BBBxI")  # nhmsg: family, scope, protocol, flags
 MULTIPATH: Final = struct.Struct("=HBBi")  # rtnexthop: length, flags, hops, index
 U32: Final = struct.Struct("=I")
@@ -34,11 +35,12 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_LINKINFO = 1, 3, 4, 5, 18
 IFLA_AF_SPEC, IFLA_GROUP, IFLA_NET_NS_FD, IFLA_NUM_TX_QUEUES, IFLA_NUM_RX_QUEUES = 26, 27, 28, 31, 32
 IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
 IFLA_INET_CONF, CONF_FORWARDING, CONF_PROXY_ARP = 1, 1, 3
-IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_NONE = 8, 1
+IFLA_INET6_CONF, IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_NONE, DEVCONF_ACCEPT_RA = 2, 8, 1, 3
 IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD = 1, 2, 0x02
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH = 1, 4, 5, 6, 9
 RT_TABLE_MAIN, RTPROT_BOOT, RTN_UNICAST, RTN_BLACKHOLE, RTM_F_FIB_MATCH = 254, 3, 1, 6, 0x2000
 SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
+NDTA_NAME, NDTA_PARMS, NDTPA_IFINDEX, NDTPA_PROXY_DELAY = 1, 6, 1, 13
 NDA_DST, NDA_LLADDR, NDA_IFINDEX, NUD_STALE, NUD_PERMANENT = 1, 2, 8, 0x04, 0x80
 NHA_OIF: Final = 5
 
@@ -53,6 +55,8 @@ class Link(msgspec.Struct, frozen=True):
     group: int
     peer: int
     up: bool
+    #: ``accept_ra`` of an interface with IPv6; 0 without.
+    accept_ra: int
 
 
 def find(netlink: Netlink, name: str) -> Link | None:
@@ -75,7 +79,8 @@ def mac_bytes(text: str) -> bytes:
 
 
 def packed(address: str) -> bytes:
-    return ipaddress.ip_address(address).packed
+    """Network byte order. OSError if it is no address."""
+    return socket.inet_pton(family(address), address)
 
 
 def family(address: str) -> int:
@@ -102,7 +107,14 @@ def _read_link(body: bytes) -> Link:
         group=_number(values.get(IFLA_GROUP)),
         peer=_number(values.get(IFLA_LINK)),
         up=bool(flags & IFF_UP),
+        accept_ra=_devconf6(values.get(IFLA_AF_SPEC, b""), DEVCONF_ACCEPT_RA),
     )
+
+
+def _devconf6(families: bytes, index: int) -> int:
+    """A setting out of IFLA_INET6_CONF (an array of DEVCONF_MAX numbers, include/uapi/linux/ipv6.h)."""
+    conf = attributes(attributes(families, 0).get(socket.AF_INET6, b""), 0).get(IFLA_INET6_CONF, b"")
+    return int(U32.unpack_from(conf, 4 * index)[0]) if len(conf) >= 4 * index + 4 else 0
 
 
 def _number(value: bytes | None) -> int:

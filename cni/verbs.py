@@ -19,6 +19,7 @@ import msgspec
 
 from cni import look, podnet, rtnl, spec
 from cni.errors import CNIError
+from cni.marks import LINK_MAC
 from cni.netlink import Netlink, NetlinkError
 from cni.reaper import ReaperError
 from cni.spec import Call, Refusal
@@ -163,20 +164,18 @@ class Verbs:
         self._step("add-journalled")
         try:
             want = self._want(call, lease)
-            if not known or look.problems(self._netlink, pod_ns, want, _gateways(lease)):
+            if known and not look.problems(self._netlink, pod_ns, want, _gateways(lease)):
+                mtu = self._as_it_is(want, lease)
+            else:
                 touched = True
+                mtu = want.mtu
                 self._make_way(want)
-                index = podnet.wire(self._netlink, pod_ns, want)
+                index, ready = podnet.wire(self._netlink, pod_ns, want)
                 self._step("add-wired")
-                lease = self._ipam.bind(attachment, index)
+                self._ipam.bind(attachment, index)
                 self._step("add-bound")
-                await self._carrier(pod_ns, want)
-            link = rtnl.find(self._netlink, want.node_end)
-            if link is None:
-                raise podnet.WiringError(f"{want.node_end} vanished while it was wired; somebody else removed it")
-            if link.index != lease.index:
-                # A server before us was ended between wiring and journal.
-                self._ipam.bind(attachment, link.index)
+                if not ready:
+                    await self._carrier(pod_ns, want)
         except (CNIError, IPAMError, asyncio.CancelledError):
             # A pod that lives is not taken down because it could not be looked at.
             if touched:
@@ -184,8 +183,8 @@ class Verbs:
             raise
         return spec.result(
             call.config,
-            spec.Interface(want.node_end, link.mac, link.mtu),
-            spec.Interface(want.pod_end, want.mac, link.mtu, call.netns),
+            spec.Interface(want.node_end, LINK_MAC, mtu),
+            spec.Interface(want.pod_end, want.mac, mtu, call.netns),
             tuple(spec.Address(f"{a}/{128 if ':' in a else 32}", podnet.gateway(a)) for a in lease.addresses),
         )
 
@@ -201,6 +200,15 @@ class Verbs:
             addresses=lease.addresses,
             mtu=mtu,
         )
+
+    def _as_it_is(self, want: podnet.Wiring, lease: Lease) -> int:
+        """The MTU of a pod that was wired before. Its link is journalled, if a server was ended before it did so."""
+        link = rtnl.find(self._netlink, want.node_end)
+        if link is None:
+            raise podnet.WiringError(f"{want.node_end} vanished while it was looked at; somebody else removed it")
+        if link.index != lease.index:
+            self._ipam.bind(lease.attachment, link.index)
+        return link.mtu
 
     def _make_way(self, want: podnet.Wiring) -> None:
         """An address rests until its last link is gone: if nothing else was free, that link goes now."""
