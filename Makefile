@@ -18,7 +18,8 @@ AS_ROOT = $(shell unshare --mount --net --pid --fork true 2>/dev/null || echo un
 help: ## this list
 	awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s%s\n", $$1, $$2}' Makefile
 
-lab: need-lab $(VENV)/.lab build/underlay-shim ## a virtual rack on this machine (ARGS="--racks 3 --nodes 2 --pods 3")
+lab: need-lab $(VENV)/.lab $(if $(findstring kube,$(ARGS)),$(VENV)/.kube) build/underlay-shim ## a virtual rack on this machine (ARGS="--racks 3 --nodes 2 --pods 3", ARGS="--store kube")
+	$(if $(findstring kube,$(ARGS)),$(BIN)/python lab/kube/build.py >/dev/null)
 	exec $(BIN)/underlay-lab up $(ARGS)
 
 lab-down: need-lab $(VENV)/.lab ## takes the rack away
@@ -49,10 +50,11 @@ apiserver: need-test $(VENV)/.test ## etcd, API server and controller-manager: b
 need-lab need-test need-bench: need-%: | build
 	exec sh lab/prepare.sh $*
 
-# A stamp says for which setup.cfg and pyproject.toml the environment was made. The test one includes the other's.
+# A stamp says for which setup.cfg and pyproject.toml the environment was made. The others include the lab's.
 $(VENV)/.lab: EXTRA :=
+$(VENV)/.kube: EXTRA := [kube]
 $(VENV)/.test: EXTRA := [test]
-$(VENV)/.lab $(VENV)/.test: setup.cfg pyproject.toml | need-lab build
+$(VENV)/.lab $(VENV)/.kube $(VENV)/.test: setup.cfg pyproject.toml | need-lab build
 	echo "python: $(VENV) with what setup.cfg asks for$(if $(EXTRA), and $(EXTRA))"
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.$(EXTRA)' >build/pip.log 2>&1 || { cat build/pip.log; exit 1; }

@@ -70,19 +70,25 @@ def inside(fd: int) -> Iterator[None]:
 
 def create(path: Path) -> None:
     """Makes a network namespace and pins it at ``path`` (a new file), as ``ip netns add`` does. Raises OSError."""
-    path.touch(exist_ok=False)
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         unshare(CLONE_NEWNET)
         try:
-            mount("/proc/thread-self/ns/net", path, flags=MS_BIND)
+            pin(path)
         finally:
             setns(home)
+    finally:
+        os.close(home)
+
+
+def pin(path: Path) -> None:
+    """Pins the namespace that we are in at ``path`` (a new file). Raises OSError."""
+    path.touch(exist_ok=False)
+    try:
+        mount("/proc/thread-self/ns/net", path, flags=MS_BIND)
     except OSError:
         path.unlink()
         raise
-    finally:
-        os.close(home)
 
 
 def remove(path: Path) -> None:

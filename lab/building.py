@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
-from typing import Final
+import socket
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from cni.errors import CNIError, first_of
 from cni.marks import PROTO_IMPORTS
-from lab import rack
+from lab import oob, rack
 from lab.errors import LabError
 from lab.folder import Folder
-from lab.machine import PATH, Machine
+from lab.kube.build import Programs
+from lab.machine import PATH, Machine, Stores
 from lab.matrix import Pod, Report
 from lab.net import Net, NetError
 from lab.objects import objects
@@ -23,18 +25,30 @@ from lab.probe import Prober
 from lab.processes import Daemon
 from lab.story import Story
 from lab.topology import Link, Router, Topology, node_of_pod, pod_number, rack_name
-from lab.wire import LinkState, Part, Place, PodState, RouterState, State, Step
+from lab.wire import LinkState, Part, Place, PodState, Program, RouterState, State, Step
+from store.base import Store
 from store.clock import Clock
-from store.errors import StoreError
-from store.model import IPAMBlock, Node
+from store.errors import StoreError, Unavailable
+from store.model import IPAMBlock, Node, Resource
 from store.open import open_store
+
+if TYPE_CHECKING:
+    from lab.control import ControlPlane
 
 #: ADD and DEL calls under way at once in the whole lab.
 _AT_ONCE: Final = 16
 _READY_WITHIN: Final = 60.0
+_API_READY_WITHIN: Final = 120.0
 _CONVERGED_WITHIN: Final = 60.0
 _LOOK_EVERY: Final = 0.05
 _log = logging.getLogger(__name__)
+
+
+class Kube(msgspec.Struct, frozen=True):
+    """For a lab whose store is an API server of its own: its programs, and the socket that people reach it by."""
+
+    programs: Programs
+    listener: socket.socket
 
 
 class Lab:
@@ -43,13 +57,24 @@ class Lab:
     What cannot be done raises LabError (or NetError, StoreError, TopologyError of what it stands on).
     """
 
-    def __init__(self, folder: Folder, topology: Topology, clock: Clock) -> None:
+    def __init__(self, folder: Folder, topology: Topology, clock: Clock, kube: Kube | None = None) -> None:
         self._folder = folder
         self._topology = topology
         self._clock = clock
         self._story = Story(clock)
         self._net = Net(folder.path)
-        self._store = open_store(folder.store_url, clock=clock)
+        self._control: ControlPlane | None = None
+        self._store: Store
+        if kube is None:
+            self._store = open_store(folder.store_url, clock=clock)
+        else:
+            # It needs the client of the API server, which a lab on a file does not.
+            from lab.control import ControlPlane
+
+            self._control = ControlPlane(self._net, clock, folder, kube.programs, kube.listener)
+            self._store = self._control.store()
+        #: As the store had them last.
+        self._known: dict[str, tuple[str, ...]] = {}
         self._prober = Prober(self._net)
         self._machines: dict[str, Machine] = {}
         self._birds: dict[str, Daemon] = {}
@@ -82,8 +107,9 @@ class Lab:
         return State(
             state=self._story.state,
             dir=str(self._folder.path),
-            store=self._folder.store_url,
+            store=self._control.store_url if self._control else self._folder.store_url,
             shape=self._topology.shape,
+            control_plane={name: d.state() for name, d in self._control.daemons.items()} if self._control else {},
             routers=tuple(self._router_state(router) for router in self._topology.routers),
             links=tuple(
                 LinkState(a=link.upper.name, b=link.lower.name, up=link not in self._cut)
@@ -103,15 +129,23 @@ class Lab:
         machine = self._machine(node_of_pod(name))
         async with self._turns:
             sandbox = await machine.add(name)
+        if self._control:
+            self._control.kubelets.attached(machine.node.name, sandbox)
         return PodState(name=sandbox.pod, addresses=sandbox.addresses)
 
     async def pod_del(self, name: str) -> None:
         machine = self._machine(node_of_pod(name))
         async with self._turns:
             await machine.delete(name)
+        if self._control:
+            self._control.kubelets.detached(name)
 
-    def kill(self, node: str, part: Part, number: int, restart_after: float) -> None:
-        self._machine(node).daemons[part].kill(number, restart_after=restart_after)
+    def kill(self, member: str, part: Part | Program, number: int, restart_after: float) -> None:
+        daemons = self._daemons(member)
+        daemon = daemons.get(part)
+        if daemon is None:
+            raise LabError(f"{member} has no {part}; it has: {', '.join(daemons)}")
+        daemon.kill(number, restart_after=restart_after)
 
     def cable(self, a: str, b: str, *, up: bool) -> None:
         """Cuts or mends the link between ``a`` and ``b``; it may be so already."""
@@ -136,19 +170,37 @@ class Lab:
 
     async def _build(self, group: asyncio.TaskGroup) -> None:
         topology, step = self._topology, self._story.step
+        if self._control:
+            with step("management network and keys"):
+                self._control.prepare()
+            # It starts while the rack is built.
+            group.create_task(self._control.run())
         counts = f"{_count(len(topology.spines), 'spine')}, {_count(len(topology.tors), 'ToR')}"
         with step(f"namespaces for {counts}, {_count(len(topology.nodes), 'node')}; {len(topology.links)} links"):
             rack.build(self._net, topology)
-        with step("store, pools and peers"):
-            await self._fill_store()
+            if self._control:
+                oob.plug(self._net, topology.nodes)
         with step(f"BIRD on {_count(len(topology.routers), 'router')}"):
             for router in topology.routers:
                 self._birds[router.name] = bird = self._bird(router)
                 group.create_task(bird.run())
+        if self._control:
+            with step("etcd and API server"):
+                await self._control.ready(limit=_API_READY_WITHIN)
+            with step("custom resources, rights and policies"):
+                await self._control.install(limit=_READY_WITHIN)
+        with step("store, pools and peers"):
+            await self._fill_store()
         with step(f"CNI server, agent and ExaBGP on {_count(len(topology.nodes), 'node')}"):
+            stores = await self._stores()
             for node in topology.nodes:
                 self._machines[node.name] = machine = Machine(
-                    self._net, self._clock, self._folder, node, new_id=lambda: secrets.token_hex(32)
+                    self._net,
+                    self._clock,
+                    self._folder,
+                    node,
+                    stores=stores[node.name],
+                    new_id=lambda: secrets.token_hex(32),
                 )
                 group.create_task(machine.run())
             for machine in self._machines.values():
@@ -158,16 +210,32 @@ class Lab:
             async with asyncio.TaskGroup() as adds:
                 for pod in pods:
                     adds.create_task(self.pod_add(pod))
+            if self._control:
+                await self._control.kubelets.settled(limit=_READY_WITHIN)
         with step("routes: every block known to every router and node"):
             problem = await self._converge(_CONVERGED_WITHIN)
             if problem:
                 raise LabError(f"after {_CONVERGED_WITHIN:.0f} s {problem}")
 
     async def _fill_store(self) -> None:
-        for obj in objects(self._topology):
+        async with asyncio.TaskGroup() as group:
+            for obj in objects(self._topology):
+                group.create_task(self._fill(obj))
+
+    async def _fill(self, obj: Resource) -> None:
+        async with self._turns:
             created = await self._store.create(obj)
             if isinstance(created, Node) and isinstance(obj, Node):
                 await self._store.update_status(msgspec.structs.replace(created, status=obj.status))
+
+    async def _stores(self) -> dict[str, Stores]:
+        """By node, the store as its processes are to be given it."""
+        nodes = self._topology.nodes
+        if self._control:
+            found = await asyncio.gather(*(self._control.admit(node) for node in nodes))
+            return {node.name: stores for node, stores in zip(nodes, found, strict=True)}
+        url = self._folder.store_url
+        return {node.name: Stores(cni=url, agent=url, operator=url) for node in nodes}
 
     def _bird(self, router: Router) -> Daemon:
         home = self._folder.member(router.name)
@@ -205,11 +273,19 @@ class Lab:
     # -- looking ---------------------------------------------------------------------------------------------------
 
     async def _blocks(self) -> dict[str, tuple[str, ...]]:
-        """Blocks by node; without those that are being given back."""
+        """Blocks by node; without those that are being given back. While the API server is away: as they were last."""
         found: dict[str, tuple[str, ...]] = {}
-        for block in (await self._store.list(IPAMBlock)).items:
+        try:
+            blocks = (await self._store.list(IPAMBlock)).items
+        except Unavailable as e:
+            if self._control is None:
+                raise
+            _log.info("blocks as they were last: %s", e)
+            return self._known
+        for block in blocks:
             if not block.status.releasing and not block.metadata.deletion_timestamp:
                 found[block.spec.node] = (*found.get(block.spec.node, ()), block.spec.cidr)
+        self._known = found
         return found
 
     def _pods(self) -> list[Pod]:
@@ -230,9 +306,16 @@ class Lab:
             raise LabError(f"no node is called {name}; nodes are: {', '.join(self._machines) or 'not there yet'}")
         return self._machines[name]
 
+    def _daemons(self, member: str) -> Mapping[Any, Daemon]:
+        if self._control and member == oob.CONTROL_PLANE:
+            return self._control.daemons
+        return self._machine(member).daemons
+
     def _environment(self, name: str) -> dict[str, str]:
         if name in self._birds:
             return {"BIRD": str(self._folder.member(name) / "bird.ctl")}
+        if self._control and name == oob.CONTROL_PLANE:
+            return self._control.environment
         if name in self._machines:
             return {"UNDERLAY_NODE": name} | self._machines[name].environment
         return {}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal as signals
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
@@ -16,7 +18,9 @@ import msgspec
 from lab import client, folder, matrix
 from lab.errors import LabError
 from lab.folder import Folder
+from lab.kube.build import NotHere, find
 from lab.matrix import Report
+from lab.oob import CONTROL_PLANE
 from lab.picture import picture
 from lab.topology import Topology, TopologyError
 from lab.wire import (
@@ -24,12 +28,12 @@ from lab.wire import (
     Follow,
     Kill,
     Matrix,
-    NodeState,
+    Part,
     PodAdd,
     PodDel,
     PodState,
     ProcessState,
-    RouterState,
+    Program,
     State,
     Step,
 )
@@ -69,22 +73,30 @@ def main() -> None:
 @click.option("--racks", default=2, show_default=True, help="Racks, each with one ToR.")
 @click.option("--nodes", default=2, show_default=True, help="Nodes in each rack.")
 @click.option("--pods", default=3, show_default=True, help="Pods on each node.")
+@click.option(
+    "--store",
+    type=click.Choice(["sqlite", "kube"]),
+    default="sqlite",
+    show_default=True,
+    help="Where objects live: a file, or an API server of the lab's own with our rights and policies.",
+)
 @_dir
-def up(racks: int, nodes: int, pods: int, where: Folder) -> None:
+def up(racks: int, nodes: int, pods: int, store: str, where: Folder) -> None:
     """Builds the rack, draws it, and shows who reaches whom."""
     wanted = Topology.build(racks=racks, nodes=nodes, pods=pods).shape
     if client.alive(where):
         there = client.state(where)
-        if there.shape != wanted:
+        if (there.shape, there.store.partition(":")[0]) != (wanted, store):
             r, n, p = there.shape
-            shape = f"--racks {r} --nodes {n} --pods {p}"
+            shape = f"--racks {r} --nodes {n} --pods {p} --store {there.store.partition(':')[0]}"
             raise LabError(f"a lab with {shape} is up in {where.path}; {_down(where)} takes it away")
         click.echo(f"A lab is up already in {where.path}; {_down(where)} takes it away.\n")
         _follow(where, told=there.state == "building")
     else:
         begin = time.monotonic()
+        programs = _programs() if store == "kube" else None
         click.echo(f"A lab is being built in {where.path}; {_down(where)} takes it away.")
-        client.start(where, racks=racks, nodes=nodes, pods=pods)
+        client.start(where, racks=racks, nodes=nodes, pods=pods, programs=programs)
         _follow(where, told=True)
         click.echo(f"{time.monotonic() - begin:6.2f} s  in all\n")
     state = client.state(where)
@@ -103,17 +115,21 @@ def down(where: Folder) -> None:
 @click.option("-o", "output", type=click.Choice(["json"]), help="For programs.")
 @_dir
 def status(output: str | None, where: Folder) -> None:
-    """Nodes with rack, blocks, pods and processes."""
+    """Nodes with rack, blocks, pods and processes; the control plane's processes, if there is one."""
     state = client.state(where)
     if output:
         click.echo(msgspec.json.format(msgspec.json.encode(state)).decode())
         return
     click.echo(picture(state, width=_width()) if state.nodes else f"{state.state}, no node yet")
     click.echo()
-    members: list[RouterState | NodeState] = [*state.routers, *state.nodes]
-    for member in members:
-        told = (f"{part} {_process(process)}" for part, process in member.processes.items())
-        click.echo(f"{member.name:<9} {'; '.join(told)}")
+    members: list[tuple[str, Mapping[Any, ProcessState]]] = [(m.name, m.processes) for m in state.routers]
+    members += [(m.name, m.processes) for m in state.nodes]
+    if state.control_plane:
+        members.append((CONTROL_PLANE, state.control_plane))
+    wide = max(len(name) for name, _ in members)
+    for name, processes in members:
+        told = (f"{part} {_process(process)}" for part, process in processes.items())
+        click.echo(f"{name:<{wide}} {'; '.join(told)}")
 
 
 @main.command("matrix")
@@ -160,15 +176,15 @@ def pod_del(name: str, where: Folder) -> None:
 
 
 @main.command()
-@click.argument("node")
-@click.argument("process", type=click.Choice(["agent", "cni", "exabgp"]))
+@click.argument("member", metavar="NODE")
+@click.argument("process", type=click.Choice([*get_args(Part), *get_args(Program)]))
 @click.option("--signal", default="9", show_default=True, help="By number or name.")
 @click.option("--restart-after", default=1.0, show_default=True, help="Seconds until it is started again.")
 @_dir
-def kill(node: str, process: Any, signal: str, restart_after: float, where: Folder) -> None:
-    """Kills a process of a node; the lab starts it again."""
-    client.ask(where, Kill(node, process, _signal(signal), restart_after), type(None))
-    click.echo(f"{process} of {node}: signal {_signal(signal)}; when it has ended, again in {restart_after:g} s.")
+def kill(member: str, process: Any, signal: str, restart_after: float, where: Folder) -> None:
+    """Kills a process of a node, or of control-plane; the lab starts it again."""
+    client.ask(where, Kill(member, process, _signal(signal), restart_after), type(None))
+    click.echo(f"{process} of {member}: signal {_signal(signal)}; when it has ended, again in {restart_after:g} s.")
 
 
 @main.group()
@@ -194,6 +210,17 @@ def link_mend(a: str, b: str, where: Folder) -> None:
     """Gives the link between A and B its carrier back."""
     client.ask(where, Cable(a, b, True), type(None))
     click.echo(f"{a} and {b}: mended.")
+
+
+def _programs() -> Path:
+    """Where the control plane's programs are. Raises LabError, which says what to type."""
+    try:
+        importlib.import_module("lab.control")
+        return find().folder
+    except ModuleNotFoundError as e:
+        raise LabError(f"--store kube needs {e.name}: pip install 'underlay[kube]'") from e
+    except NotHere as e:
+        raise LabError(str(e)) from e
 
 
 def _follow(where: Folder, *, told: bool) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -61,13 +62,21 @@ def alive(folder: Folder) -> bool:
     return True
 
 
-def start(folder: Folder, *, racks: int, nodes: int, pods: int) -> None:
-    """Starts a supervisor for the folder, detached from this process; returns when it answers. Raises LabError."""
+def start(folder: Folder, *, racks: int, nodes: int, pods: int, programs: Path | None = None) -> None:
+    """Starts a supervisor for the folder, detached from this process; returns when it answers. ``programs``: the folder
+    of a control plane's, which is to be its store. Raises LabError."""
     lock = folders.claim(folder)
     if lock is None:
         raise LabError(f"{folder.path}: another lab is starting or ending there; try again in a moment")
     shape = [f"--racks={racks}", f"--nodes={nodes}", f"--pods={pods}"]
-    with folder.log.open("ab") as log:
+    with folder.log.open("ab") as log, ExitStack() as ours:
+        # The lock is held as long as any of them lives.
+        passed = [lock]
+        if programs:
+            # Made here, so that it is in the network namespace of the shells that will use it.
+            listener = ours.enter_context(socket.create_server(("127.0.0.1", 0)))
+            shape += [f"--programs={programs}", f"--listener={listener.fileno()}"]
+            passed.append(listener.fileno())
         process = subprocess.Popen(
             [*_unshare(), sys.executable, "-m", "lab.supervisor", str(folder.path), *shape],
             stdin=subprocess.DEVNULL,
@@ -75,8 +84,7 @@ def start(folder: Folder, *, racks: int, nodes: int, pods: int) -> None:
             stderr=log,
             cwd="/",
             start_new_session=True,
-            # The lock is held as long as any of them lives.
-            pass_fds=[lock],
+            pass_fds=passed,
         )
     os.close(lock)
     end = time.monotonic() + _STARTS_WITHIN

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from cni import install
 from lab.errors import LabError
 from lab.folder import Folder
@@ -24,10 +26,20 @@ _BIN: Final = Path(sys.executable).parent
 PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
+class Stores(msgspec.Struct, frozen=True, kw_only=True):
+    """The URL of the store as each process is to be given it, and as an operator's tools are."""
+
+    cni: str
+    agent: str
+    operator: str
+
+
 class Machine:
     """``run()`` keeps the daemons up; ``ready()`` returns when pods can be attached."""
 
-    def __init__(self, net: Net, clock: Clock, folder: Folder, node: Node, *, new_id: Callable[[], str]) -> None:
+    def __init__(
+        self, net: Net, clock: Clock, folder: Folder, node: Node, *, stores: Stores, new_id: Callable[[], str]
+    ) -> None:
         self.node = node
         self._net = net
         self._clock = clock
@@ -45,8 +57,8 @@ class Machine:
             new_id=new_id,
         )
         #: What a tool of ours needs to know to speak of this node.
-        self.environment = {"UNDERLAY_RUN": str(self._run), "UNDERLAY_STORE": folder.store_url}
-        self._daemons = {part: self._daemon(part, argv) for part, argv in self._commands(folder).items()}
+        self.environment = {"UNDERLAY_RUN": str(self._run), "UNDERLAY_STORE": stores.operator}
+        self._daemons = {part: self._daemon(part, argv) for part, argv in self._commands(stores).items()}
         self._sandboxes: dict[str, Sandbox] = {}
         self._busy: set[str] = set()
 
@@ -121,11 +133,18 @@ class Machine:
     def _conflist(self) -> Path:
         return self._folders["net.d"] / install.CONFLIST
 
-    def _commands(self, folder: Folder) -> dict[Part, list[str]]:
-        shared = ["--node", self.node.name, "--store", folder.store_url, "--run", str(self._run)]
+    def _commands(self, stores: Stores) -> dict[Part, list[str]]:
+        shared = ["--node", self.node.name, "--run", str(self._run)]
         return {
-            "cni": [str(_BIN / "underlay-cni"), *shared],
-            "agent": [str(_BIN / "underlay-agent"), *shared, "--state", str(self._folders["state"])],
+            "cni": [str(_BIN / "underlay-cni"), *shared, "--store", stores.cni],
+            "agent": [
+                str(_BIN / "underlay-agent"),
+                *shared,
+                "--store",
+                stores.agent,
+                "--state",
+                str(self._folders["state"]),
+            ],
             "exabgp": [str(_BIN / "underlay-speaker"), "--run", str(self._run)],
         }
 

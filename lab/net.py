@@ -65,6 +65,12 @@ class Net:
         if forwarding:
             self.sysctl(name, {"net.ipv4.ip_forward": "1", "net.ipv6.conf.all.forwarding": "1"})
 
+    def adopt(self, name: str) -> None:
+        """Makes a member of the namespace that we are in, its loopback up."""
+        netns.pin(self.path(name))
+        self._names.append(name)
+        _loopback_up()
+
     def remove(self, name: str) -> None:
         """Unpins it; links that end in it go with it once no process of ours is in it."""
         netns.remove(self.path(name))

@@ -13,7 +13,7 @@ LABEL_RACK = "rack"
 
 
 def objects(topology: Topology) -> tuple[model.Resource, ...]:
-    """Every object to create, in order. A Node's status is to be written after it is created (``update_status``)."""
+    """Every object to create, in any order. A Node's status is to be written after that (``update_status``)."""
     pools = tuple(
         model.IPPool(
             metadata=model.Meta(name=pool.name), spec=model.IPPoolSpec(cidr=pool.cidr, block_size=pool.block_size)

@@ -12,15 +12,17 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 
-from lab.building import Lab
+from lab.building import Kube, Lab
 from lab.errors import LabError
 from lab.folder import Folder
+from lab.kube.build import Programs
 from lab.net import NetError
 from lab.processes import kill_all_others
 from lab.topology import Topology, TopologyError
@@ -103,8 +105,8 @@ class Supervisor:
                 return await lab.pod_add(name)
             case PodDel(name):
                 await lab.pod_del(name)
-            case Kill(node, part, number, after):
-                lab.kill(node, part, number, after)
+            case Kill(member, part, number, after):
+                lab.kill(member, part, number, after)
             case Cable(a, b, up):
                 lab.cable(a, b, up=up)
             case Where(name):
@@ -119,6 +121,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     for number in ("racks", "nodes", "pods"):
         parser.add_argument(f"--{number}", type=int, required=True)
+    parser.add_argument("--programs", type=Path, help="folder of etcd, kube-apiserver and kube-controller-manager")
+    parser.add_argument("--listener", type=int, help="descriptor of the socket that leads to the API server")
     said = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     if os.getpid() == 1:
@@ -127,13 +131,17 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     _watch_children()
     try:
-        asyncio.run(_live(Folder(said.folder), Topology.build(racks=said.racks, nodes=said.nodes, pods=said.pods)))
+        topology = Topology.build(racks=said.racks, nodes=said.nodes, pods=said.pods)
+        kube = None
+        if said.programs:
+            kube = Kube(Programs(said.programs, "given"), socket.socket(fileno=said.listener))
+        asyncio.run(_live(Folder(said.folder), topology, kube))
     finally:
         kill_all_others()
 
 
-async def _live(folder: Folder, topology: Topology) -> None:
-    await Supervisor(Lab(folder, topology, SystemClock()), folder).run()
+async def _live(folder: Folder, topology: Topology, kube: Kube | None) -> None:
+    await Supervisor(Lab(folder, topology, SystemClock(), kube), folder).run()
 
 
 def _be_init() -> None:

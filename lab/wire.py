@@ -10,6 +10,8 @@ from typing import Any, Literal
 import msgspec
 
 Part = Literal["agent", "cni", "exabgp"]
+#: Of the control plane.
+Program = Literal["etcd", "kube-apiserver", "kube-controller-manager"]
 
 
 class Follow(msgspec.Struct, frozen=True, tag=True):
@@ -36,8 +38,8 @@ class PodDel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Kill(msgspec.Struct, frozen=True, tag=True):
-    node: str
-    part: Part
+    member: str
+    part: Part | Program
     signal: int = 9
     #: Seconds after its end until it is started again.
     restart_after: float = 1.0
@@ -139,3 +141,5 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     routers: tuple[RouterState, ...]
     links: tuple[LinkState, ...]
     nodes: tuple[NodeState, ...]
+    #: Empty where the store is a file.
+    control_plane: dict[Program, ProcessState] = {}

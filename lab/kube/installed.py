@@ -69,19 +69,32 @@ def manifest(name: str) -> list[Wire]:
 
 def pod_token(cluster: Cluster, account: str, node_name: str) -> str:
     """The token of a new pod of ours; ``node_name`` "" for one that no scheduler has seen."""
-    pods = f"/api/v1/namespaces/{NAMESPACE}/pods"
-    spec: Wire = {"serviceAccountName": account, "containers": [{"name": "main", "image": "underlay"}]}
-    if node_name:
-        spec["nodeName"] = node_name
-    pod = cluster.request("POST", pods, {"metadata": {"name": f"{account}-{node_name or 'nowhere'}"}, "spec": spec})
-    bound = {"apiVersion": "v1", "kind": "Pod", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
-    asked = {
-        "apiVersion": "authentication.k8s.io/v1",
-        "kind": "TokenRequest",
-        "spec": {"expirationSeconds": 3600, "boundObjectRef": bound},
-    }
+    pod = cluster.request("POST", f"/api/v1/namespaces/{NAMESPACE}/pods", pod_of(account, node_name))
+    asked = bound_token(pod, seconds=3600)
     answer = cluster.request("POST", f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{account}/token", asked)
     return str(answer["status"]["token"])
+
+
+def pod_of(account: str, node_name: str) -> Wire:
+    """The Pod of one of our processes, in the node's own network as they all are."""
+    spec: Wire = {
+        "serviceAccountName": account,
+        "hostNetwork": True,
+        "containers": [{"name": "main", "image": "underlay"}],
+    }
+    if node_name:
+        spec["nodeName"] = node_name
+    return {"metadata": {"name": f"{account}-{node_name or 'nowhere'}", "namespace": NAMESPACE}, "spec": spec}
+
+
+def bound_token(pod: Wire, *, seconds: int) -> Wire:
+    """What a kubelet asks of the API server for a pod that is there: a token that is good as long as the pod is."""
+    bound = {"apiVersion": "v1", "kind": "Pod", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
+    return {
+        "apiVersion": "authentication.k8s.io/v1",
+        "kind": "TokenRequest",
+        "spec": {"expirationSeconds": seconds, "boundObjectRef": bound},
+    }
 
 
 def denial(cluster: Cluster, method: str, path: str, body: object = None, **how: Any) -> Refused | None:
