@@ -12,8 +12,15 @@ from cni import rtnl
 from cni.marks import LINK_GROUP, PROTO_BLOCKS, PROTO_PODS
 from cni.netlink import Message, Netlink, NetlinkError, attributes
 from ipam.errors import KernelUnavailable
+from ipam.model import ForeignRoute
 
 _ANY: Final = {socket.AF_INET: bytes(4), socket.AF_INET6: bytes(16)}
+#: Types of route that say of a range that it is in use: unicast, local, blackhole, unreachable, prohibit (rtnetlink.h).
+#: Broadcast, anycast and multicast come with a node's own addresses.
+_IN_USE: Final = frozenset({1, 2, 6, 7, 8})
+#: Main, and the one of the node's own addresses (RT_TABLE_LOCAL).
+_TABLES: Final = frozenset({rtnl.RT_TABLE_MAIN, 255})
+_OURS: Final = frozenset({PROTO_PODS, PROTO_BLOCKS})
 
 
 class NetlinkView:
@@ -47,6 +54,40 @@ class NetlinkView:
 
     def blackholes(self) -> frozenset[str]:
         return frozenset(f"{a}/{length}" for a, length, _ in self._routes(PROTO_BLOCKS, rtnl.RTN_BLACKHOLE))
+
+    def foreign_routes(self, within: str) -> tuple[ForeignRoute, ...]:
+        network = ipaddress.ip_network(within)
+        family = socket.AF_INET if network.version == 4 else socket.AF_INET6
+        first, shift = int(network.network_address), network.max_prefixlen - network.prefixlen
+        try:
+            routes = self._netlink.dump(Message(rtnl.GETROUTE, rtnl.ROUTE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)))
+        except NetlinkError as e:
+            raise KernelUnavailable(f"the node's routes inside {within} cannot be read: {e}") from e
+        found = []
+        for m in routes:
+            _, length, _, _, table, protocol, _, kind, _ = rtnl.ROUTE.unpack_from(m.body)
+            # There may be many, and this runs where pods wait: what costs more comes last.
+            if length < network.prefixlen or table not in _TABLES or kind not in _IN_USE or protocol in _OURS:
+                continue
+            values = attributes(m.body, rtnl.ROUTE.size)
+            destination = values.get(rtnl.RTA_DST, _ANY[family])
+            if int.from_bytes(destination, "big") >> shift == first >> shift:
+                found.append((f"{ipaddress.ip_address(destination)}/{length}", protocol, values))
+        return tuple(ForeignRoute(p, *self._hop(values), protocol) for p, protocol, values in found)
+
+    def _hop(self, values: Mapping[int, bytes]) -> tuple[str, str]:
+        """Gateway and device of a route, the first of several; "" for what it has not."""
+        index, gateway = values.get(rtnl.RTA_OIF), values.get(rtnl.RTA_GATEWAY)
+        hops = values.get(rtnl.RTA_MULTIPATH)
+        if hops:
+            length, _, _, number = rtnl.MULTIPATH.unpack_from(hops)
+            index = rtnl.U32.pack(number)
+            gateway = attributes(hops[:length], rtnl.MULTIPATH.size).get(rtnl.RTA_GATEWAY)
+        try:
+            link = rtnl.find_index(self._netlink, rtnl.U32.unpack(index)[0]) if index else None
+        except NetlinkError:
+            link = None  # it has a name for people only
+        return str(ipaddress.ip_address(gateway)) if gateway else "", link.name if link else ""
 
     def _routes(
         self, protocol: int, kind: int

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import msgspec
 
 Family = Literal[4, 6]
+
+#: Every condition that NodeIPAM knows: each of its blocks says those that hold.
+CONDITIONS: Final = (
+    "BlockLost",
+    "ForeignRoute",
+    "JournalFailed",
+    "NoPodCIDR",
+    "PoolExhausted",
+    "Superseded",
+    "SweepStopped",
+)
 
 
 class Attachment(msgspec.Struct, frozen=True, order=True):
@@ -32,6 +43,7 @@ class Request(msgspec.Struct, frozen=True):
     pod: str = ""
     pools: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
+    pod_uid: str = ""
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -42,6 +54,7 @@ class Lease(msgspec.Struct, frozen=True):
     addresses: tuple[str, ...]
     index: int = 0
     since: str = ""
+    pod_uid: str = ""
 
 
 class BlockView(msgspec.Struct, frozen=True):
@@ -55,6 +68,41 @@ class BlockView(msgspec.Struct, frozen=True):
     phase: str
 
 
+class ForeignRoute(msgspec.Struct, frozen=True):
+    """A route of the kernel that is none of our pods' or blocks': ``via`` a gateway, or "" for what is on the link."""
+
+    prefix: str
+    via: str = ""
+    device: str = ""
+    #: Who wrote it: see ``cni.marks``, and the kernel's rtnetlink.h for other numbers.
+    protocol: int = 0
+
+    def __str__(self) -> str:
+        via, device = self.via and f" via {self.via}", self.device and f" dev {self.device}"
+        return f"{self.prefix}{via}{device} (route protocol {self.protocol})"
+
+
+class News(msgspec.Struct, frozen=True):
+    """What an operator should find with this Node or, where ``pod`` (``namespace/name``) says so, with a pod.
+    ``reason`` and ``action`` are CamelCase, ``note`` says what to do. ``normal``: nothing is wrong (any more)."""
+
+    reason: str
+    action: str
+    note: str
+    pod: str = ""
+    pod_uid: str = ""
+    normal: bool = False
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """For metrics: how many leases, the journal's size, and how long (seconds) the oldest change waits for its write to
+    the store."""
+
+    leases: int
+    journal_bytes: int
+    mirror_lag: float
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Times in seconds of the node's ``Clock``; each from the rule in brackets."""
 
@@ -65,6 +113,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     withdrawn: float = 5.0  # between blackhole gone and block deleted (R4)
     sweep: float = 30.0  # between two sweeps (R7)
     unwired: float = 120.0  # an address taken and never wired counts as leaked only after this
+    retell: float = 600.0  # a condition that goes on is told again: the API server keeps an Event for an hour
     recheck: float = 300.0  # ownership read uncached (R5)
     take_limit: float = 5.0  # an ADD waits for a block that long
     store_limit: float = 10.0  # one call to the store, in real time
@@ -74,9 +123,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     deleted_limit: int = 4096
     conflicts_before_list: int = 8  # (R4)
     creates_limit: int = 64  # creates of one claim at most
-    max_blocks: int = 0  # blocks of one node at most, those of single addresses left out; 0: no limit
+    max_blocks: int | None = None  # blocks of this node at most; None: as the IPAMConfiguration says
     grace: float = 600.0  # a node's absence, after which others free its marked blocks (R5)
     absence_look: float = 30.0  # between two looks after absent owners, only while a pool has no free block
+    foreign_look: float = 30.0  # between two looks whether a foreign route is still there (R5)
     absence_gap: float = 90.0  # looks that are further apart than this don't count as one absence
 
 
@@ -102,4 +152,9 @@ class KernelView(Protocol):
 
     def blackholes(self) -> frozenset[str]:
         """CIDRs of blocks whose blackhole (PROTO_BLOCKS) is in the kernel."""
+        ...
+
+    def foreign_routes(self, within: str) -> tuple[ForeignRoute, ...]:
+        """Routes equal to or inside the prefix, and addresses of the node itself in it, that are neither of our pods
+        (PROTO_PODS) nor of our blocks (PROTO_BLOCKS)."""
         ...

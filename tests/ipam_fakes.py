@@ -17,7 +17,9 @@ from ipam.dead import let_go
 from ipam.errors import KernelUnavailable
 from ipam.journal import Journal
 from ipam.ledger import Phase
+from ipam.model import ForeignRoute
 from ipam.node import Attachment, Lease, NodeIPAM, Request, Settings
+from ipam.pool import within as is_within
 from store.base import Store
 from store.errors import NotFound
 from store.memory import MemoryStore
@@ -72,6 +74,7 @@ class FakeKernel:
         self._links: dict[int, str] = {}
         self._routes: dict[str, int] = {}
         self._blackholes: set[str] = set()
+        self.foreign: set[ForeignRoute] = set()
         self._index = itertools.count(10)
         self.hidden: set[str] = set()  # names that a dump leaves out
         self.broken = False
@@ -98,6 +101,10 @@ class FakeKernel:
     def blackholes(self) -> frozenset[str]:
         self._ask("blackholes")
         return frozenset(self._blackholes)
+
+    def foreign_routes(self, within: str) -> tuple[ForeignRoute, ...]:
+        self._ask("foreign_routes")
+        return tuple(route for route in self.foreign if is_within(route.prefix, within))
 
     # -- the hands of the CNI server and the agent
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from cni import netns, podnet, rtnl
 from cni.kernel import NetlinkView
-from cni.marks import LINK_GROUP, PROTO_BLOCKS
+from cni.marks import LINK_GROUP, PROTO_BLOCKS, PROTO_IMPORTS, PROTO_PODS
 from cni.netlink import (
     NLM_F_CREATE,
     NLM_F_EXCL,
@@ -25,6 +26,7 @@ from cni.netlink import (
     attributes,
     decode,
 )
+from ipam.errors import KernelUnavailable
 from lab.net import Net
 
 
@@ -137,3 +139,51 @@ def test_the_kernel_view(inside: Netlink) -> None:
     assert not view.link(one.index, "ulone")
     podnet.reap(inside)
     assert {link.name for link in rtnl.links(inside)} == {"lo", "foreign", "foreignp"}
+
+
+def test_foreign_routes_are_all_but_ours_equal_to_or_inside_a_prefix(inside: Netlink) -> None:
+    view = NetlinkView(inside)
+    for words in (
+        "link add up1 type veth peer name up1p",
+        "link add up2 type veth peer name up2p",
+        "link set up1 up",
+        "link set up2 up",
+        "addr add 192.0.2.0/31 dev up1",
+        "addr add 198.51.100.0/31 dev up2",
+        "-6 addr add fd00:99::/127 dev up1 nodad",
+        # Around it, beside it, and ours: nobody's claim.
+        "route add 10.1.0.0/16 via 192.0.2.1",
+        "route add 10.1.0.128/26 via 192.0.2.1",
+        f"route add 10.1.0.64/32 dev up1 proto {PROTO_PODS}",
+        f"route add blackhole 10.1.0.64/26 proto {PROTO_BLOCKS} metric 512",
+        "route add default via 192.0.2.1",
+        "route add throw 10.1.0.80/28",
+        "route add 10.1.0.64/26 via 192.0.2.1 table 77",
+    ):
+        subprocess.run(["ip", *words.split()], check=True)
+    assert view.foreign_routes("10.1.0.64/26") == ()
+    for words in (
+        f"route add 10.1.0.64/26 via 192.0.2.1 proto {PROTO_IMPORTS} metric 2048",
+        "route add 10.1.0.65/32 dev up2 proto static",
+        "route add 10.1.0.96/28 nexthop via 192.0.2.1 nexthop via 198.51.100.1",
+        "route add unreachable 10.1.0.112/30",
+        "addr add 10.1.0.127/32 dev up2",
+        "-6 route add fd00:1::40/122 via fd00:99::1 metric 7",
+        "-6 addr add fd00:1::41/128 dev up2 nodad",
+    ):
+        subprocess.run(["ip", *words.split()], check=True)
+    four = {r.prefix: (r.via, r.device, r.protocol) for r in view.foreign_routes("10.1.0.64/26")}
+    assert four == {
+        "10.1.0.64/26": ("192.0.2.1", "up1", PROTO_IMPORTS),
+        "10.1.0.65/32": ("", "up2", 4),
+        "10.1.0.96/28": ("192.0.2.1", "up1", 3),
+        "10.1.0.112/30": ("", "", 3),
+        "10.1.0.127/32": ("", "up2", 2),
+    }
+    six = {(r.prefix, r.via, r.device) for r in view.foreign_routes("fd00:1::40/122")}
+    assert {("fd00:1::40/122", "fd00:99::1", "up1"), ("fd00:1::41/128", "", "up2")} <= six
+    assert {prefix for prefix, _, _ in six} == {"fd00:1::40/122", "fd00:1::41/128"}
+    assert len(view.foreign_routes("10.1.0.0/16")) == 7
+    assert view.foreign_routes("10.2.0.0/16") == ()
+    with Interrupted(1000) as netlink, pytest.raises(KernelUnavailable):
+        NetlinkView(netlink).foreign_routes("10.1.0.64/26")
