@@ -21,8 +21,8 @@ class CountedStore:
         self.requests: dict[str, int] = {}
         self.failures: dict[str, int] = {}
 
-    async def get(self, kind: type[R], name: str) -> R:
-        return await self._counted("get", self._store.get(kind, name))
+    async def get(self, kind: type[R], key: str) -> R:
+        return await self._counted("get", self._store.get(kind, key))
 
     async def list(self, kind: type[R], *, where: Mapping[str, str] | None = None) -> Listing[R]:
         return await self._counted("list", self._store.list(kind, where=where))
@@ -50,8 +50,8 @@ class CountedStore:
     async def update_status(self, obj: R) -> R:
         return await self._counted("update_status", self._store.update_status(obj))
 
-    async def delete(self, kind: type[R], name: str, *, uid: str = "", resource_version: str = "") -> None:
-        await self._counted("delete", self._store.delete(kind, name, uid=uid, resource_version=resource_version))
+    async def delete(self, kind: type[R], key: str, *, uid: str = "", resource_version: str = "") -> None:
+        await self._counted("delete", self._store.delete(kind, key, uid=uid, resource_version=resource_version))
 
     async def close(self) -> None:
         await self._store.close()
