@@ -106,7 +106,7 @@ class _Bare(msgspec.Struct, frozen=True):
 
 class Call(msgspec.Struct, frozen=True):
     """A well-formed call. ``netns`` is the path as given, "" if none; ``pod`` is ``namespace/name`` where the runtime
-    said so."""
+    said so, ``pod_uid`` the Pod's uid likewise."""
 
     command: str
     config: Config
@@ -114,6 +114,7 @@ class Call(msgspec.Struct, frozen=True):
     interface: str = ""
     netns: str = ""
     pod: str = ""
+    pod_uid: str = ""
 
 
 def parse(environment: Mapping[str, str], text: bytes) -> Call:
@@ -142,7 +143,7 @@ def parse(environment: Mapping[str, str], text: bytes) -> Call:
 
     arguments = _arguments(environment.get("CNI_ARGS", ""), lenient=command == "DEL")
     pod = "/".join(filter(None, (arguments.get("K8S_POD_NAMESPACE"), arguments.get("K8S_POD_NAME"))))
-    return Call(command, config, container, interface, netns, pod)
+    return Call(command, config, container, interface, netns, pod, arguments.get("K8S_POD_UID", ""))
 
 
 def version_of(text: bytes) -> str:

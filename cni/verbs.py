@@ -160,7 +160,7 @@ class Verbs:
                 raise Refusal(spec.INTERFACE_EXISTS, "the interface exists", f"{details}; DEL it there first")
         known = self._ipam.lease(attachment) is not None
         touched = not known
-        lease = await self._ipam.take(Request(attachment, pod=call.pod))
+        lease = await self._ipam.take(Request(attachment, pod=call.pod, pod_uid=call.pod_uid))
         self._step("add-journalled")
         try:
             want = self._want(call, lease)

@@ -44,6 +44,7 @@ class Taken(_Record, frozen=True, tag="take"):
     blocks: tuple[str, ...] = ()
     pod: str = ""
     since: str = ""
+    pod_uid: str = ""
 
 
 class Bound(_Record, frozen=True, tag="bind"):
@@ -250,7 +251,9 @@ def _add_up(records: Iterable[Record], damage: list[str]) -> History:
                         damage.append(f"{address} of {holder} went to {record.attachment} with no record between")
                         drop(holder)
                 drop(record.attachment)
-                leases[record.attachment] = Lease(record.attachment, record.pod, record.addresses, since=record.since)
+                leases[record.attachment] = Lease(
+                    record.attachment, record.pod, record.addresses, since=record.since, pod_uid=record.pod_uid
+                )
                 blocks[record.attachment] = record.blocks
                 holders.update(dict.fromkeys(record.addresses, record.attachment))
             case Bound():

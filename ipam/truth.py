@@ -80,4 +80,4 @@ def taken(lease: Lease, ledger: Ledger) -> Taken:
     """The record of a lease, with the uids of its blocks as they are known."""
     found = (ledger.find(address) for address in lease.addresses)
     uids = tuple(place[0].obj.metadata.uid if place else "" for place in found)
-    return Taken(lease.attachment, lease.addresses, uids, lease.pod, lease.since)
+    return Taken(lease.attachment, lease.addresses, uids, lease.pod, lease.since, lease.pod_uid)

@@ -17,7 +17,7 @@ ENV = {
     "CNI_CONTAINERID": "c1",
     "CNI_NETNS": "/run/netns/a",
     "CNI_IFNAME": "eth0",
-    "CNI_ARGS": "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=pod;Other=1",
+    "CNI_ARGS": "IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=pod;K8S_POD_UID=u1;Other=1",
     "CNI_PATH": "/opt/cni/bin",
 }
 CONF = {"cniVersion": "1.1.0", "name": "underlay", "type": "underlay"}
@@ -43,6 +43,7 @@ def test_a_call_as_a_runtime_makes_it() -> None:
         "eth0",
         "/run/netns/a",
         "ns/pod",
+        "u1",
     )
 
 
