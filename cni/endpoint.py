@@ -96,17 +96,16 @@ class Endpoint:
         while True:
             try:
                 listener = _listen(self._address)
+                server = await asyncio.start_server(self._connected, sock=listener, limit=self._settings.request_bytes)
                 break
             except OSError as e:
                 log.error("no metrics at %s, will try again: %s", self._address, e.strerror or e)  # noqa: TRY400
                 await self._clock.sleep(self._settings.retry)
+        log.info("metrics at %s", self._address)
         try:
-            server = await asyncio.start_server(self._connected, sock=listener, limit=self._settings.request_bytes)
-            log.info("metrics at %s", self._address)
             async with server:
                 await server.serve_forever()
         finally:
-            listener.close()
             if self._address.path:
                 _unlink(self._address.path)
             for call in self._calls:
@@ -177,13 +176,14 @@ def _unlink(path: str) -> None:
 
 
 def _listen(address: Address) -> socket.socket:
-    """A socket of ours there. OSError, also if somebody answers at that path already."""
+    """A listening socket of ours there. OSError, also if somebody answers at that path already."""
     if not address.path:
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with _closing_on_error(listener):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((address.host, address.port))
+            listener.listen()
         return listener
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(FileNotFoundError):
         probe.settimeout(1)
@@ -200,6 +200,7 @@ def _listen(address: Address) -> socket.socket:
             listener.bind(address.path)
         finally:
             os.umask(previous)
+        listener.listen()
     return listener
 
 
