@@ -14,10 +14,20 @@ from typing import Any, get_args, get_origin
 
 import msgspec
 import yaml
-
 from store.errors import Invalid, Problem
+
 from store.foreign import FOREIGN_KINDS, LEFT_OUT, UNSERVED
-from store.model import CALICO_GROUP, KINDS, BGPConfiguration, BGPPeer, IPPool, IPReservation, Resource, to_wire
+from store.model import (
+    CALICO_GROUP,
+    KINDS,
+    BGPConfiguration,
+    BGPPeer,
+    IPPool,
+    IPReservation,
+    Resource,
+    to_wire,
+    without_nulls,
+)
 from store.validate import validate
 
 #: Bytes of one file.
@@ -188,7 +198,7 @@ class _Reader:
     def document(self, value: Any, where: str) -> None:
         self._measure(value, where, 0)
         if value is not None:
-            self._object(_without_nulls(value), where, "")
+            self._object(without_nulls(value), where, "")
 
     def _object(self, value: Any, where: str, list_kind: str) -> None:
         if not isinstance(value, dict):
@@ -321,13 +331,6 @@ class _Reader:
 
     def _problem(self, where: str, path: str, value: object, remedy: str) -> None:
         self.problems.append(Problem(f"{where}: {path}" if path else where, _short(value), remedy))
-
-
-def _without_nulls(value: Any) -> Any:
-    """``null`` is "not set" (Kubernetes API conventions, "Null values"); kubectl writes it into what it prints."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 _WORDS: Mapping[str, str] = {

@@ -22,7 +22,7 @@ from store.clock import Clock
 from store.errors import AlreadyExists, Conflict, Expired, Invalid, NotFound, Problem, StoreError, Unavailable
 from store.kubeaccess import Access
 from store.kubehttp import Http, Limits, Refusal, Status
-from store.model import GROUP, IPAMBlock, IPPool, R, Resource
+from store.model import GROUP, IPAMBlock, IPPool, Namespace, R, Resource
 from store.semantics import check_where, split_key, title
 from store.validate import validate, validate_against
 
@@ -211,6 +211,9 @@ class KubeStore:
         changes = _difference(_body(current), body)
         if not changes:
             return current
+        if "endpoints" in changes:
+            remedy = "change it as its owner does: entries have parts that are not known here, and would lose them"
+            raise Invalid(title(obj), [Problem("endpoints", None, remedy)])
         pinned = {"uid": current.metadata.uid, "resourceVersion": current.metadata.resource_version}
         changes["metadata"] = {**changes.get("metadata", {}), **pinned}
         return await self._write("PATCH", _object_path(kind, obj.key), obj, changes, content_type=_MERGE_PATCH)
@@ -240,24 +243,25 @@ class KubeStore:
     def _read(self, kind: type[R], line: bytes, version: str) -> tuple[Event[R] | None, str]:
         """The event of a line (None for a bookmark) and where the watch is after it. ``Expired``, ``Unavailable``."""
         try:
-            said = msgspec.json.decode(line, type=_Line)
-            if said.type == "BOOKMARK":
-                return None, msgspec.json.decode(said.object, type=_Bookmark).metadata.resource_version
-            if said.type == "ERROR":
-                status = msgspec.json.decode(said.object, type=Status)
+            news = msgspec.json.decode(line, type=_Line)
+            if news.type == "BOOKMARK":
+                return None, msgspec.json.decode(news.object, type=_Bookmark).metadata.resource_version
+            if news.type == "ERROR":
+                status = msgspec.json.decode(news.object, type=Status)
                 raise self._refused(kind.PLURAL, Refusal(status.code, status))
         except msgspec.DecodeError as e:
-            raise Unavailable(f"API server {self._http.server}: a watch said {line[:200]!r}: {e}") from e
-        obj = self._decode(kind, said.object)
+            said = "what cannot be read" if kind.BY_NAME else repr(line[:200])
+            raise Unavailable(f"API server {self._http.server}: a watch said {said}: {e}") from e
+        obj = self._decode(kind, news.object)
         version = obj.metadata.resource_version
-        match said.type:
+        match news.type:
             case "ADDED":
                 return Event("added", obj, version), version
             case "MODIFIED":
                 return Event("modified", obj, version), version
             case "DELETED":
                 return Event("deleted", obj, version), version
-        raise Unavailable(f"API server {self._http.server}: a watch said {said.type}, which is nothing known")
+        raise Unavailable(f"API server {self._http.server}: a watch said {news.type}, which is nothing known")
 
     async def _check_version(self, kind: type[Resource], version: str, path: str, selection: Mapping[str, str]) -> None:
         """``Expired`` if the API server has not come to that version yet. Versions are numbers that grow (Kubernetes,
@@ -299,6 +303,8 @@ class KubeStore:
         status = refusal.status
         text = status.message or status.reason
         match refusal.code:
+            case 404 if status.details.kind == Namespace.PLURAL and not what.startswith(Namespace.kind()):
+                return NotFound(f"{what}: there is no namespace {status.details.name}: make it first")
             case 404 if status.reason == "NotFound" and status.details.name:
                 return NotFound(f"{what} does not exist")
             case 404:

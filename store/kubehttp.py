@@ -50,6 +50,8 @@ class Cause(msgspec.Struct, frozen=True):
 
 class Details(msgspec.Struct, frozen=True, rename="camel"):
     name: str = ""
+    #: Plural of the kind that ``name`` is of.
+    kind: str = ""
     causes: tuple[Cause, ...] = ()
     retry_after_seconds: int = 0
 

@@ -31,6 +31,7 @@ from store.model import (
     Resource,
     Writer,
     to_wire,
+    without_nulls,
 )
 
 #: Stands for a part that is not known.
@@ -90,15 +91,23 @@ def lines(allocations: Iterable[Allocation]) -> dict[str, str]:
 
 def decode(kind: type[T], body: bytes | msgspec.Raw) -> T:
     """An object of the API server. ``msgspec.ValidationError`` if it is none of this kind."""
-    return _model(kind, _decoder(_wire_type(kind)).decode(body))
+    return _model(kind, _typed(_wire_type(kind), body))
 
 
 def decode_page(kind: type[T], body: bytes) -> Page[T]:
     """A list's answer. ``msgspec.ValidationError``."""
-    page = _decoder(_page_type(kind)).decode(body)
+    page = _typed(_page_type(kind), body)
     if kind is not IPAMBlock:
         return cast("Page[T]", page)
     return Page(tuple(_model(kind, item) for item in page.items), page.metadata)
+
+
+def _typed(kind: Any, body: bytes | msgspec.Raw) -> Any:
+    try:
+        return _decoder(kind).decode(body)
+    except msgspec.ValidationError:
+        # Few objects have a null, so only they pay for being looked through.
+        return msgspec.convert(without_nulls(msgspec.json.decode(body)), kind)
 
 
 def _unsayable(allocations: Iterable[Allocation]) -> Iterable[Problem]:

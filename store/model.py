@@ -506,3 +506,11 @@ def to_wire(obj: Resource) -> dict[str, Any]:
     body: dict[str, Any] = msgspec.to_builtins(obj)
     body.pop("kind", None)
     return {"apiVersion": obj.API, "kind": obj.kind(), **body}
+
+
+def without_nulls(value: Any) -> Any:
+    """Plain JSON types in which what is not set is not there: ``null`` says the same (Kubernetes API conventions,
+    "Null values"). The API server writes it for some empty lists, kubectl into what it prints."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value

@@ -18,18 +18,31 @@ from store.errors import AlreadyExists, Conflict, Expired, Invalid, NotFound, Un
 from store.local import BATCH
 from store.memory import MemoryStore
 from store.model import (
+    LABEL_SERVICE,
     BGPConfiguration,
     BGPConfigurationSpec,
+    Endpoint,
+    EndpointConditions,
+    EndpointSlice,
+    EventSeries,
     IPAMBlock,
     IPAMBlockSpec,
     IPAMBlockStatus,
     IPPool,
     IPPoolSpec,
+    KubeEvent,
     Meta,
+    Namespace,
     Node,
     NodeAddress,
     NodeStatus,
+    ObjectReference,
+    Pod,
+    PodIP,
+    PodSpec,
+    PodStatus,
     Resource,
+    Secret,
     block_name,
 )
 from store.open import open_store
@@ -37,6 +50,7 @@ from store.sqlite import SqliteStore
 
 Test = Callable[[Store], Awaitable[None]]
 Run = Callable[[Test], None]
+Plant = Callable[[Store, Pod], Awaitable[Pod]]
 
 #: Small, so that a test can outrun it.
 HISTORY = 40
@@ -63,6 +77,12 @@ def run(make: Callable[[], Store]) -> Iterator[Run]:
         asyncio.run(main())
 
     yield run
+
+
+@pytest.fixture
+def plant() -> Plant:
+    """Creates a pod; an API server wants more of one than we read, and has to be asked otherwise."""
+    return lambda store, pod: store.create(pod)
 
 
 def pool(name: str, cidr: str, **spec: Any) -> IPPool:
@@ -608,6 +628,208 @@ def test_a_closed_store_says_so_to_calls_and_watches(run: Run) -> None:
         with pytest.raises(Unavailable, match="closed"):
             await store.get(IPPool, "a")
         await store.close()
+
+    run(test)
+
+
+# -- namespaces ---------------------------------------------------------------------------------------------------
+
+
+def endpoints(namespace: str, name: str, *addresses: str, **meta: Any) -> EndpointSlice:
+    return EndpointSlice(
+        metadata=Meta(name=name, namespace=namespace, labels={LABEL_SERVICE: "web"}, **meta),
+        address_type="IPv4",
+        endpoints=tuple(
+            Endpoint(addresses=(a,), node_name="node-1", conditions=EndpointConditions(ready=i == 0))
+            for i, a in enumerate(addresses)
+        ),
+    )
+
+
+def pod(namespace: str, name: str, node: str = "node-1", **spec: Any) -> Pod:
+    return Pod(metadata=Meta(name=name, namespace=namespace), spec=PodSpec(node_name=node, **spec))
+
+
+async def make_namespaces(store: Store) -> None:
+    for name in ("bank", "shop"):
+        await store.create(Namespace(metadata=Meta(name=name, annotations={"example.org/of": name})))
+
+
+def test_one_name_in_two_namespaces_is_two_objects(run: Run) -> None:
+    async def test(store: Store) -> None:
+        await make_namespaces(store)
+        ours = await store.create(endpoints("shop", "web", "10.0.0.1", "10.0.0.2"))
+        theirs = await store.create(endpoints("bank", "web"))
+        assert (ours.key, ours.metadata.generation) == ("shop/web", 1)
+        assert await store.get(EndpointSlice, "shop/web") == ours
+        assert await store.get(EndpointSlice, "bank/web") == theirs
+        assert [e.conditions.ready for e in ours.endpoints] == [True, False]
+        with pytest.raises(AlreadyExists, match="EndpointSlice shop/web"):
+            await store.create(endpoints("shop", "web"))
+        with pytest.raises(NotFound, match="EndpointSlice shop/api"):
+            await store.get(EndpointSlice, "shop/api")
+        relabelled = await mutate(store, EndpointSlice, "shop/web", lambda e: remade(e, labels={"a": "b"}))
+        assert (relabelled.metadata.labels, relabelled.endpoints) == ({"a": "b"}, ours.endpoints)
+        await store.delete(EndpointSlice, "shop/web", uid=ours.metadata.uid)
+        with pytest.raises(NotFound):
+            await store.delete(EndpointSlice, "shop/web")
+        assert await store.get(EndpointSlice, "bank/web") == theirs
+
+    run(test)
+
+
+def test_a_key_has_a_namespace_where_the_kind_has_them_and_none_elsewhere(run: Run) -> None:
+    async def test(store: Store) -> None:
+        for key in ("web", "/web", "shop/", "a/shop/web", ""):
+            with pytest.raises(Invalid, match="write namespace/name: a EndpointSlice lives in a namespace"):
+                await store.get(EndpointSlice, key)
+            with pytest.raises(Invalid, match="write namespace/name"):
+                await store.delete(EndpointSlice, key)
+        for key in ("shop/a", ""):
+            with pytest.raises(Invalid, match="write the name alone: a IPPool belongs to the whole cluster"):
+                await store.get(IPPool, key)
+            with pytest.raises(Invalid, match="write the name alone"):
+                await store.delete(IPPool, key)
+        with pytest.raises(Invalid, match=r"metadata\.namespace: '': say in which namespace"):
+            await store.create(endpoints("", "web"))
+        with pytest.raises(Invalid, match=r"metadata\.namespace: 'shop': leave it out"):
+            await store.create(remade(pool("a", "10.0.0.0/16"), namespace="shop"))
+
+    run(test)
+
+
+def test_list_and_watch_select_a_namespace(run: Run) -> None:
+    async def test(store: Store) -> None:
+        await make_namespaces(store)
+        for namespace, name in (("shop", "b"), ("shop", "a"), ("bank", "c")):
+            await store.create(endpoints(namespace, name))
+        every = [e.key for e in (await store.list(EndpointSlice)).items if e.metadata.namespace != "default"]
+        assert every == ["bank/c", "shop/a", "shop/b"]
+        where = {"metadata.namespace": "shop"}
+        listing = await store.list(EndpointSlice, where=where)
+        assert [e.key for e in listing.items] == ["shop/a", "shop/b"]
+        (one,) = (await store.list(EndpointSlice, where={**where, "metadata.name": "b"})).items
+        assert one.key == "shop/b"
+        for nowhere in ("street", ""):
+            assert (await store.list(EndpointSlice, where={"metadata.namespace": nowhere})).items == ()
+        with pytest.raises(Invalid, match=r"metadata\.namespace"):
+            await store.list(IPPool, where=where)
+        async with (
+            aclosing(store.watch(EndpointSlice, where=where)) as fresh,
+            aclosing(store.watch(EndpointSlice, where=where, since=listing.version)) as resumed,
+        ):
+            assert await take(fresh, 3) == [("added", "a"), ("added", "b"), ("synced", "")]
+            await store.create(endpoints("bank", "d"))
+            await store.delete(EndpointSlice, "bank/c")
+            await store.delete(EndpointSlice, "shop/a")
+            for events in (fresh, resumed):
+                assert await take(events, 1) == [("deleted", "a")]
+            await silent(fresh, store, endpoints("shop", "e"))
+
+    run(test)
+
+
+def test_the_pods_of_a_node_can_be_listed_and_watched(run: Run, plant: Plant) -> None:
+    async def test(store: Store) -> None:
+        await make_namespaces(store)
+        mine = await plant(store, pod("shop", "web", host_network=True))
+        await plant(store, pod("bank", "web", node="node-2"))
+        await plant(store, pod("bank", "late", node=""))
+        where = {"spec.nodeName": "node-1"}
+        assert (await store.list(Pod, where=where)).items == (mine,)
+        assert mine.spec == PodSpec(node_name="node-1", host_network=True)
+        (none,) = (await store.list(Pod, where={"spec.nodeName": ""})).items
+        assert none.key == "bank/late"
+        async with aclosing(store.watch(Pod, where=where)) as events:
+            assert await take(events, 2) == [("added", "web"), ("synced", "")]
+            status = PodStatus(phase="Running", pod_ip="10.0.0.1", pod_ips=(PodIP(ip="10.0.0.1"), PodIP(ip="fd00::1")))
+            running = await store.update_status(with_status(mine, status))
+            assert running.status == status
+            assert await anext(events) == Event("modified", running, running.metadata.resource_version)
+            await plant(store, pod("shop", "two", node="node-2"))
+            await plant(store, pod("shop", "one"))
+            assert await take(events, 1) == [("added", "one")]
+        with pytest.raises(Invalid, match=r"status\.podIP"):
+            await store.list(Pod, where={"status.podIP": "10.0.0.1"})
+
+    run(test)
+
+
+def test_a_secret_is_read_by_name_only_and_never_shown(run: Run) -> None:
+    async def test(store: Store) -> None:
+        await make_namespaces(store)
+        made = await store.create(
+            Secret(
+                metadata=Meta(name="tor", namespace="shop", annotations={"example.org/copy": "hunter2"}),
+                data={"password": b"hunter2\xff"},
+            )
+        )
+        assert made.data == {"password": b"hunter2\xff"}
+        assert await store.get(Secret, "shop/tor") == made
+        for wrong in (None, {"metadata.namespace": "shop"}, {"metadata.name": "tor"}, {"metadata.namespace": ""}):
+            with pytest.raises(Invalid, match="secrets are read one by one, never all together"):
+                await store.list(Secret, where=wrong)
+            with pytest.raises(Invalid, match="read one by one"):
+                await anext(store.watch(Secret, where=wrong))
+        where = {"metadata.namespace": "shop", "metadata.name": "tor"}
+        assert (await store.list(Secret, where=where)).items == (made,)
+        async with aclosing(store.watch(Secret, where=where)) as events:
+            assert await take(events, 2) == [("added", "tor"), ("synced", "")]
+            await store.create(Secret(metadata=Meta(name="other", namespace="shop")))
+            changed = await store.update(msgspec.structs.replace(made, data={"password": b"swordfish"}))
+            event = await anext(events)
+            assert event == Event("modified", changed, changed.metadata.resource_version)
+        wrong_type: Any = msgspec.structs.replace(changed, data={"password": "hunter2!"})
+        with pytest.raises(Invalid) as refused:
+            await store.update(wrong_type)
+        shown = f"{made!r} {made} {event!r} {refused.value} {refused.value.problems}"
+        assert "tor" in shown
+        assert not any(word in shown for word in ("hunter2", "swordfish", "aHVudGVyMv8=", "c3dvcmRmaXNo"))
+
+    run(test)
+
+
+def test_an_event_is_said_once_and_then_only_counted(run: Run) -> None:
+    async def test(store: Store) -> None:
+        await make_namespaces(store)
+        wanted = KubeEvent(
+            metadata=Meta(name="web.1", namespace="shop"),
+            event_time="2026-01-01T00:00:00.000000Z",
+            reporting_controller="underlay.network/cni",
+            reporting_instance="node-1",
+            action="Add",
+            reason="NoAddress",
+            regarding=ObjectReference(kind="Pod", namespace="shop", name="web"),
+            note="no pool has a free address",
+            type="Warning",
+        )
+        made = await store.create(wanted)
+        assert made == remade(
+            wanted,
+            uid=made.metadata.uid,
+            resource_version=made.metadata.resource_version,
+            creation_timestamp=made.metadata.creation_timestamp,
+            generation=made.metadata.generation,
+        )
+        series = EventSeries(count=2, last_observed_time="2026-01-01T00:01:00.000000Z")
+        again = await store.update(msgspec.structs.replace(made, series=series))
+        assert (await store.get(KubeEvent, "shop/web.1")).series == again.series == series
+        for change in ({"note": "other"}, {"reason": "Other"}, {"type": "Normal"}):
+            with pytest.raises(Invalid):
+                await store.update(msgspec.structs.replace(again, **change))
+        for wrong in (
+            {"event_time": ""},
+            {"reporting_controller": ""},
+            {"reporting_instance": ""},
+            {"action": ""},
+            {"reason": "x" * 129},
+            {"note": "x" * 1025},
+            {"type": "Bad"},
+            {"series": EventSeries(count=1, last_observed_time="2026-01-01T00:01:00.000000Z")},
+            {"regarding": ObjectReference(kind="Node", name="node-1")},
+        ):
+            with pytest.raises(Invalid):
+                await store.create(msgspec.structs.replace(remade(wanted, name="wrong"), **wrong))
 
     run(test)
 

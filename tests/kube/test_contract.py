@@ -7,19 +7,21 @@ Said otherwise: a Node has no generation there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 
 import pytest
 
-from lab.kube.cluster import Cluster
+from lab.kube.cluster import Cluster, Refused
+from store import kubewire
 from store.base import Store
 from store.clock import SystemClock
 from store.kube import KubeStore
 from store.kubeaccess import from_kubeconfig
-from store.model import Meta, Node, NodeAddress, NodeStatus
+from store.model import Meta, Node, NodeAddress, NodeStatus, Pod
 
 pytest.register_assert_rewrite("tests.contract.test_store")
 from tests.contract.test_store import *  # noqa: E402, F403
-from tests.contract.test_store import Run, changed, remade, with_status  # noqa: E402
+from tests.contract.test_store import Plant, Run, changed, remade, with_status  # noqa: E402
 
 del test_update_leaves_status_and_update_status_leaves_the_rest  # noqa: F821
 del test_open_store_by_url, test_open_store_refuses_another_url  # noqa: F821
@@ -29,6 +31,23 @@ del test_a_version_that_is_too_old_is_expired, test_a_slow_watcher_falls_out_and
 @pytest.fixture
 def make(cluster: Cluster) -> Callable[[], Store]:
     return lambda: KubeStore(from_kubeconfig([cluster.kubeconfig()]), SystemClock())
+
+
+@pytest.fixture
+def plant(cluster: Cluster) -> Plant:
+    async def plant(store: Store, pod: Pod) -> Pod:
+        namespace = f"/api/v1/namespaces/{pod.metadata.namespace}"
+        try:
+            # A pod needs one, and its controller may not have been here yet.
+            cluster.request("POST", f"{namespace}/serviceaccounts", {"metadata": {"name": "default"}})
+        except Refused as e:
+            assert e.code == HTTPStatus.CONFLICT
+        body = kubewire.encode(pod)
+        body.setdefault("spec", {})["containers"] = [{"name": "main", "image": "-"}]
+        cluster.request("POST", f"{namespace}/pods", body)
+        return await store.get(Pod, pod.key)
+
+    return plant
 
 
 def test_update_leaves_status_and_update_status_leaves_the_rest_of_a_node(run: Run) -> None:

@@ -28,19 +28,24 @@ from store.model import (
     BGPPeer,
     BGPPeerSpec,
     Condition,
+    Endpoint,
+    EndpointSlice,
     IPAMBlock,
     IPAMBlockSpec,
     IPAMBlockStatus,
     IPPool,
     IPPoolSpec,
     Meta,
+    Namespace,
     Node,
     OwnerReference,
+    Secret,
     Writer,
     block_name,
 )
 
 ROOT = "/apis/underlay.network/v1"
+MERGE = "application/merge-patch+json"
 CLOCK = SystemClock()
 
 
@@ -196,6 +201,74 @@ def test_of_a_node_nothing_is_lost_that_the_model_does_not_know(cluster: Cluster
         assert kept(cluster.request("GET", "/api/v1/nodes/node-1"))
 
     run(cluster, test)
+
+
+def test_a_slice_without_endpoints_has_a_null_there_and_one_with_is_its_owners(cluster: Cluster) -> None:
+    where = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices"
+    body: dict[str, Any] = {"metadata": {"name": "web"}, "addressType": "IPv4", "endpoints": None}
+    assert cluster.request("POST", where, body)["endpoints"] is None
+
+    async def test(store: Store) -> None:
+        (empty,) = (await store.list(EndpointSlice, where={"metadata.name": "web"})).items
+        assert empty.endpoints == ()
+        assert await store.get(EndpointSlice, "default/web") == empty
+        async with aclosing(store.watch(EndpointSlice, where={"metadata.namespace": "default"})) as events:
+            while (await anext(events)).type != "synced":
+                pass
+            one = {"addresses": ["10.0.0.1"], "hostname": "kept"}
+            filled = cluster.request("PATCH", f"{where}/web", {"endpoints": [one]}, content_type=MERGE)
+            event = await anext(events)
+        assert event.object is not None
+        assert event.object.endpoints == (Endpoint(addresses=("10.0.0.1",)),)
+        with pytest.raises(Invalid, match="change it as its owner does"):
+            await store.update(msgspec.structs.replace(event.object, endpoints=()))
+        meta = msgspec.structs.replace(event.object.metadata, annotations={"a": "b"})
+        await store.update(msgspec.structs.replace(event.object, metadata=meta))
+        now = cluster.request("GET", f"{where}/web")
+        assert (now["endpoints"], now["metadata"]["annotations"]) == (filled["endpoints"], {"a": "b"})
+
+    run(cluster, test)
+
+
+def test_what_goes_into_a_missing_namespace_is_told_so(cluster: Cluster) -> None:
+    async def test(store: Store) -> None:
+        with pytest.raises(NotFound, match="Secret shop/tor: there is no namespace shop: make it first"):
+            await store.create(Secret(metadata=Meta(name="tor", namespace="shop")))
+        with pytest.raises(NotFound, match="Namespace shop does not exist"):
+            await store.get(Namespace, "shop")
+
+    run(cluster, test)
+
+
+def test_a_right_to_one_secret_is_enough_to_follow_it(cluster: Cluster) -> None:
+    rules = [{"apiGroups": [""], "resources": ["secrets"], "resourceNames": ["tor"], "verbs": ["get", "list", "watch"]}]
+    subject = {"kind": "ServiceAccount", "name": "reader", "namespace": "default"}
+    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "reader"}
+    meta = {"name": "reader", "namespace": "default"}
+    rbac = "rbac.authorization.k8s.io/v1"
+    cluster.apply(
+        [
+            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta},
+            {"apiVersion": rbac, "kind": "Role", "metadata": meta, "rules": rules},
+            {"apiVersion": rbac, "kind": "RoleBinding", "metadata": meta, "subjects": [subject], "roleRef": reference},
+        ]
+    )
+    for name in ("tor", "other"):
+        cluster.request("POST", "/api/v1/namespaces/default/secrets", {"metadata": {"name": name}})
+
+    async def test(store: Store) -> None:
+        where = {"metadata.namespace": "default", "metadata.name": "tor"}
+        version = (await store.list(Secret, where=where)).version
+        async with aclosing(store.watch(Secret, where=where, since=version)) as events:
+            secret = {"stringData": {"password": "hunter2"}}
+            cluster.request("PATCH", "/api/v1/namespaces/default/secrets/tor", secret, content_type=MERGE)
+            event = await anext(events)
+        assert event.object is not None
+        assert event.object.data == {"password": b"hunter2"}
+        with pytest.raises(Unavailable, match=r"secrets \"other\" is forbidden"):
+            await store.get(Secret, "default/other")
+
+    run(cluster, test, token=cluster.token("reader", namespace="default"))
 
 
 # -- reading much ---------------------------------------------------------------------------------------------------
