@@ -29,6 +29,9 @@ from store.validate import validate, validate_against
 #: Objects in one answer to a list: some MB of full blocks.
 PAGE = 500
 _MERGE_PATCH = "application/merge-patch+json"
+#: How admission refuses what it cannot judge: for some seconds after a start, or by a policy that asks for what is not
+#: there. It says nothing of the object.
+_NOT_YET = re.compile(r"failed to configure (policy|binding)|not yet ready to handle request")
 #: Metadata that are ours to write; the rest is the API server's.
 _WRITTEN = ("name", "namespace", "uid", "resourceVersion", "labels", "annotations", "finalizers", "ownerReferences")
 
@@ -319,6 +322,8 @@ class KubeStore:
                 return Conflict(f"{what} is not what this was decided on: {uid}{text}")
             case 410:
                 return Expired(f"{what}: {text}: list again")
+            case 403 | 422 if _NOT_YET.search(text):
+                return Unavailable(f"API server {self._http.server} cannot judge {what} yet: {text}")
             case 400 | 422:
                 return Invalid(what, _problems(status))
             case 403 if " cannot " not in text:

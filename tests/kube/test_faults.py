@@ -402,6 +402,8 @@ _UID = 'Operation cannot be fulfilled on ippools "a": Precondition failed: UID i
         (refuses(409, "Conflict", _UID), NotFound, "IPPool a does not exist"),
         (refuses(403, "Forbidden", 'User "x" cannot get resource "ippools"'), Unavailable, "rbac.yaml"),
         (refuses(403, "Forbidden", "denied the request: not yours"), Invalid, "not yours"),
+        (refuses(403, "Forbidden", "it is forbidden: not yet ready to handle request"), Unavailable, "not yet ready"),
+        (refuses(422, "Invalid", "denied request: failed to configure binding: not synced"), Unavailable, "not synced"),
         (refuses(422, "Invalid", "bad", causes=[{"field": "spec.cidr", "message": "no"}]), Invalid, "spec.cidr: .* no"),
         (refuses(400, "BadRequest", "strict decoding error"), Invalid, "strict decoding"),
         (refuses(500, "InternalError", "etcd leader changed"), Unavailable, "etcd leader changed"),

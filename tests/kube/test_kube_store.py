@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -307,6 +308,47 @@ def test_what_rbac_forbids_is_an_outage_with_the_reason(cluster: Cluster) -> Non
             await store.create(BGPPeer(metadata=Meta(name="a"), spec=BGPPeerSpec(peer_ip="10.0.0.1", as_number=65001)))
 
     run(cluster, test, token=token)
+
+
+def test_a_policy_that_cannot_be_judged_is_an_outage_and_no_fault_of_the_object(cluster: Cluster) -> None:
+    """As for the first seconds after a restart, when the API server has not read what its policies ask for."""
+    api = "admissionregistration.k8s.io/v1"
+    rule = {"apiGroups": ["*"], "apiVersions": ["*"], "operations": ["CREATE"], "resources": ["ippools"]}
+    policy = {
+        "apiVersion": api,
+        "kind": "ValidatingAdmissionPolicy",
+        "metadata": {"name": "early"},
+        "spec": {
+            "paramKind": {"apiVersion": "example.org/v1", "kind": "NotThereYet"},
+            "matchConstraints": {"resourceRules": [rule]},
+            "validations": [{"expression": "true"}],
+        },
+    }
+    binding = {
+        "apiVersion": api,
+        "kind": "ValidatingAdmissionPolicyBinding",
+        "metadata": {"name": "early"},
+        "spec": {
+            "policyName": "early",
+            "paramRef": {"selector": {}, "parameterNotFoundAction": "Deny"},
+            "validationActions": ["Deny"],
+        },
+    }
+    cluster.apply([policy, binding])
+
+    async def test(store: Store) -> None:
+        end = CLOCK.monotonic() + 20
+        for i in itertools.count():
+            try:
+                await store.create(IPPool(metadata=Meta(name=f"p{i}"), spec=IPPoolSpec(cidr=f"10.{i % 250}.0.0/16")))
+            except Unavailable as e:
+                assert "failed to configure" in str(e)
+                return
+            await store.delete(IPPool, f"p{i}")
+            assert CLOCK.monotonic() < end, "the policy never came into force"
+            await asyncio.sleep(0.1)
+
+    run(cluster, test)
 
 
 def test_an_api_server_without_our_kinds_says_what_to_apply(spare: Callable[[], Cluster]) -> None:
