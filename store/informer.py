@@ -47,7 +47,8 @@ class Informer(Generic[R]):
         self._synced = False
         self._error = ""
         self._generation = 0
-        self._heard = False
+        #: The watch of now has told anything, and anything that came after the state that it began with.
+        self._heard = self._followed = False
         self._moved = asyncio.Event()
 
     @property
@@ -87,7 +88,8 @@ class Informer(Generic[R]):
             try:
                 version = await self._follow(version)
             except Expired:
-                version = None
+                # With nothing told but the state itself, the next state may be too old at once as well.
+                version, self._heard = None, self._followed
             except Unavailable as e:
                 version, at_once = None, False
                 self._fail(e)
@@ -100,7 +102,7 @@ class Informer(Generic[R]):
 
     async def _follow(self, version: str | None) -> str | None:
         """One watch, to its end; returns where the next one resumes."""
-        self._fresh = None if version else {}
+        self._fresh, self._followed = None if version else {}, False
         async with aclosing(self._store.watch(self._kind, since=version, where=self._where)) as events:
             async for event in events:
                 self._apply(event)
@@ -113,6 +115,7 @@ class Informer(Generic[R]):
             if self._fresh is not None:
                 self._replace(self._fresh)
         elif event.object is not None:
+            self._followed = self._fresh is None
             target = self._items if self._fresh is None else self._fresh
             if event.type == "deleted":
                 target.pop(event.object.key, None)

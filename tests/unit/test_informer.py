@@ -212,6 +212,30 @@ def test_after_expired_it_reads_again_and_drops_only_what_is_gone() -> None:
     asyncio.run(main())
 
 
+def test_a_state_that_is_too_old_as_soon_as_it_is_read_is_not_read_in_a_hurry() -> None:
+    """As of an API server that runs on when its etcd was put back: lists are of now, watches begin later."""
+
+    class PutBack(MemoryStore):
+        lists = 0
+
+        async def watch(self, kind: Any, *, since: Any = None, where: Any = None) -> Any:
+            self.lists += 1
+            yield Event("added", pool(1), "")
+            yield Event("synced", None, "5")
+            raise Expired("version 5 is too old")
+
+    async def main() -> None:
+        store, clock = PutBack(SystemClock()), QuickClock()
+        async with running(of(store, clock)) as informer:
+            await clock.has_slept(12)
+            assert set(informer.items) == {"p1"}
+        assert store.lists <= len(clock.slept) + 1
+        assert all(s <= BACKOFF[1] for s in clock.slept)
+        assert sum(clock.slept) > BACKOFF[1]
+
+    asyncio.run(main())
+
+
 def test_a_history_that_ran_away_is_read_again() -> None:
     async def main() -> None:
         store = MemoryStore(SystemClock(), history=3)
