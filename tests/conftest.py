@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 import pytest
 
+from lab.kube.build import NotHere, Programs, find
 from lab.net import Net, enter_sandbox
 
 T = TypeVar("T")
@@ -19,6 +21,32 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() != 0:
         raise pytest.UsageError("tests need root in a namespace: run 'make test', or 'unshare -Ur pytest ...'")
     enter_sandbox()
+
+
+@functools.cache
+def _looked() -> Programs | str:
+    """The programs of a control plane, or why there are none."""
+    try:
+        return find()
+    except NotHere as e:
+        return str(e)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips here and not in the fixture: pytest says one line for all tests that are skipped in one place."""
+    found = _looked() if "programs" in getattr(item, "fixturenames", ()) else None
+    if isinstance(found, str):
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI skips nothing: {found}", pytrace=False)
+        pytest.skip(found)
+
+
+@pytest.fixture(scope="session")
+def programs() -> Programs:
+    """etcd, API server and controller-manager. Tests that ask for them, or for a cluster, are skipped without."""
+    found = _looked()
+    assert not isinstance(found, str), found
+    return found
 
 
 @pytest.fixture

@@ -159,6 +159,19 @@ class Silence:
         return heard
 
 
+def processes(folder: Folder) -> list[str]:
+    """Command lines of every process that was started for the folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes()
+        except OSError:
+            continue  # it has ended
+        if os.fsencode(folder.path) in words:
+            found.append(words.replace(b"\0", b" ").decode())
+    return found
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     lab = Lab(tmp_path_factory.mktemp("e2e") / "lab")

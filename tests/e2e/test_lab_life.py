@@ -18,7 +18,7 @@ from lab import folder as folders
 from lab.folder import Folder
 from lab.topology import Topology, TopologyError
 from tests.conftest import eventually
-from tests.e2e.conftest import LAST_LINE, Lab
+from tests.e2e.conftest import LAST_LINE, Lab, processes
 
 SMALL = ("up", "--racks", "1", "--nodes", "2", "--pods", "1")
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", "HOME=/", "PYTHONDONTWRITEBYTECODE=1")
@@ -37,19 +37,6 @@ def small(short: Path) -> Iterator[Lab]:
         yield lab
     finally:
         lab.command("down", check=False)
-
-
-def processes(folder: Folder) -> list[str]:
-    """Command lines of every process that was started for the folder."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = entry.read_bytes()
-        except OSError:
-            continue  # it has ended
-        if os.fsencode(folder.path) in words:
-            found.append(words.replace(b"\0", b" ").decode())
-    return found
 
 
 def good(said: str) -> bool:

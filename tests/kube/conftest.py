@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lab.kube.build import NotHere, Programs, find
+from lab.kube.build import Programs
 from lab.kube.cluster import Cluster
 from lab.kube.installed import Installed, install
 
@@ -22,32 +20,6 @@ def manifests() -> list[dict[str, Any]]:
     """What an operator applies, in order."""
     files = sorted(MANIFESTS.glob("crds/*.yaml"))
     return [document for file in files for document in yaml.safe_load_all(file.read_text()) if document]
-
-
-@functools.cache
-def _looked() -> Programs | str:
-    """The programs, or why there are none."""
-    try:
-        return find()
-    except NotHere as e:
-        return str(e)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips here and not in the fixture: pytest says one line for all tests that are skipped in one place."""
-    found = _looked() if "programs" in getattr(item, "fixturenames", ()) else None
-    if isinstance(found, str):
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI skips nothing: {found}", pytrace=False)
-        pytest.skip(found)
-
-
-@pytest.fixture(scope="session")
-def programs() -> Programs:
-    """etcd, API server and controller-manager. Tests that ask for them, or for a cluster, are skipped without."""
-    found = _looked()
-    assert not isinstance(found, str), found
-    return found
 
 
 @pytest.fixture(scope="session")
