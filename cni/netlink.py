@@ -24,6 +24,7 @@ from cni.errors import CNIError
 
 NLM_F_REQUEST: Final = 0x001
 NLM_F_ACK: Final = 0x004
+NLM_F_ECHO: Final = 0x008
 NLM_F_DUMP_INTR: Final = 0x010
 NLM_F_REPLACE: Final = 0x100
 NLM_F_EXCL: Final = 0x200
@@ -180,10 +181,28 @@ class Netlink:
         for start in range(0, len(messages), _CHUNK):
             chunk = messages[start : start + _CHUNK]
             first = self._sequence + 1
-            self._send(chunk, NLM_F_ACK)
-            answers = dict(self._answers(first, len(chunk)))
-            results.extend(answers[first + i] for i in range(len(chunk)))
+            self._send(chunk, 0, NLM_F_ACK)
+            refusals: list[NetlinkError | None] = [None] * len(chunk)
+            for sequence, error in self._answers(first):
+                refusals[sequence - first] = error
+            results += refusals
         return results
+
+    def make(self, message: Message) -> Message | None:
+        """Carries out a request and returns the object as the kernel made it (NLM_F_ECHO); None if this kernel does not
+        tell (links: before 6.2). Raises NetlinkError."""
+        self._send((message,), NLM_F_ACK | NLM_F_ECHO)
+        made = None
+        for kind, sequence, body, flags in self._receive():
+            if sequence != self._sequence:
+                continue
+            if kind == _ERROR:
+                error = _refusal(body, flags)
+                if error is not None:
+                    raise error
+                return made
+            made = Message(kind, body, flags)
+        raise AssertionError("unreachable")
 
     def get(self, message: Message) -> Message:
         """Asks for one object (RTM_GETLINK, RTM_GETROUTE...) and returns it. Raises NetlinkError."""
@@ -223,12 +242,19 @@ class Netlink:
             ) from e
         return bool(command[1])
 
-    def _send(self, messages: Iterable[Message], flags: int) -> None:
+    def _send(self, messages: Sequence[Message], flags: int, last: int = 0) -> None:
+        """``last``: flags of the last one. A refusal is always told, so its ACK alone says how all of them went
+        (netlink_rcv_skb)."""
         parts: list[bytes] = []
+        sequence = self._sequence
+        end = sequence + len(messages)
         for kind, body, more in messages:
-            self._sequence += 1
-            header = _HEADER.pack(_HEADER.size + len(body), kind, NLM_F_REQUEST | flags | more, self._sequence, 0)
-            parts += (header, body, bytes(-len(body) % 4))
+            sequence += 1
+            more |= NLM_F_REQUEST | flags | (last if sequence == end else 0)
+            parts += (_HEADER.pack(_HEADER.size + len(body), kind, more, sequence, 0), body)
+            if len(body) % 4:
+                parts.append(bytes(-len(body) % 4))
+        self._sequence = end
         try:
             self._socket.send(b"".join(parts))
         except OSError as e:
@@ -246,14 +272,13 @@ class Netlink:
             for kind, body, flags, sequence in _split(data):
                 yield kind, sequence, body, flags
 
-    def _answers(self, first: int, count: int) -> Iterator[tuple[int, NetlinkError | None]]:
-        left = count
+    def _answers(self, first: int) -> Iterator[tuple[int, NetlinkError | None]]:
+        """The refusals of the requests from ``first`` on, until the last one was answered."""
         for kind, sequence, body, flags in self._receive():
             # What is older belongs to a request that was given up.
             if kind == _ERROR and sequence >= first:
                 yield sequence, _refusal(body, flags)
-                left -= 1
-                if left == 0:
+                if sequence == self._sequence:
                     return
 
     def _dump(self, message: Message) -> list[Message] | None:

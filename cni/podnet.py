@@ -158,9 +158,9 @@ def _delete(node: Netlink, body: bytes) -> None:
 
 
 def _make_pair(node: Netlink, pod_ns: int, want: Wiring) -> rtnl.Link:
-    make = Message(rtnl.NEWLINK, pair(want, pod_ns), _MAKE)
+    message = Message(rtnl.NEWLINK, pair(want, pod_ns), _MAKE)
     try:
-        node.request(make)
+        made = node.make(message)
     except NetlinkError as e:
         if e.number != errno.EEXIST:
             raise
@@ -168,16 +168,16 @@ def _make_pair(node: Netlink, pod_ns: int, want: Wiring) -> rtnl.Link:
         # one, if the namespace is used again at once.
         remove(node, want.node_end)
         reap(node)
-        _make_again(node, make, want)
-    link = rtnl.find(node, want.node_end)
+        made = _make_again(node, message, want)
+    link = rtnl.read_link(made.body) if made else rtnl.find(node, want.node_end)
     if link is None:
         raise NetlinkError(errno.ENODEV, f"{want.node_end} vanished as soon as it was made")
     return link
 
 
-def _make_again(node: Netlink, make: Message, want: Wiring) -> None:
+def _make_again(node: Netlink, message: Message, want: Wiring) -> Message | None:
     try:
-        node.request(make)
+        return node.make(message)
     except NetlinkError as e:
         if e.number != errno.EEXIST:
             raise

@@ -71,7 +71,23 @@ def find_index(netlink: Netlink, index: int) -> Link | None:
 
 def links(netlink: Netlink) -> list[Link]:
     """Every interface in the socket's namespace. Raises NetlinkError, DumpInterrupted."""
-    return [_read_link(m.body) for m in netlink.dump(Message(GETLINK, LINK.pack(0, 0, 0, 0, 0)))]
+    return [read_link(m.body) for m in netlink.dump(Message(GETLINK, LINK.pack(0, 0, 0, 0, 0)))]
+
+
+def read_link(body: bytes) -> Link:
+    """A RTM_NEWLINK of the kernel's."""
+    _, _, index, flags, _ = LINK.unpack_from(body)
+    values = attributes(body, LINK.size)
+    return Link(
+        index=index,
+        name=values[IFLA_IFNAME].rstrip(b"\0").decode(errors="surrogateescape"),
+        mac=values.get(IFLA_ADDRESS, b"").hex(":"),
+        mtu=_number(values.get(IFLA_MTU)),
+        group=_number(values.get(IFLA_GROUP)),
+        peer=_number(values.get(IFLA_LINK)),
+        up=bool(flags & IFF_UP),
+        accept_ra=_devconf6(values.get(IFLA_AF_SPEC, b""), DEVCONF_ACCEPT_RA),
+    )
 
 
 def mac_bytes(text: str) -> bytes:
@@ -89,26 +105,11 @@ def family(address: str) -> int:
 
 def _get_link(netlink: Netlink, body: bytes) -> Link | None:
     try:
-        return _read_link(netlink.get(Message(GETLINK, body)).body)
+        return read_link(netlink.get(Message(GETLINK, body)).body)
     except NetlinkError as e:
         if e.number == errno.ENODEV:
             return None
         raise
-
-
-def _read_link(body: bytes) -> Link:
-    _, _, index, flags, _ = LINK.unpack_from(body)
-    values = attributes(body, LINK.size)
-    return Link(
-        index=index,
-        name=values[IFLA_IFNAME].rstrip(b"\0").decode(errors="surrogateescape"),
-        mac=values.get(IFLA_ADDRESS, b"").hex(":"),
-        mtu=_number(values.get(IFLA_MTU)),
-        group=_number(values.get(IFLA_GROUP)),
-        peer=_number(values.get(IFLA_LINK)),
-        up=bool(flags & IFF_UP),
-        accept_ra=_devconf6(values.get(IFLA_AF_SPEC, b""), DEVCONF_ACCEPT_RA),
-    )
 
 
 def _devconf6(families: bytes, index: int) -> int:

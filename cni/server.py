@@ -46,6 +46,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     backlog: int = 1024
     read_limit: float = 5.0  # from the connection to the whole request
     write_limit: float = 5.0
+    full_limit: float = 1.0  # before the queue is looked at again when no call can be taken
     drain_limit: float = 10.0  # at the end, for calls that are under way
 
 
@@ -72,28 +73,50 @@ class Server:
     async def run(self) -> None:
         """Answers until cancelled; then ends what is under way, and its own socket. Raises ServerError when the socket
         cannot be had."""
-        loop = asyncio.get_running_loop()
         listener, inode = self._listen()
         log.info("answering on %s", self._path)
         calls: set[asyncio.Task[None]] = set()
-        free = asyncio.Semaphore(self._settings.connections)
-
-        def done(call: asyncio.Task[None]) -> None:
-            calls.discard(call)
-            free.release()
-
         try:
-            while True:
-                await free.acquire()
-                connection, _ = await loop.sock_accept(listener)
-                call = loop.create_task(self._serve(connection))
-                calls.add(call)
-                call.add_done_callback(done)
+            await self._accept(listener, calls)
         finally:
             # From here on callers wait for the next server: the shim tries again for 5 s.
+            asyncio.get_running_loop().remove_reader(listener)
             listener.close()
             self._unlink(inode)
             await self._end(calls)
+
+    async def _accept(self, listener: socket.socket, calls: set[asyncio.Task[None]]) -> None:
+        """Takes calls from the queue, at most ``settings.connections`` at once. Runs until cancelled."""
+        loop = asyncio.get_running_loop()
+        full, ended = asyncio.Event(), asyncio.Event()
+
+        def done(call: asyncio.Task[None]) -> None:
+            calls.discard(call)
+            ended.set()
+
+        def take() -> None:
+            try:
+                while len(calls) < self._settings.connections:
+                    connection, _ = listener.accept()
+                    call = loop.create_task(self._serve(connection))
+                    calls.add(call)
+                    call.add_done_callback(done)
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as e:
+                log.warning("no call can be taken before another has ended: %s", e)
+            loop.remove_reader(listener)
+            ended.clear()
+            full.set()
+
+        # The reader stays while there is room: to add it for each call would be a part of each ADD.
+        while True:
+            full.clear()
+            loop.add_reader(listener, take)
+            await full.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.full_limit):
+                    await ended.wait()
 
     async def _end(self, calls: set[asyncio.Task[None]]) -> None:
         if not calls:
@@ -150,12 +173,10 @@ class Server:
                 if uid != _ROOT:
                     log.warning("process %d of user %d was turned away: only root may call", pid, uid)
                     return
-                async with asyncio.timeout(self._settings.read_limit):
-                    data = await _read(connection, received)
+                data = await _read(connection, received, self._settings.read_limit)
                 code, text, command = await self._answer(data, received)
                 answer = message.encode_answer(int(code != 0), text)
-                async with asyncio.timeout(self._settings.write_limit):
-                    await asyncio.get_running_loop().sock_sendall(connection, answer)
+                await _send(connection, answer, self._settings.write_limit)
                 self._observe(command, code, time.monotonic() - began)
                 self._step(f"{command.lower()}-answered")
             except MalformedMessage as e:
@@ -163,9 +184,8 @@ class Server:
                 self._observe("", spec.UNDECODABLE, time.monotonic() - began)
                 refusal = Refusal(spec.UNDECODABLE, "the request is malformed", str(e))
                 with contextlib.suppress(OSError, TimeoutError):
-                    async with asyncio.timeout(self._settings.write_limit):
-                        answer = message.encode_answer(1, spec.error(spec.LATEST, refusal))
-                        await asyncio.get_running_loop().sock_sendall(connection, answer)
+                    answer = message.encode_answer(1, spec.error(spec.LATEST, refusal))
+                    await _send(connection, answer, self._settings.write_limit)
             except TimeoutError:
                 log.warning("a caller neither sent its request nor took its answer in time")
             except ConnectionError as e:
@@ -210,34 +230,41 @@ class Server:
         return fd
 
 
-async def _read(connection: socket.socket, received: list[int]) -> bytes:
-    """The whole request; descriptors that come with it are added to ``received``, which the caller closes."""
+async def _read(connection: socket.socket, received: list[int], limit: float) -> bytes:
+    """The whole request, if it comes within ``limit`` seconds; descriptors that come with it are added to ``received``,
+    which the caller closes."""
+    end = asyncio.get_running_loop().time() + limit
     data = bytearray()
     wanted = message.REQUEST.size
     while len(data) < wanted:
-        chunk = await _receive(connection, min(wanted - len(data), 1 << 16), received)
+        known = len(data) >= message.REQUEST.size
+        try:
+            # Room for more descriptors than allowed, so that a surplus is seen and closed, not cut off.
+            chunk, control, _, _ = connection.recvmsg(1 << 16, socket.CMSG_SPACE(4 * 4), socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            async with asyncio.timeout_at(end):
+                await _readable(connection)
+            continue
+        for level, kind, body in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                received.extend(struct.unpack(f"={len(body) // 4}i", body[: len(body) // 4 * 4]))
         if not chunk:
             raise MalformedMessage(f"a request ended after {len(data)} B; {wanted} B were expected at least")
         if len(received) > 1:
             raise MalformedMessage(f"a request came with {len(received)} descriptors; one is allowed")
         data += chunk
-        if len(data) == message.REQUEST.size:
-            wanted += message.body_length(bytes(data))
+        if not known and len(data) >= message.REQUEST.size:
+            wanted += message.body_length(bytes(data[: message.REQUEST.size]))
     return bytes(data)
 
 
-async def _receive(connection: socket.socket, size: int, received: list[int]) -> bytes:
-    while True:
-        try:
-            # Room for more descriptors than allowed, so that a surplus is seen and closed, not cut off.
-            chunk, control, _, _ = connection.recvmsg(size, socket.CMSG_SPACE(4 * 4), socket.MSG_CMSG_CLOEXEC)
-        except BlockingIOError:
-            await _readable(connection)
-            continue
-        for level, kind, body in control:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                received.extend(struct.unpack(f"={len(body) // 4}i", body[: len(body) // 4 * 4]))
-        return chunk
+async def _send(connection: socket.socket, data: bytes, limit: float) -> None:
+    """Within ``limit`` seconds. TimeoutError, ConnectionError."""
+    with contextlib.suppress(BlockingIOError):
+        data = data[connection.send(data) :]
+    if data:
+        async with asyncio.timeout(limit):
+            await asyncio.get_running_loop().sock_sendall(connection, data)
 
 
 async def _readable(connection: socket.socket) -> None:

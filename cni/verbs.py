@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -53,6 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     carrier_limit: float = 2.0  # from wired to both ends with carrier; it takes none unless the machine is drowned
     carrier_every: float = 0.001
+    mtu_age: float = 1.0  # the uplinks' MTU is looked at again after this
     store_limit: float = 1.0  # STATUS asks the store for the sessions' state
     reap_retry: float = 1.0
     turns: int = 16  # calls of one attachment that may wait for each other
@@ -91,6 +93,7 @@ class Verbs:
         #: Links that are doomed and not yet gone, with the addresses that their pods still have.
         self._doomed: dict[str, tuple[str, ...]] = {}
         self._doom_news = asyncio.Event()
+        self._mtu, self._mtu_at = 0, -math.inf
 
     async def carry_out(self, call: Call, pod_ns: int | None) -> bytes:
         """Carries a call out and returns what is to be printed. ``pod_ns`` is a descriptor of the pod's network
@@ -189,7 +192,7 @@ class Verbs:
         )
 
     def _want(self, call: Call, lease: Lease) -> podnet.Wiring:
-        mtu = call.config.mtu or look.uplink_mtu(self._netlink)
+        mtu = call.config.mtu or self._uplink_mtu()
         if mtu < podnet.LEAST_MTU6 and any(":" in a for a in lease.addresses):
             details = f"mtu: {mtu}: the pod has an IPv6 address, which needs {podnet.LEAST_MTU6}; correct it"
             raise Refusal(spec.INVALID_CONFIG, "invalid network configuration", details)
@@ -200,6 +203,13 @@ class Verbs:
             addresses=lease.addresses,
             mtu=mtu,
         )
+
+    def _uplink_mtu(self) -> int:
+        """As it was a moment ago: a burst of ADDs asks once."""
+        now = self._clock.monotonic()
+        if now - self._mtu_at > self._settings.mtu_age:
+            self._mtu, self._mtu_at = look.uplink_mtu(self._netlink), now
+        return self._mtu
 
     def _as_it_is(self, want: podnet.Wiring, lease: Lease) -> int:
         """The MTU of a pod that was wired before. Its link is journalled, if a server was ended before it did so."""
@@ -332,7 +342,7 @@ class Verbs:
         return tuple(
             lease
             for lease in self._ipam.leases()
-            if (lease.attachment.container, lease.attachment.interface) == (call.container, call.interface)
+            if lease.attachment.container == call.container and lease.attachment.interface == call.interface
         )
 
     @asynccontextmanager

@@ -123,6 +123,16 @@ def test_a_pod_whose_ipv6_the_runtime_turned_off_has_it_on_its_interface(node_c:
     assert len(ok(node_c.call("ADD", "c1", "pod-1")).addresses) == 2
 
 
+def test_the_nodes_end_is_a_routers_whatever_the_nodes_defaults_are(node_c: Plugin) -> None:
+    """A pod must not give the node a default route, and is answered at once when it asks for its gateway."""
+    off = {"net.ipv6.conf.default.accept_ra": "2", "net.ipv6.conf.default.disable_ipv6": "1"}
+    node_c.net.sysctl(NODE, off)
+    ok(node_c.call("ADD", "c1", "pod-1"))
+    names = "ipv6/conf/{}/accept_ra", "ipv6/conf/{}/disable_ipv6", "ipv4/neigh/{}/proxy_delay", "ipv4/conf/{}/proxy_arp"
+    paths = [f"/proc/sys/net/{name.format(LINK1)}" for name in names]
+    assert node_c.net.run(NODE, ["cat", *paths]).stdout.split() == ["0", "0", "0", "1"]
+
+
 @pytest.mark.parametrize("version", ["0.3.1", "0.4.0", "1.0.0", "1.1.0"])
 def test_the_answer_is_in_the_version_of_the_configuration(node_c: Plugin, version: str) -> None:
     result = ok(node_c.call("ADD", "c1", "pod-1", node_c.conf(version))).json

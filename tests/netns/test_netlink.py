@@ -57,6 +57,18 @@ def test_a_refusal_has_the_kernels_words(inside: Netlink) -> None:
     assert caught.value.number == errno.EINVAL
 
 
+def test_what_was_made_is_told_with_its_index(inside: Netlink) -> None:
+    made = inside.make(make("v1"))
+    assert made is not None
+    link, found = rtnl.read_link(made.body), rtnl.find(inside, "v1")
+    assert found is not None
+    assert (link.index, link.peer, link.name) == (found.index, found.peer, "v1")
+    with pytest.raises(NetlinkError) as refused:
+        inside.make(make("v1"))
+    assert refused.value.number == errno.EEXIST
+    assert rtnl.find(inside, "v1") == found
+
+
 def test_a_batch_answers_for_each_request(inside: Netlink) -> None:
     found = inside.batch([make("v1"), make("v1"), make("v2"), Message(rtnl.DELLINK, rtnl.LINK.pack(0, 0, 999, 0, 0))])
     assert [e and e.number for e in found] == [None, errno.EEXIST, None, errno.ENODEV]
