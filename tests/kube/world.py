@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from ipam.errors import IPAMError
 from ipam.model import Lease, Settings
 from lab.kube.installed import AGENT, CNI, Installed, pod_token
@@ -16,7 +18,7 @@ from store.clock import SystemClock
 from store.errors import NotFound
 from store.informer import Informer
 from store.kube import KubeStore
-from store.kubeaccess import from_kubeconfig
+from store.kubeaccess import Tokens, from_kubeconfig
 from store.kubehttp import Limits
 from store.model import IPAMBlock, IPPool, block_name
 from tests.ipam_fakes import Rig
@@ -37,13 +39,15 @@ CLOCK = SystemClock()
 
 class World:
     """``people`` is an operator's store. Each node has a server and an agent that run, with the tokens of their pods in
-    files that may change; ``agents`` is what the agents see of their nodes' blocks."""
+    files that may change; ``agents`` is what the agents see of their nodes' blocks. ``asked`` has the moment of each
+    request of an account on a node, answered or not."""
 
     def __init__(self, installed: Installed, folder: Path, limits: Limits | None = None) -> None:
         self.cluster = installed.cluster
-        self.people = KubeStore(from_kubeconfig([self.cluster.kubeconfig()]), CLOCK, limits=limits)
+        self.people = KubeStore(from_kubeconfig([self.cluster.kubeconfig()]), CLOCK)
         self.rigs: list[Rig] = []
         self.agents: dict[str, Informer[IPAMBlock]] = {}
+        self.asked: dict[tuple[str, str], list[float]] = {}
         self._installed = installed
         self._folder = folder
         self._limits = limits
@@ -72,13 +76,18 @@ class World:
         self.renew(account, node, token)
         kubeconfig = self._folder / f"{account}-{node}.kubeconfig"
         write_kubeconfig(kubeconfig, self.cluster.url, self.cluster.ca, token_file=self._token_file(account, node))
-        store = KubeStore(from_kubeconfig([kubeconfig]), CLOCK, limits=self._limits)
+        access = from_kubeconfig([kubeconfig])
+        counted = _Counted(access.tokens, self.asked.setdefault((account, node), []))
+        store = KubeStore(replace(access, tokens=counted), CLOCK, limits=self._limits)
         self._stores.append(store)
         return store
 
     def renew(self, account: str, node: str, token: str) -> None:
         """What the kubelet does to a pod's token file."""
         write_secret(self._token_file(account, node), token)
+
+    def token(self, account: str, node: str) -> str:
+        return self._token_file(account, node).read_text()
 
     async def close(self) -> None:
         for rig in self.rigs:
@@ -97,6 +106,18 @@ class World:
 
     def _token_file(self, account: str, node: str) -> Path:
         return self._folder / f"{account}-{node}.token"
+
+
+class _Counted:
+    """Credentials, which are asked for before each request."""
+
+    def __init__(self, tokens: Tokens, times: list[float]) -> None:
+        self._tokens = tokens
+        self._times = times
+
+    async def token(self, *, fresh: bool = False) -> str:
+        self._times.append(CLOCK.monotonic())
+        return await self._tokens.token(fresh=fresh)
 
 
 async def _agent(rig: Rig, blocks: Informer[IPAMBlock]) -> None:
@@ -122,8 +143,10 @@ def run(
     story: Callable[[World], Awaitable[None]],
     *pools: IPPool,
     limits: Limits | None = None,
+    limit: float = 90,
 ) -> None:
-    """Plays the story with these pools in the store, and looks that every server lived on."""
+    """Plays the story with these pools in the store, for at most ``limit`` seconds, and looks that every server lived
+    on."""
 
     @asynccontextmanager
     async def world() -> AsyncIterator[World]:
@@ -136,7 +159,7 @@ def run(
             await made.close()
 
     async def main() -> None:
-        async with asyncio.timeout(90), world() as made:
+        async with asyncio.timeout(limit), world() as made:
             await story(made)
             for rig in made.rigs:
                 rig.check_alive()
