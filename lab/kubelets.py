@@ -32,6 +32,7 @@ _RENEW_AFTER: Final = 0.8 * TOKEN_LIFE
 _LOOK_EVERY: Final = 10.0
 _RETRY: Final = 0.5
 _AT_ONCE: Final = 16
+_OURS: Final = f"/api/v1/namespaces/{NAMESPACE}/pods"
 _PODS: Final = "/api/v1/namespaces/default/pods"
 _MERGE: Final = "application/merge-patch+json"
 _log = logging.getLogger(__name__)
@@ -51,6 +52,16 @@ class Credentials(msgspec.Struct, frozen=True):
         return self.folder / "token"
 
 
+class _Held(msgspec.Struct, frozen=True):
+    """A process's Pod: whose it is, where its token is written, and when (monotonic) that is due again."""
+
+    account: str
+    node: str
+    where: Credentials
+    uid: str = ""
+    due: float = 0
+
+
 class Kubelets:
     """``run()`` keeps tokens fresh and Pods true until it is cancelled. ``api`` is asked as administrator."""
 
@@ -58,8 +69,7 @@ class Kubelets:
         self._api = api
         self._clock = clock
         self._plane = plane
-        #: Of each process's Pod: its credentials, and when they are to be renewed.
-        self._held: dict[str, tuple[str, Credentials, float]] = {}
+        self._held: dict[str, _Held] = {}
         self._wanted: dict[str, tuple[str, Sandbox]] = {}
         self._written: dict[str, tuple[str, Sandbox]] = {}
         self._news = asyncio.Event()
@@ -75,16 +85,9 @@ class Kubelets:
     async def admit(self, node: str, credentials: Mapping[Part, Credentials]) -> None:
         """Makes the Pods of a node's processes and writes their credentials. Raises StoreError."""
         for part, where in credentials.items():
-            account = ACCOUNTS[part]
-            pod = pod_of(account, node)
-            name = pod["metadata"]["name"]
-            async with self._turns:
-                await self._call("POST", f"/api/v1/namespaces/{NAMESPACE}/pods", pod)
-                where.folder.mkdir(parents=True, mode=0o700)
-                write_kubeconfig(where.kubeconfig, self._plane.url, self._plane.ca, token_file=where.token)
-                await self._renew(name, account, where)
-                running = {"status": {"phase": "Running"}}
-                await self._call("PATCH", f"/api/v1/namespaces/{NAMESPACE}/pods/{name}/status", running)
+            where.folder.mkdir(parents=True, mode=0o700)
+            write_kubeconfig(where.kubeconfig, self._plane.url, self._plane.ca, token_file=where.token)
+            await self._admit(_Held(ACCOUNTS[part], node, where))
 
     def attached(self, node: str, sandbox: Sandbox) -> None:
         self._wanted[sandbox.pod] = (node, sandbox)
@@ -108,22 +111,31 @@ class Kubelets:
     async def _keep_tokens(self) -> None:
         while True:
             await self._clock.sleep(_LOOK_EVERY)
-            for name, (account, where, due) in [*self._held.items()]:
-                if self._clock.monotonic() < due:
-                    continue
-                try:
-                    await self._renew(name, account, where)
-                except StoreError as e:
-                    _log.warning("the token of %s was not renewed, again in %.0f s: %s", name, _LOOK_EVERY, e)
-                    break
+            try:
+                there = {p["metadata"]["uid"] for p in (await self._call("GET", _OURS))["items"]}
+                for held in [*self._held.values()]:
+                    if held.uid not in there or self._clock.monotonic() >= held.due:
+                        await self._admit(held)
+            except StoreError as e:
+                _log.warning("tokens are to be renewed again in %.0f s: %s", _LOOK_EVERY, e)
 
-    async def _renew(self, pod: str, account: str, where: Credentials) -> None:
-        at = self._clock.monotonic()
-        answer = await self._call("GET", f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}")
-        asked = bound_token(answer, seconds=TOKEN_LIFE)
-        answer = await self._call("POST", f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{account}/token", asked)
-        write_secret(where.token, answer["status"]["token"])
-        self._held[pod] = (account, where, at + _RENEW_AFTER)
+    async def _admit(self, held: _Held) -> None:
+        """Makes the Pod if there is none, as a DaemonSet would, and writes a new token of it."""
+        pod = pod_of(held.account, held.node)
+        name = pod["metadata"]["name"]
+        async with self._turns:
+            at = self._clock.monotonic()
+            try:
+                pod = await self._call("GET", f"{_OURS}/{name}")
+            except Refusal as e:
+                if e.code != 404:
+                    raise
+                pod = await self._call("POST", _OURS, pod)
+                await self._call("PATCH", f"{_OURS}/{name}/status", {"status": {"phase": "Running"}})
+            path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{held.account}/token"
+            answer = await self._call("POST", path, bound_token(pod, seconds=TOKEN_LIFE))
+            write_secret(held.where.token, answer["status"]["token"])
+            self._held[name] = msgspec.structs.replace(held, uid=pod["metadata"]["uid"], due=at + _RENEW_AFTER)
 
     # -- pods -------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ import signal
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ class Cluster:
 
     def start_apiserver(self, *, wait: bool = True) -> None:
         """``wait``: until it is ready. Not to be called in a thread that ends: the process would end with it."""
-        self._spawn("kube-apiserver", *self._plane.apiserver(), *self._auditing())
+        # What etcd held at the start can be asked for as long as the tests run.
+        self._spawn("kube-apiserver", *self._plane.apiserver(), "--etcd-compaction-interval=0", *self._auditing())
         if wait:
             self.wait_for("kube-apiserver", lambda: self.request("GET", "/readyz"))
 
@@ -146,6 +148,17 @@ class Cluster:
     def remember(self) -> None:
         """Takes what etcd holds now for what ``reset`` goes back to."""
         self._baseline = {key: (kv["mod_revision"], kv["value"]) for key, kv in self.keys(values=True).items()}
+
+    @contextmanager
+    def remembered(self) -> Iterator[None]:
+        """Within it ``reset`` goes back to what etcd holds now; at its end all is as ``reset`` had it before."""
+        before = self._baseline
+        self.remember()
+        try:
+            yield
+        finally:
+            self._baseline = before
+            self.reset()
 
     def reset(self) -> None:
         """Back to the start, in etcd itself: no finalizer, policy or controller has a say, and watches are told."""
@@ -192,7 +205,7 @@ class Cluster:
         bearer = f"Bearer {token or self.admin_token}"
         headers = {"Authorization": bearer, "Content-Type": content_type, "Accept": accept}
         data = None if body is None else json.dumps(body)
-        for last in (False, True):
+        for last in (self._connection is None, True):
             connection = self._connect()
             try:
                 connection.request(method, path, body=data, headers=headers)
@@ -202,7 +215,7 @@ class Cluster:
             except (OSError, http.client.HTTPException) as e:
                 self._disconnect()
                 # A kept connection that the server has closed meanwhile is no news of the server.
-                if last or not isinstance(e, http.client.RemoteDisconnected | BrokenPipeError):
+                if last or not isinstance(e, ConnectionError | ssl.SSLEOFError):
                     raise
         value = json.loads(text) if text[:1] == b"{" else {"message": text.decode(errors="replace")}
         if answer.status >= 400:

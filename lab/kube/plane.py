@@ -83,7 +83,6 @@ class Plane(msgspec.Struct, frozen=True, kw_only=True):
         return [
             str(self.programs.apiserver),
             f"--etcd-servers=http://127.0.0.1:{self.ports.etcd}",
-            "--etcd-compaction-interval=0",
             f"--bind-address={self.address}",
             # Asked for where there is no default route; nobody uses it, as there is no reconciler of endpoints.
             "--advertise-address=192.0.2.1",
@@ -158,7 +157,7 @@ def make_keys(folder: Path, *, names: str = NAMES) -> None:
 
 
 def _openssl(folder: Path, name: str, subject: str, *extensions: str, ca: bool = False) -> None:
-    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "90"]
     argv += ["-config", os.devnull, "-subj", subject, "-keyout", f"{name}.key", "-out", f"{name}.crt"]
     argv += ["-CA", "ca.crt", "-CAkey", "ca.key"] if ca else []
     for extension in (*extensions, "subjectKeyIdentifier=hash"):

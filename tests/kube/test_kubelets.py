@@ -102,6 +102,24 @@ def test_a_token_is_renewed_before_it_ends(desk: Desk, cluster: Cluster, tmp_pat
         assert find_access(str(where.kubeconfig)).server == "https://192.0.2.7:6443"
 
 
+def test_a_pod_of_ours_that_was_deleted_comes_back(desk: Desk, cluster: Cluster, tmp_path: Path) -> None:
+    where = Credentials(tmp_path / "agent")
+    path = f"/api/v1/namespaces/{installed.NAMESPACE}/pods/{installed.AGENT}-node-1"
+
+    async def doing() -> None:
+        await desk.kubelets.admit("node-1", {"agent": where})
+        first = where.token.read_text()
+        cluster.request("DELETE", path, {"gracePeriodSeconds": 0})
+        await desk.until(lambda: where.token.read_text() != first, step=1)
+        assert cluster.request("GET", path)["status"]["phase"] == "Running"
+        # The old one is bound to the Pod that is gone.
+        with pytest.raises(Refused, match="401"):
+            cluster.request("GET", "/api", token=first)
+        assert cluster.request("GET", "/api", token=where.token.read_text())
+
+    asyncio.run(desk.run(doing))
+
+
 def test_pods_follow_what_is_attached(desk: Desk, cluster: Cluster) -> None:
     async def doing() -> None:
         desk.kubelets.attached("node-1", Sandbox("pod-1-1", "aa", ("10.0.0.1", "fd00::1"), {}))
