@@ -37,11 +37,11 @@ class Installed:
 
 
 @contextmanager
-def install(folder: Path, programs: Programs, *more: Wire, audit: bool = False) -> Iterator[Installed]:
-    """Starts it with ``more`` applied too. ``cluster.reset`` goes back to here, so the tokens stay good."""
+def install(folder: Path, programs: Programs, *, audit: bool = False) -> Iterator[Installed]:
+    """Starts it. ``cluster.reset`` goes back to here, so the tokens stay good."""
     cluster = Cluster(folder, programs, controllers=(*CONTROLLERS, TYPE_CHECKER), audit=audit)
     try:
-        cluster.start([*documents(), *more, *_canary()])
+        cluster.start([*documents(), *_canary()])
         made = Installed(cluster)
         for name in ("node-1", "node-2"):
             cluster.request("POST", "/api/v1/nodes", node(name))

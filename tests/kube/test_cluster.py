@@ -81,6 +81,19 @@ def test_reset_undoes_all_that_a_test_can_do(cluster: Cluster) -> None:
     cluster.request("POST", BLOCKS, block(owner))
 
 
+def test_a_few_tests_can_have_a_start_of_their_own(cluster: Cluster) -> None:
+    before = contents(cluster)
+    cluster.request("POST", NODES, node("node-1"))
+    with cluster.remembered():
+        cluster.request("DELETE", f"{NODES}/node-1")
+        cluster.request("POST", NODES, node("node-2"))
+        cluster.reset()
+        assert [n["metadata"]["name"] for n in cluster.request("GET", NODES)["items"]] == ["node-1"]
+    assert contents(cluster) == before
+    cluster.reset()
+    assert contents(cluster) == before
+
+
 @pytest.mark.parametrize("name", ["etcd", "kube-apiserver", "kube-controller-manager"])
 def test_reset_starts_again_what_a_test_killed(cluster: Cluster, name: str) -> None:
     cluster.request("POST", NODES, node("node-1"))

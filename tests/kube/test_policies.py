@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from lab.kube.build import Programs
 from lab.kube.cluster import Cluster, Refused
-from lab.kube.installed import AGENT, CNI, NAMESPACE, SPEAKER, Installed, Wire, denial, install, manifest, pod_token
+from lab.kube.installed import AGENT, CNI, NAMESPACE, SPEAKER, Installed, Wire, denial, manifest, pod_token
 from tests.conftest import eventually
-from tests.kube.objects import OWNER, block, node_status, path, pool
+from tests.kube.objects import OWNER, block, node_status, path, pool, status_of
 
 MERGE = "application/merge-patch+json"
 APPLY = "application/apply-patch+yaml"
@@ -52,15 +51,21 @@ _MORE = [
 
 
 @pytest.fixture(scope="module")
-def _installed(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-    with install(tmp_path_factory.mktemp("policies"), programs, *_MORE) as made:
-        yield made
+def _unrestrained(_installed: Installed) -> Iterator[None]:
+    """All that is refused here is refused by policies: our accounts and a backup's may do anything to our kinds."""
+    cluster = _installed.cluster
+    cluster.reset()
+    cluster.apply(_MORE)
+    speaker, backup = _installed.tokens[SPEAKER, "node-1"], cluster.token("backup", namespace="default")
+    with cluster.remembered():
+        eventually(lambda: all(status_of(cluster, BLOCKS, token=token) == 200 for token in (speaker, backup)))
+        yield
+    eventually(lambda: status_of(cluster, BLOCKS, token=speaker) == 403)
 
 
 @pytest.fixture
-def installed(_installed: Installed) -> Installed:
-    _installed.cluster.reset()
-    return _installed
+def installed(_unrestrained: None, installed: Installed) -> Installed:
+    return installed
 
 
 @pytest.fixture
@@ -350,6 +355,40 @@ def test_a_node_status_is_written_by_its_own_node_and_by_people(installed: Insta
     assert all_of("node-1", foreign) == [None] * 3
 
 
+def test_a_node_says_in_events_only_what_is_its_own_to_say(installed: Installed) -> None:
+    cluster, (one, two) = installed.cluster, (installed.tokens[CNI, name] for name in ("node-1", "node-2"))
+    policy, events = "underlay-event-reporter", "/apis/events.k8s.io/v1/namespaces/default/events"
+
+    def event(name: str, **change: object) -> Wire:
+        return {
+            "metadata": {"name": name, "namespace": "default"},
+            "eventTime": "2026-01-01T00:00:00.000000Z",
+            "reportingController": "underlay.network/cni",
+            "reportingInstance": "node-1",
+            "action": "Claim",
+            "reason": "PoolExhausted",
+            "regarding": {"apiVersion": "v1", "kind": "Node", "name": "node-1", "uid": "node-1"},
+            "type": "Warning",
+            **change,
+        }
+
+    cluster.request("POST", events, event("own"), token=one)
+    pod = {"apiVersion": "v1", "kind": "Pod", "namespace": "default", "name": "web-0", "uid": "u"}
+    cluster.request("POST", events, event("pod", regarding=pod), token=one)
+    for other in (
+        event("n", reportingInstance="node-2"),
+        event("n", reportingController="kubelet"),
+        event("n", regarding={"apiVersion": "v1", "kind": "Node", "name": "node-2"}),
+        event("n", regarding=pod, reportingInstance="node-2"),
+    ):
+        check(denial(cluster, "POST", events, other, token=one), policy, "node node-1")
+    again = {"series": {"count": 2, "lastObservedTime": "2026-01-01T00:00:01.000000Z"}}
+    check(denial(cluster, "PATCH", f"{events}/own", again, token=two, content_type=MERGE), policy, "node node-2")
+    assert denial(cluster, "PATCH", f"{events}/own", again, token=one, content_type=MERGE) is None
+    check(denial(cluster, "POST", events, event("n"), token=installed.unbound[CNI]), policy, "bound to no node")
+    cluster.request("POST", events, event("anybodys", reportingController="kubelet"))
+
+
 # -- what overlaps -----------------------------------------------------------------------------------------------------
 # The API server compares with what its own cache holds, a moment late: it is asked, without a write, until it has it.
 
@@ -514,7 +553,7 @@ def test_a_block_that_overlaps_one_of_a_former_pool_is_refused(
 
 def test_the_api_servers_type_checker_has_nothing_against_them(cluster: Cluster) -> None:
     names = [d["metadata"]["name"] for d in manifest("policies.yaml") if d["kind"] == "ValidatingAdmissionPolicy"]
-    assert len(names) == 6
+    assert len(names) == 7
 
     def checked(name: str) -> bool:
         policy = cluster.request("GET", f"{POLICIES}/{name}")
