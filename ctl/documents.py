@@ -16,7 +16,7 @@ import msgspec
 
 from ctl import edit
 from ctl.failures import OK, REFUSED, UNAVAILABLE, Failure, Usage, explain
-from ctl.kinds import UnknownKind, find_kind, reference, reference_to
+from ctl.kinds import UnknownKind, find_kind, key_of, reference, reference_to
 from store.base import Store
 from store.errors import Invalid, NotFound, Problem, StoreError, Unavailable
 from store.model import Resource
@@ -32,8 +32,9 @@ class Document(msgspec.Struct, frozen=True):
     object: Resource
 
 
-def read_all(files: Sequence[str]) -> list[Document]:
-    """The objects of all files (``-`` is stdin) in order. Fields that mean nothing here are named on stderr.
+def read_all(files: Sequence[str], namespace: str = "") -> list[Document]:
+    """The objects of all files (``-`` is stdin) in order; ``namespace`` as in ``store.files.load``. Fields that mean
+    nothing here are named on stderr.
     Raises Failure with a line for each problem of each file, Usage for a file that cannot be read."""
     from store.files import load
 
@@ -43,11 +44,16 @@ def read_all(files: Sequence[str]) -> list[Document]:
         name = "stdin" if file == "-" else file
         raw = read_file(file)
         try:
-            objects = load(raw, source=name, note=lambda text, name=name: click.echo(f"note: {name}: {text}", err=True))  # type: ignore[misc]
+            objects = load(
+                raw,
+                source=name,
+                namespace=namespace,
+                note=lambda text, name=name: click.echo(f"note: {name}: {text}", err=True),  # type: ignore[misc]
+            )
         except Invalid as e:
             lines += explain(e, name)
             continue
-        documents += [Document(f"{name}: object {i} ({o.kind()} {o.name})", o) for i, o in enumerate(objects, 1)]
+        documents += [Document(f"{name}: object {i} ({o.kind()} {o.key})", o) for i, o in enumerate(objects, 1)]
     if lines:
         raise Failure(lines)
     if not documents:
@@ -88,35 +94,37 @@ async def delete_all(
 ) -> int:
     """Deletes each and prints so; what cannot be deleted is said on stderr and makes the exit code 1."""
     code = OK
-    for kind, name in targets:
+    for kind, key in targets:
         try:
-            await edit.delete(store, kind, name, force=force)
+            await edit.delete(store, kind, key, force=force)
         except NotFound:
             if not ignore_not_found:
-                click.echo(f"underlayctl: {reference_to(kind, name)}: not found", err=True)
+                click.echo(f"underlayctl: {reference_to(kind, key)}: not found", err=True)
                 code = REFUSED
         except StoreError as e:
-            code = _report(e, "" if isinstance(e, edit.InUse) else reference_to(kind, name), code)
+            code = _report(e, "" if isinstance(e, edit.InUse) else reference_to(kind, key), code)
             if isinstance(e, Unavailable):
                 break
         else:
-            click.echo(f"{reference_to(kind, name)} deleted")
+            click.echo(f"{reference_to(kind, key)} deleted")
     return code
 
 
-def to_delete(kind: str | None, names: Sequence[str], files: Sequence[str]) -> list[tuple[type[Resource], str]]:
-    """What a command line of ``delete`` names, by kind and name or by files. Raises Usage, Failure."""
+def to_delete(
+    kind: str | None, names: Sequence[str], files: Sequence[str], namespace: str
+) -> list[tuple[type[Resource], str]]:
+    """Kind and key of what a command line of ``delete`` names, by kind and name or by files. Raises Usage, Failure."""
     if files:
         if kind:
             raise Usage(["KIND NAME and -f are two ways to say what to delete: use one"])
-        return [(type(d.object), d.object.name) for d in read_all(files)]
+        return [(type(d.object), d.object.key) for d in read_all(files, namespace)]
     if not kind or not names:
         raise Usage(["say what to delete: KIND NAME..., or -f FILE"])
     try:
         found = find_kind(kind)
     except UnknownKind as e:
         raise Usage([str(e)]) from None
-    return [(found, name) for name in dict.fromkeys(names)]
+    return [(found, key_of(found, name, namespace)) for name in dict.fromkeys(names)]
 
 
 async def _objections(store: Store, documents: Sequence[Document], mode: Mode) -> list[str]:
@@ -132,7 +140,7 @@ async def _objections(store: Store, documents: Sequence[Document], mode: Mode) -
     for document in documents:
         obj = document.object
         try:
-            current = await store.get(type(obj), obj.name)
+            current = await store.get(type(obj), obj.key)
         except NotFound:
             current = None
         if current is None and mode == "replace":

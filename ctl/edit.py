@@ -6,7 +6,7 @@ None of them writes ``status``: that is its owner's alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -69,26 +69,26 @@ async def replace(store: Store, wanted: Resource, *, dry_run: bool = False) -> V
         return _rebuilt(current, meta, wanted)
 
     if version and not dry_run:
-        current = await store.get(type(wanted), wanted.name)
+        current = await store.get(type(wanted), wanted.key)
         after = await store.update(exact(current))
         return "unchanged" if after == current else "replaced"
     return await _change(store, wanted, exact, "replaced", dry_run)
 
 
-async def delete(store: Store, kind: type[Resource], name: str, *, force: bool = False) -> Verb:
+async def delete(store: Store, kind: type[Resource], key: str, *, force: bool = False) -> Verb:
     """Deletes an object. A pool or block of which pods hold addresses is left alone unless ``force`` is given.
 
     Raises NotFound, InUse, Conflict (it changed between look and delete), Unavailable."""
-    current = await store.get(kind, name)
+    current = await store.get(kind, key)
     if not force:
         await _refuse_in_use(store, current)
-    await store.delete(kind, name, uid=current.metadata.uid)
+    await store.delete(kind, key, uid=current.metadata.uid)
     return "deleted"
 
 
 async def _exists(store: Store, wanted: Resource) -> bool:
     try:
-        await store.get(type(wanted), wanted.name)
+        await store.get(type(wanted), wanted.key)
     except NotFound:
         return False
     return True
@@ -105,20 +105,20 @@ async def _change(
         same = changed == current
         return None if same or dry_run else changed
 
-    await mutate(store, type(wanted), wanted.name, decide)
+    await mutate(store, type(wanted), wanted.key, decide)
     return "unchanged" if same else verb
 
 
 def _rebuilt(current: Resource, meta: Meta, wanted: Resource) -> Resource:
-    changes: dict[str, Any] = {"metadata": meta}
-    if hasattr(wanted, "spec"):
-        changes["spec"] = wanted.spec
-    return msgspec.structs.replace(current, **changes)
+    """``current`` with all that ``wanted`` says but its status."""
+    wishes = (name for name in wanted.__struct_fields__ if name not in ("metadata", "status"))
+    return msgspec.structs.replace(current, metadata=meta, **{name: getattr(wanted, name) for name in wishes})
 
 
 def _fresh(wanted: Resource) -> Resource:
     """The object without what is the store's to set, as a file from another cluster may carry it."""
-    meta = Meta(name=wanted.metadata.name, labels=wanted.metadata.labels, annotations=wanted.metadata.annotations)
+    given = wanted.metadata
+    meta = Meta(name=given.name, namespace=given.namespace, labels=given.labels, annotations=given.annotations)
     return msgspec.structs.replace(wanted, metadata=meta)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from store.model import KINDS, Resource
 
+#: The namespace that is meant where none is said, as in kubectl.
+NAMESPACE = "default"
+
 
 class UnknownKind(ValueError):
     """No kind answers to that word; the message lists those that there are."""
@@ -30,6 +33,11 @@ def find_kind(word: str) -> type[Resource]:
 def find_kinds(words: str) -> tuple[type[Resource], ...]:
     """The kinds of a comma-separated list, each once, in the order given. Raises UnknownKind."""
     return tuple(dict.fromkeys(find_kind(word) for word in words.split(",")))
+
+
+def key_of(kind: type[Resource], name: str, namespace: str) -> str:
+    """The key of a name that was typed; ``namespace`` is what ``-n`` said, or ""."""
+    return f"{namespace or NAMESPACE}/{name}" if kind.NAMESPACED else name
 
 
 def reference(obj: Resource) -> str:

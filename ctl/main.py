@@ -66,6 +66,12 @@ def file_option(command: F, *, required: bool = True) -> F:
     )(command)
 
 
+def namespace_option(command: F) -> F:
+    return click.option(
+        "-n", "--namespace", default="", metavar="NAME", help="Of pods, services and so on; without it: default."
+    )(command)
+
+
 def dry_run_option(command: F) -> F:
     return click.option("--dry-run", is_flag=True, help="Check and say what would happen; write nothing.")(command)
 
@@ -83,25 +89,43 @@ def cli(ctx: click.Context, url: str | None) -> None:
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("-o", "--output", "form", type=click.Choice(["table", "wide", "name", "yaml", "json"]), default="table")
 @click.option("-l", "--selector", "selector", default="", help="Only objects with these labels: rack == 'rack-1'.")
+@namespace_option
+@click.option("-A", "--all-namespaces", is_flag=True, help="Objects of all namespaces.")
 @store_option
 @click.pass_context
-def get(ctx: click.Context, kind: str, names: tuple[str, ...], form: str, selector: str, url: str | None) -> int:
+def get(
+    ctx: click.Context,
+    kind: str,
+    names: tuple[str, ...],
+    form: str,
+    selector: str,
+    namespace: str,
+    all_namespaces: bool,
+    url: str | None,
+) -> int:
     """Shows objects. KIND may be several, as ippools,bgppeers."""
     from ctl.show import get_objects
 
-    return _on_store(ctx, url, lambda store: get_objects(store, kind, names, form=form, selector=selector))
+    return _on_store(
+        ctx,
+        url,
+        lambda store: get_objects(
+            store, kind, names, form=form, selector=selector, namespace=namespace, everywhere=all_namespaces
+        ),
+    )
 
 
 def _edit_command(mode: Mode, help_text: str) -> None:
     @cli.command(mode, help=help_text)
     @file_option
+    @namespace_option
     @dry_run_option
     @store_option
     @click.pass_context
-    def command(ctx: click.Context, files: tuple[str, ...], dry_run: bool, url: str | None) -> int:
+    def command(ctx: click.Context, files: tuple[str, ...], namespace: str, dry_run: bool, url: str | None) -> int:
         from ctl.documents import read_all, write_all
 
-        documents = read_all(files)
+        documents = read_all(files, namespace)
         may_make = mode != "replace" and not dry_run
         return _on_store(ctx, url, lambda store: write_all(store, documents, mode, dry_run=dry_run), may_make=may_make)
 
@@ -115,6 +139,7 @@ _edit_command("replace", "Makes existing objects exactly those of the files.")
 @click.argument("kind", required=False)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @lambda command: file_option(command, required=False)
+@namespace_option
 @click.option("--ignore-not-found", is_flag=True, help="What is gone already is no error.")
 @click.option("--force", is_flag=True, help="Also pools and blocks of which pods hold addresses.")
 @store_option
@@ -124,6 +149,7 @@ def delete(
     kind: str | None,
     names: tuple[str, ...],
     files: tuple[str, ...],
+    namespace: str,
     ignore_not_found: bool,
     force: bool,
     url: str | None,
@@ -131,7 +157,7 @@ def delete(
     """Deletes objects by KIND and NAME, or those of the files."""
     from ctl.documents import delete_all, to_delete
 
-    targets = to_delete(kind, names, files)
+    targets = to_delete(kind, names, files, namespace)
     return _on_store(ctx, url, lambda store: delete_all(store, targets, ignore_not_found=ignore_not_found, force=force))
 
 

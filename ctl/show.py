@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from ctl.failures import OK, REFUSED, UNSEEN, Failure, Usage
-from ctl.kinds import UnknownKind, find_kinds, reference, reference_to
+from ctl.kinds import NAMESPACE, UnknownKind, find_kinds, key_of, reference, reference_to
 from ctl.tables import Table, table
 from store.base import Store
 from store.clock import SystemClock
@@ -25,18 +25,26 @@ if TYPE_CHECKING:
 _KUBECTL_TERM = re.compile(r"\s*([A-Za-z0-9_./-]+)\s*(=|==|!=)\s*([A-Za-z0-9_.-]*)\s*")
 
 
-async def get_objects(store: Store, kind: str, names: Sequence[str], *, form: str, selector: str) -> int:
-    """Prints objects of one kind or several; names that are missing are said on stderr and make the exit code 1."""
+async def get_objects(
+    store: Store, kind: str, names: Sequence[str], *, form: str, selector: str, namespace: str, everywhere: bool
+) -> int:
+    """Prints objects of one kind or several; names that are missing are said on stderr and make the exit code 1.
+    Those of a kind that has namespaces are of ``namespace`` ("": ``default``), or of all with ``everywhere``."""
     try:
         kinds = find_kinds(kind)
     except UnknownKind as e:
         raise Usage([str(e)]) from None
     if names and selector:
         raise Usage(["names and a selector are two ways to choose: give one"])
+    if everywhere and (names or namespace):
+        raise Usage(["-A asks for all objects of all namespaces: leave it out, or names and -n"])
     found: list[Resource] = []
     missing: list[str] = []
     for wanted in kinds:
-        objects, gone = await _chosen(store, wanted, names, selector)
+        if names:
+            objects, gone = await _named(store, wanted, [key_of(wanted, name, namespace) for name in names])
+        else:
+            objects, gone = await _labelled(store, wanted, selector, "" if everywhere else namespace or NAMESPACE), []
         found += objects
         missing += gone
     if form in ("yaml", "json"):
@@ -45,9 +53,11 @@ async def get_objects(store: Store, kind: str, names: Sequence[str], *, form: st
         for obj in found:
             click.echo(reference(obj))
     elif found:
-        _print_tables(found, wide=form == "wide", full_names=len(kinds) > 1)
+        _print_tables(found, wide=form == "wide", full_names=len(kinds) > 1, namespaces=everywhere)
     elif not missing:
-        click.echo("nothing found: there is no " + " and no ".join(k.kind() for k in kinds), err=True)
+        place = f" in namespace {namespace or NAMESPACE}" if not everywhere else ""
+        lacking = " and no ".join(k.kind() + (place if k.NAMESPACED else "") for k in kinds)
+        click.echo(f"nothing found: there is no {lacking}", err=True)
     for name in missing:
         click.echo(f"underlayctl: {name}: not found", err=True)
     return REFUSED if missing else OK
@@ -169,20 +179,22 @@ async def show_store(store: Store) -> int:
     return OK
 
 
-async def _chosen(
-    store: Store, kind: type[Resource], names: Sequence[str], selector: str
-) -> tuple[list[Resource], list[str]]:
+async def _labelled(store: Store, kind: type[Resource], selector: str, namespace: str) -> list[Resource]:
+    """The objects of a kind; of one namespace if the kind has them and ``namespace`` is not ""."""
+    matches = _label_selector(selector)
+    where = {"metadata.namespace": namespace} if kind.NAMESPACED and namespace else None
+    return [obj for obj in (await store.list(kind, where=where)).items if matches.matches(obj.metadata.labels)]
+
+
+async def _named(store: Store, kind: type[Resource], keys: Sequence[str]) -> tuple[list[Resource], list[str]]:
     """The objects, and references of those that there are not."""
-    if not names:
-        matches = _label_selector(selector)
-        return [obj for obj in (await store.list(kind)).items if matches.matches(obj.metadata.labels)], []
     found: list[Resource] = []
     missing = []
-    for name in names:
+    for key in keys:
         try:
-            found.append(await store.get(kind, name))
+            found.append(await store.get(kind, key))
         except NotFound:
-            missing.append(reference_to(kind, name))
+            missing.append(reference_to(kind, key))
     return found, missing
 
 
@@ -251,14 +263,14 @@ def _without_stamps(obj: Resource) -> Resource:
     return msgspec.structs.replace(obj, metadata=meta)
 
 
-def _print_tables(objects: Sequence[Resource], *, wide: bool, full_names: bool) -> None:
+def _print_tables(objects: Sequence[Resource], *, wide: bool, full_names: bool, namespaces: bool) -> None:
     now = SystemClock().now()
     kinds = list(dict.fromkeys(type(obj) for obj in objects))
     for i, kind in enumerate(kinds):
         if i:
             click.echo()
         of_kind = [obj for obj in objects if type(obj) is kind]
-        _print_table(table(kind, of_kind, now=now, wide=wide, full_names=full_names))
+        _print_table(table(kind, of_kind, now=now, wide=wide, full_names=full_names, namespaces=namespaces))
 
 
 def _print_table(page: Table) -> None:

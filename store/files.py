@@ -14,8 +14,8 @@ from typing import Any, get_args, get_origin
 
 import msgspec
 import yaml
-from store.errors import Invalid, Problem
 
+from store.errors import Invalid, Problem
 from store.foreign import FOREIGN_KINDS, LEFT_OUT, UNSERVED
 from store.model import (
     CALICO_GROUP,
@@ -25,6 +25,7 @@ from store.model import (
     IPPool,
     IPReservation,
     Resource,
+    Secret,
     to_wire,
     without_nulls,
 )
@@ -36,19 +37,27 @@ MAX_SIZE = 4 << 20
 MAX_VALUES = 500_000
 MAX_DEPTH = 40
 
+#: Stands for a value of a Secret. It is no base64, so nothing takes it for one.
+NOT_SHOWN = "(not shown)"
+
 _BY_KIND: Mapping[str, type[Resource]] = {kind.kind(): kind for kind in KINDS}
 _CALICO_KINDS: tuple[type[Resource], ...] = (IPPool, IPReservation, BGPConfiguration, BGPPeer)
 
 
 def load(
-    text: str | bytes, *, source: str = "standard input", note: Callable[[str], None] | None = None
+    text: str | bytes,
+    *,
+    source: str = "standard input",
+    namespace: str = "",
+    note: Callable[[str], None] | None = None,
 ) -> tuple[Resource, ...]:
-    """The resources of a file, in its order; () for an empty one. ``source`` is what messages call it.
+    """The resources of a file, in its order; () for an empty one. ``source`` is what messages call it; ``namespace`` is
+    the only one that may be written to, where one is given. What should have one and says none gets it, or ``default``.
 
     ``Invalid`` holds all problems of all documents at once, each with document, item and path.
     ``note`` is called with a sentence for each field that was left out because it means nothing here.
     """
-    reader = _Reader(note or (lambda _: None))
+    reader = _Reader(note or (lambda _: None), namespace)
     try:
         for number, document in enumerate(_documents(text), 1):
             reader.document(document, f"document {number}")
@@ -62,15 +71,24 @@ def load(
 def dump_yaml(objects: Iterable[Resource]) -> str:
     """One document an object, with the keys in the order of people's files."""
     return yaml.dump_all(
-        [to_wire(obj) for obj in objects], Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True
+        [_shown(obj) for obj in objects], Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True
     )
 
 
 def dump_json(objects: Sequence[Resource], *, always_list: bool = False) -> str:
     """One object as itself, any other number as a ``List``, as kubectl does."""
-    wire = [to_wire(obj) for obj in objects]
+    wire = [_shown(obj) for obj in objects]
     one = len(wire) == 1 and not always_list
     return json.dumps(wire[0] if one else {"apiVersion": "v1", "kind": "List", "items": wire}, indent=2) + "\n"
+
+
+def _shown(obj: Resource) -> dict[str, Any]:
+    """What of an object people may see. Written so that nobody can apply it: a Secret would lose its values."""
+    wire = to_wire(obj)
+    if isinstance(obj, Secret):
+        wire["data"] = dict.fromkeys(obj.data, NOT_SHOWN)
+        wire["metadata"].pop("annotations", None)
+    return wire
 
 
 # -- from text to plain values -------------------------------------------------------------------------------------
@@ -188,10 +206,11 @@ _FOREIGN_METADATA = ("uid", "generation", "creationTimestamp", "deletionTimestam
 class _Reader:
     """Gathers resources and problems over all documents of one file."""
 
-    def __init__(self, note: Callable[[str], None]) -> None:
+    def __init__(self, note: Callable[[str], None], namespace: str) -> None:
         self.found: list[Resource] = []
         self.problems: list[Problem] = []
         self._note = note
+        self._namespace = namespace
         self._values = 0
         self._where: dict[tuple[str, str], str] = {}
 
@@ -211,11 +230,19 @@ class _Reader:
         resource = self._kind(value, kind, where)
         if resource is None:
             return
+        known = len(self.problems)
+        self._read(value, kind, resource, where)
+        if resource is Secret:
+            self.problems[known:] = [Problem(p.field, NOT_SHOWN, p.remedy) for p in self.problems[known:]]
+
+    def _read(self, value: dict[str, Any], kind: str, resource: type[Resource], where: str) -> None:
         named = value.get("metadata", {}).get("name", "") if isinstance(value.get("metadata"), dict) else ""
         where = f"{where} ({kind} {named})" if named else f"{where} ({kind})"
         known = len(self.problems)
         body = {k: v for k, v in value.items() if k not in ("apiVersion", "kind")}
         body = self._struct(body, resource, resource, where, "")
+        if resource.NAMESPACED and isinstance(body.get("metadata"), dict):
+            self._place(body["metadata"], where)
         try:
             obj = msgspec.convert({**body, "kind": kind}, resource)
         except msgspec.ValidationError as e:
@@ -225,10 +252,15 @@ class _Reader:
         if value["apiVersion"] == CALICO_GROUP:
             self._note_foreign(obj, value["metadata"], where)
         self.problems += [Problem(f"{where}: {p.field}", p.value, p.remedy) for p in validate(obj)]
-        before = self._where.setdefault((kind, obj.name), where)
+        before = self._where.setdefault((kind, obj.key), where)
         if before != where:
             self._problem(where, "metadata.name", obj.name, f"it stands in {before} already: which one is meant?")
         self.found.append(obj)
+
+    def _place(self, metadata: dict[str, Any], where: str) -> None:
+        said = metadata.setdefault("namespace", self._namespace or "default")
+        if self._namespace not in ("", said):
+            self._problem(where, "metadata.namespace", said, f"write {self._namespace}, or leave out --namespace")
 
     def _note_foreign(self, obj: Resource, metadata: dict[str, Any], where: str) -> None:
         """What is known here and still says nothing when it comes from another system's store."""

@@ -45,6 +45,7 @@ from store.model import (
     NodeAddress,
     NodeStatus,
     Resource,
+    Secret,
     SessionStatus,
 )
 from tests.ctl_fakes import NOW, Ctl, block, pool
@@ -742,3 +743,72 @@ def test_a_bare_get_loads_nothing_that_it_does_not_need(ctl: Ctl) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 0, done.stderr
+
+
+# -- namespaces ------------------------------------------------------------------------------------------------------
+
+SLICE = """\
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web%s}
+addressType: IPv4
+endpoints: [{addresses: [%s]}]
+"""
+
+
+def test_objects_of_a_namespace_are_written_shown_and_deleted_with_it(ctl: Ctl) -> None:
+    file = ctl.file(SLICE % ("", "10.0.0.1"))
+    assert ctl.ok("apply", "-f", file) == "endpointslice/default/web created\n"
+    assert ctl.ok("apply", "-f", file, "-n", "shop") == "endpointslice/shop/web created\n"
+    changed = ctl.file(SLICE % (", namespace: shop", "10.0.0.2"), "b.yaml")
+    assert ctl.ok("apply", "-f", changed) == "endpointslice/shop/web configured\n"
+    assert ctl.ok("replace", "-f", changed, "--namespace", "shop") == "endpointslice/shop/web unchanged\n"
+    (here, there) = ctl.all(EndpointSlice)
+    assert [e.endpoints[0].addresses for e in (here, there)] == [("10.0.0.1",), ("10.0.0.2",)]
+    assert ctl.ok("get", "endpointslices").split()[:8] == ["NAME", "SERVICE", "READY", "ALL", "AGE", "web", "1", "1"]
+    assert ctl.ok("get", "endpointslice,namespaces", "-n", "shop", "-o", "name") == "endpointslice/shop/web\n"
+    titles, *rows = [line.split() for line in ctl.ok("get", "endpointslices", "-A").splitlines()]
+    assert titles[:2] == ["NAMESPACE", "NAME"]
+    assert [row[:2] for row in rows] == [["default", "web"], ["shop", "web"]]
+    assert ctl.ok("get", "endpointslice", "web", "-n", "shop", "-o", "yaml").count("10.0.0.2") == 1
+    assert ctl("get", "endpointslice", "api", "-n", "shop")[::2] == (
+        1,
+        "underlayctl: endpointslice/shop/api: not found\n",
+    )
+    assert ctl("get", "pods,ns", "-n", "shop")[2] == (
+        "nothing found: there is no Pod in namespace shop and no Namespace\n"
+    )
+    assert ctl("get", "pods", "-A")[2] == "nothing found: there is no Pod\n"
+    assert ctl.ok("delete", "endpointslice", "web", "-n", "shop") == "endpointslice/shop/web deleted\n"
+    assert ctl.all(EndpointSlice) == (here,)
+    assert ctl.ok("delete", "-f", file) == "endpointslice/default/web deleted\n"
+
+
+def test_a_namespace_that_cannot_be_meant_is_refused(ctl: Ctl) -> None:
+    code, _, err = ctl("apply", "-n", "bank", "-f", ctl.file(SLICE % (", namespace: shop", "10.0.0.2")))
+    assert (code, "metadata.namespace: 'shop': write bank, or leave out --namespace" in err) == (1, True)
+    assert ctl.all(EndpointSlice) == ()
+    assert ctl("get", "pods", "-A", "-n", "shop")[0] == 2
+    assert ctl("get", "pods", "web", "-A")[0] == 2
+    assert ctl("get", "pods", "web", "-n", "a/b")[0] == 1
+
+
+def test_no_value_of_a_secret_is_shown(ctl: Ctl) -> None:
+    kept = '{"data":{"password":"aHVudGVyMg=="}}'
+    secret = Secret(
+        metadata=Meta(name="tor", namespace="shop", annotations={"kubectl.kubernetes.io/last": kept}),
+        data={"password": b"hunter2"},
+    )
+    ctl.put(secret)
+    shown = [ctl.ok("get", "secret", "tor", "-n", "shop", "-o", form) for form in ("table", "wide", "yaml", "json")]
+    assert all("hunter2" not in text and "aHVudGVyMg==" not in text for text in shown)
+    assert "password: (not shown)" in shown[2]
+    code, _, err = ctl("apply", "-f", ctl.file(shown[2]))
+    assert (code, "data[password]: '(not shown)'" in err) == (1, True)
+    code, out, err = ctl("get", "secrets", "-n", "shop")
+    assert (code, out, "read one by one" in err) == (1, "", True)
+    for field in ("data: {password: hunter2}", "data: {password: [hunter2]}", "stringData: {password: hunter2}"):
+        file = ctl.file(f"apiVersion: v1\nkind: Secret\nmetadata: {{name: tor, namespace: shop}}\n{field}\n")
+        code, out, err = ctl("apply", "-f", file)
+        assert (code, out, "password" in err or "stringData" in err, "hunter2" in err) == (1, "", True, False)
+    assert ctl.on_store(lambda store: store.get(Secret, "shop/tor")).data == {"password": b"hunter2"}
