@@ -1,4 +1,4 @@
-"""A real API server for lab, bench and tests: etcd, kube-apiserver and kube-controller-manager on loopback ports of
+"""A real API server for bench and tests: etcd, kube-apiserver and kube-controller-manager on loopback ports of
 this process's network namespace.
 
 One cluster serves many tests: ``reset`` puts etcd back, key by key, to what it held at the start, whatever a test did,
@@ -225,7 +225,7 @@ class Cluster:
     def apply(self, documents: Iterable[Mapping[str, Any]]) -> None:
         """Server-side apply. CRDs are waited for until they are served."""
         for document in documents:
-            path = f"{self._path(document)}?fieldManager=tests&force=true"
+            path = f"{self._path(document)}?fieldManager=cluster&force=true"
             self.request("PATCH", path, document, content_type="application/apply-patch+yaml")
             if document["kind"] == "CustomResourceDefinition":
                 self._await_crd(document["metadata"]["name"])

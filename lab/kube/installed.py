@@ -58,8 +58,12 @@ def install(folder: Path, programs: Programs, *, audit: bool = False) -> Iterato
 
 def documents() -> list[Wire]:
     """What an operator applies, in order."""
-    crds = sorted(_MANIFESTS.glob("crds/*.yaml"))
-    return [d for name in (*(f"crds/{f.name}" for f in crds), "rbac.yaml", "policies.yaml") for d in manifest(name)]
+    return [*crds(), *manifest("rbac.yaml"), *manifest("policies.yaml")]
+
+
+def crds() -> list[Wire]:
+    """Our kinds."""
+    return [d for file in sorted(_MANIFESTS.glob("crds/*.yaml")) for d in manifest(f"crds/{file.name}")]
 
 
 def manifest(name: str) -> list[Wire]:

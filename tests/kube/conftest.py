@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from lab.kube.build import Programs
 from lab.kube.cluster import Cluster
-from lab.kube.installed import Installed, install
-
-MANIFESTS = Path(__file__).resolve().parents[2] / "manifests"
-
-
-def manifests() -> list[dict[str, Any]]:
-    """What an operator applies, in order."""
-    files = sorted(MANIFESTS.glob("crds/*.yaml"))
-    return [document for file in files for document in yaml.safe_load_all(file.read_text()) if document]
+from lab.kube.installed import Installed, crds, install
 
 
 @pytest.fixture(scope="session")
 def _shared(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path_factory.mktemp("cluster"), programs)
     try:
-        cluster.start(manifests())
+        cluster.start(crds())
         yield cluster
     finally:
         cluster.close()
@@ -34,7 +24,7 @@ def _shared(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture
 def cluster(_shared: Cluster) -> Cluster:
-    """The cluster of this session with our manifests applied, and nothing of any other test in it."""
+    """The cluster of this session with our kinds, no policies, and nothing of any other test in it."""
     _shared.reset()
     return _shared
 

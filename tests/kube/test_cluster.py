@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from lab.kube.cluster import Cluster, Refused
+from lab.kube.installed import crds
 from tests.conftest import eventually
-from tests.kube.conftest import manifests
 
 NODES = "/api/v1/nodes"
 BLOCKS = "/apis/underlay.network/v1/ipamblocks"
@@ -58,7 +58,7 @@ def test_reset_undoes_all_that_a_test_can_do(cluster: Cluster) -> None:
     cluster.request("DELETE", f"{BLOCKS}/10-0-0-0-26")  # marked, and nobody will ever let it go
     cluster.request("POST", "/api/v1/namespaces", {"metadata": {"name": "left-over"}})
     cluster.request("DELETE", "/apis/rbac.authorization.k8s.io/v1/clusterroles/view")
-    cluster.apply([{**manifests()[0], "metadata": {**manifests()[0]["metadata"], "labels": {"changed": "yes"}}}])
+    cluster.apply([{**crds()[0], "metadata": {**crds()[0]["metadata"], "labels": {"changed": "yes"}}}])
     denial: dict[str, Any] = {
         "apiVersion": "admissionregistration.k8s.io/v1",
         "kind": "ValidatingAdmissionPolicy",
