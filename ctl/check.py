@@ -18,7 +18,7 @@ from ctl.finding import Finding, Kind, Place, Range, View, holder, number
 from ctl.kinds import reference
 from ipam.block import merge
 from ipam.ledger import UNKNOWN
-from store.model import IPAMBlock, IPAMBlockStatus, IPPool, IPReservation, release_wanted
+from store.model import BLOCK_LIMIT, IPAMBlock, IPAMBlockStatus, IPPool, IPReservation, release_wanted
 from store.validate import block_size, validate
 
 T = TypeVar("T")
@@ -96,11 +96,11 @@ def _blocks_of_pools(view: View) -> Iterator[Finding]:
                 f"it is not inside ippool/{pool.name} ({pool.spec.cidr})",
                 "the pool was made anew with another cidr: let the pods of this block go, then delete the block",
             )
-        elif spec.cidr.rpartition("/")[2] != str(block_size(pool)):
+        elif (size := block_size(pool)) is not None and spec.cidr.rpartition("/")[2] != str(size):
             yield _of_block(
                 place,
                 "BlockSizeDiffers",
-                f"blocks of ippool/{pool.name} are /{block_size(pool)}",
+                f"blocks of ippool/{pool.name} are /{size}",
                 "the pool was made anew with another blockSize: let the pods of this block go, then delete the block",
             )
 
@@ -273,7 +273,8 @@ def _counts(view: View) -> Iterator[Finding]:
         free = status.free
         if reserved is not None:
             held = sum(1 for a in status.allocations if (at := number(a.address)) and reserved.covers(at))
-            free = place.range.size - used - (reserved.within(place.range) - held)
+            handed_out = place.range.first_ones(BLOCK_LIMIT)
+            free = handed_out.size - used - (reserved.within(handed_out) - held)
         if (status.used, status.free) != (used, free):
             yield _of_block(
                 place,

@@ -122,6 +122,10 @@ class Range(msgspec.Struct, frozen=True):
     def size(self) -> int:
         return self.last - self.first + 1
 
+    def first_ones(self, count: int) -> Range:
+        """Its first addresses, ``count`` at most."""
+        return Range(self.version, self.first, min(self.last, self.first + count - 1))
+
     def holds(self, other: Range) -> bool:
         return self.version == other.version and self.first <= other.first and other.last <= self.last
 

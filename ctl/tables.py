@@ -66,7 +66,8 @@ def table(
 
 
 def _block_size(pool: IPPool) -> str:
-    return f"/{block_size(pool)}"
+    size = block_size(pool)
+    return "podCIDRs" if size is None else f"/{size}"
 
 
 def _pool_state(pool: IPPool) -> str:

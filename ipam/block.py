@@ -1,7 +1,9 @@
 """One block: which of its addresses are held, resting, reserved or free. Pure: time comes in as an argument.
 
 An address is an *offset* in here, 0 for the block's first. Every offset is usable, the first and the last too, as in
-Calico: a block is a route, not a link, so it has no network or broadcast address.
+Calico: a block is a route, not a link, so it has no network or broadcast address. Of a block with more than
+``BLOCK_LIMIT`` addresses (a podCIDR, which may be a /64) only the first ones are the block's here: others are neither
+handed out nor known.
 
     free     nobody's; taken next-fit, that is the first one after the address taken last, round and round (R6)
     held     by one owner
@@ -20,6 +22,8 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from types import MappingProxyType
 from typing import Final, Generic, TypeVar
 
+from store.model import BLOCK_LIMIT
+
 Owner = TypeVar("Owner")
 
 #: Seconds that a freed address rests (R6).
@@ -37,7 +41,7 @@ class Block(Generic[Owner]):
         network = ip_network(cidr)
         self.cidr = cidr
         self.network: IPv4Network | IPv6Network = network
-        self.size = network.num_addresses
+        self.size = min(network.num_addresses, BLOCK_LIMIT)
         self._base = int(network.network_address)
         self._rest = rest
         self._owners: dict[int, Owner] = {}
@@ -53,7 +57,7 @@ class Block(Generic[Owner]):
         return str(self.network[offset])
 
     def offset(self, address: str) -> int | None:
-        """The address's offset; None outside of this block. ValueError if it is no address."""
+        """The address's offset; None outside of this block, or beyond ``size``. ValueError if it is no address."""
         ip = ip_address(address)
         offset = int(ip) - self._base
         return offset if ip.version == self.network.version and 0 <= offset < self.size else None

@@ -19,7 +19,7 @@ from ipam.dead import DeadOwners, let_go
 from ipam.errors import Exhausted
 from ipam.ledger import Ledger, Own, Phase
 from ipam.model import Settings
-from ipam.pool import candidates, family_of, is_candidate, overlap, within
+from ipam.pool import candidates, is_candidate, overlap, within
 from store.base import Store
 from store.clock import Clock
 from store.errors import AlreadyExists, Conflict, Invalid, NotFound
@@ -33,10 +33,8 @@ from store.model import (
     Node,
     OwnerReference,
     block_name,
-    within_length,
     within_of,
 )
-from store.validate import block_size
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +87,7 @@ class Claims:
         obj = self.pending[cidr]
         async with asyncio.timeout(self._settings.store_limit):
             pools = (await self._store.list(IPPool)).items
-            blocks = await self._around(obj, pools)
+            blocks = await self._around(obj)
         seen = next((b for b in blocks if b.metadata.uid == obj.metadata.uid), None)
         if seen is None or seen.metadata.deletion_timestamp:
             self.pending.pop(cidr, None)
@@ -108,25 +106,20 @@ class Claims:
         self._check(own, seen)
         return own
 
-    async def _around(self, obj: IPAMBlock, pools: tuple[IPPool, ...]) -> tuple[IPAMBlock, ...]:
+    async def _around(self, obj: IPAMBlock) -> tuple[IPAMBlock, ...]:
         """The block itself and what may overlap it, without listing the cluster (docs/decisions/0009): what shares its
-        ``within``, and larger blocks by their names, of the sizes of today's pools."""
-        cidr = obj.spec.cidr
-        own, cut = int(cidr.rpartition("/")[2]), within_length(cidr)
-        if not obj.spec.within or own < cut:
+        ``within``."""
+        cidr, shared = ip_network(obj.spec.cidr), obj.spec.within
+        if not shared:
             return (await self._store.list(IPAMBlock)).items
-        sizes = {block_size(pool) for pool in pools if family_of(pool.spec.cidr) == family_of(cidr)}
-        sizes = {size for size in sizes if size < cut}
         # Blocks of an older release say nothing of it until their own server has started anew: there are few, or none.
         found = list((await self._store.list(IPAMBlock, where={"spec.within": ""})).items)
-        if own == ip_network(cidr).max_prefixlen:
-            # Nothing is inside an address, and a /20 of fixed addresses is a long list.
-            sizes.update(range(cut, own + 1))
-        else:
-            found += (await self._store.list(IPAMBlock, where={"spec.within": obj.spec.within})).items
-        for size in sorted(sizes):
+        if cidr.num_addresses > 1:
+            return (*found, *(await self._store.list(IPAMBlock, where={"spec.within": shared})).items)
+        # Nothing is inside an address, and a /20 of fixed addresses is a long list.
+        for size in range(ip_network(shared).prefixlen, cidr.max_prefixlen + 1):
             with contextlib.suppress(NotFound):
-                found.append(await self._store.get(IPAMBlock, block_name(_cut(cidr, size))))
+                found.append(await self._store.get(IPAMBlock, block_name(str(cidr.supernet(new_prefix=size)))))
         return tuple(found)
 
     async def recreate(self, pool: str, cidr: str) -> IPAMBlock:
@@ -353,7 +346,3 @@ def _at(template: IPAMBlock, cidr: str) -> IPAMBlock:
         metadata=msgspec.structs.replace(template.metadata, name=block_name(cidr)),
         spec=msgspec.structs.replace(template.spec, cidr=cidr, within=within_of(cidr)),
     )
-
-
-def _cut(cidr: str, length: int) -> str:
-    return str(ip_network(cidr).supernet(new_prefix=length))

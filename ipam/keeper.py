@@ -15,7 +15,7 @@ from ipam.errors import Exhausted, IPAMError, KernelUnavailable, NotReady, in_wo
 from ipam.ledger import Ledger, Own, Phase, count
 from ipam.mirror import Superseded
 from ipam.model import KernelView, Settings
-from ipam.pool import Pools, Want, block_at, claim_ahead, surplus
+from ipam.pool import Pools, Want, claim_ahead, surplus
 from ipam.waiting import Moved, until
 from store.clock import Clock
 from store.errors import Invalid, StoreError
@@ -137,9 +137,11 @@ class Keeper:
             return False
         used = free = 0
         for own in self._ledger.of_pool(pool):
-            if own.phase in (Phase.NEW, Phase.READY):
+            if own.phase in (Phase.NEW, Phase.READY) and self.pools.has(pool, own.cidr):
                 used += own.block.used
                 free += own.block.free
+        if pool in self.pools.pod_cidrs and not self._unclaimed(pool):
+            return not free  # as many as it can have: said when it is felt
         return claim_ahead(used=used, free=free)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -263,8 +265,13 @@ class Keeper:
         """Finds a block for who waits, in the first pool that has one."""
         error: IPAMError | None = None
         for name in want.pools:
+            pool = self.pools.all.get(name)
+            cidr = self.pools.block_at(pool, want.address) if pool and want.address else ""
+            if pool is None or (want.address and not cidr):
+                error = NotReady(f"IPPool {name} was deleted, or has no such block any more: try again")
+                continue
             try:
-                await self._open(name, block_at(self.pools.all[name], want.address) if want.address else "")
+                await self._open(name, cidr)
             except KeyError:
                 error = NotReady(f"IPPool {name} was deleted in the meantime: try again")
             except Exhausted as e:
@@ -277,7 +284,7 @@ class Keeper:
     async def _open(self, pool: str, cidr: str = "") -> None:
         """One more block of the pool, or exactly this one: one that is on its way, one taken back from its release, or
         a claimed one."""
-        mine = [own for own in self._ledger.of_pool(pool) if cidr in ("", own.cidr)]
+        mine = [o for o in self._ledger.of_pool(pool) if cidr in ("", o.cidr) and self.pools.has(pool, o.cidr)]
         if cidr and any(own.phase in (Phase.MARKED, Phase.LOST) for own in mine):
             raise Exhausted(f"block {cidr} is being deleted, or belongs to another node by now")
         if any(own.phase is Phase.NEW and (cidr or own.block.free) for own in mine):
@@ -291,6 +298,8 @@ class Keeper:
         await self._more(pool, cidr)
 
     async def _claim(self, pool: str, cidr: str = "") -> None:
+        if pool in self.pools.pod_cidrs:
+            cidr = cidr or self._next_pod_cidr(pool)
         now = self._clock.monotonic()
         key = f"{pool} {cidr}"
         known = self._refused.get(key)
@@ -312,6 +321,34 @@ class Keeper:
             raise Exhausted(str(e)) from e
         self._refused.pop(key, None)
 
+    def _unclaimed(self, pool: str) -> tuple[str, ...]:
+        """podCIDRs of our Node that are no blocks of ours yet."""
+        return tuple(cidr for cidr in self.pools.pod_cidrs[pool] if cidr not in self._ledger.blocks)
+
+    def _next_pod_cidr(self, pool: str) -> str:
+        cidr = next(iter(self._unclaimed(pool)), "")
+        if not cidr:
+            raise Exhausted(self._no_pod_cidr(pool) or self._pod_cidrs_used_up(pool))
+        return cidr
+
+    def _no_pod_cidr(self, pool: str) -> str:
+        """Why there can be no block of the pool; empty if there can."""
+        if self.pools.pod_cidrs.get(pool) != ():
+            return ""
+        inside = self.pools.all[pool].spec.cidr
+        return (
+            f"node {self._claims.node} has no podCIDR inside {inside}, from which IPPool {pool} hands out: run "
+            f"kube-controller-manager with --allocate-node-cidrs=true and --cluster-cidr={inside}, and see its log if "
+            f"it does; or use a pool with blocks of its own"
+        )
+
+    def _pod_cidrs_used_up(self, pool: str) -> str:
+        blocks = ", ".join(f"{own.cidr} {own.phase.value}" for own in self._ledger.of_pool(pool))
+        return (
+            f"IPPool {pool} has no free address for node {self._claims.node}, and no other podCIDR ({blocks}): run its "
+            f"pods elsewhere, or add a pool"
+        )
+
     def _counted(self) -> int:
         """Our blocks that count for the limit."""
         blocks = self._ledger.blocks.values()
@@ -319,8 +356,13 @@ class Keeper:
 
     async def _claim_ahead(self) -> None:
         problems = []
+        missing = [why for name in self.pools.ahead if (why := self._no_pod_cidr(name))]
+        if missing:
+            self._say("NoPodCIDR", "NotAssigned", "; ".join(missing))
+        else:
+            self._ledger.unsay("NoPodCIDR")
         for name in self.pools.ahead:
-            if self.is_short(name):
+            if not self._no_pod_cidr(name) and self.is_short(name):
                 try:
                     await self._more(name)
                 except Exhausted as e:
@@ -333,7 +375,7 @@ class Keeper:
     async def _more(self, pool: str, cidr: str = "") -> None:
         """Takes a block back from its release, or claims one."""
         for own in self._ledger.of_pool(pool):
-            if own.phase is Phase.RELEASING and cidr in ("", own.cidr):
+            if own.phase is Phase.RELEASING and cidr in ("", own.cidr) and self.pools.has(pool, own.cidr):
                 own.enter(Phase.NEW, self._clock.monotonic())
                 self._ledger.changed(own)
                 return
@@ -362,6 +404,9 @@ class Keeper:
         if pool in self.pools.single:
             # A fixed address may be wanted elsewhere at once: it does not rest here.
             return [own for own in ready if not own.block.used]
+        if pool in self.pools.pod_cidrs:
+            # Nobody else can have it as long as it is the Node's.
+            return [own for own in ready if not self.pools.has(pool, own.cidr) and count(own, now).idle]
         keep = 1 if self.pools.is_automatic(pool) else 0
         return [ready[i] for i in surplus([count(own, now) for own in ready], keep=keep)]
 

@@ -100,12 +100,12 @@ class Ledger:
         del self._index[_key(own.cidr)]
 
     def find(self, address: str) -> tuple[Own, int] | None:
-        """The own block that the address is in, and its offset there."""
+        """The own block that hands out the address, and its offset there."""
         ip = ip_address(address)
         for shift in self._shifts[ip.version]:
             own = self._index.get((ip.version, shift, int(ip) >> shift))
-            if own is not None:
-                return own, int(ip) & ((1 << shift) - 1)
+            if own is not None and (offset := int(ip) & ((1 << shift) - 1)) < own.block.size:
+                return own, offset
         return None
 
     def of_pool(self, pool: str) -> list[Own]:

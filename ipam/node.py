@@ -25,7 +25,7 @@ from ipam.keeper import IDLE, Keeper
 from ipam.ledger import Ledger, Phase
 from ipam.mirror import Mirror
 from ipam.model import Attachment, BlockView, KernelView, Lease, Request, Settings
-from ipam.pool import Want, block_at, family_of
+from ipam.pool import Want, family_of
 from ipam.releases import Releases
 from ipam.sweep import Sweep
 from ipam.watches import Watches
@@ -213,7 +213,8 @@ class NodeIPAM:
 
     def refusal(self) -> str:
         """Why ``take`` refuses everything new at present (STATUS: not available); empty if it does not."""
-        return self._why_not
+        unassigned = self._ledger.conditions.get("NoPodCIDR")
+        return self._why_not or (unassigned.message if unassigned and not self.free() else "")
 
     # -- taking -------------------------------------------------------------------------------------------------------
 
@@ -266,7 +267,7 @@ class NodeIPAM:
         for resting in (False, True):
             for pool in want.pools:
                 for own in self._ledger.of_pool(pool):
-                    if own.phase is Phase.READY:
+                    if own.phase is Phase.READY and self._keeper.pools.has(pool, own.cidr):
                         offset = own.block.choose(now, resting=resting)
                         if offset is not None:
                             return own.block.address(offset)
@@ -378,7 +379,8 @@ class NodeIPAM:
         looked at for overlaps."""
         now = self._clock.monotonic()
         known = {*self._ledger.strays, *(a for lease in self._ledger.leases.values() for a in lease.addresses)}
-        cidrs = {block_at(pool, a) for a in known if (pool := self._keeper.pools.of(a))}
+        pools = self._keeper.pools
+        cidrs = {pools.block_at(pool, a) for a in known if (pool := pools.of(a))}
         for obj in blocks:
             if obj.spec.cidr in self._ledger.blocks:
                 continue
@@ -408,7 +410,10 @@ class NodeIPAM:
             pool = self._keeper.pools.of(address)
             if pool is None or self._ledger.find(address):
                 continue
-            cidr = block_at(pool, address)
+            cidr = self._keeper.pools.block_at(pool, address)
+            if not cidr:
+                log.error("%s is in use here, and in no block: it is of another podCIDR than this Node's", address)
+                continue
             try:
                 obj = await self._claims.recreate(pool.name, cidr)
             except Invalid as e:

@@ -13,7 +13,7 @@ from ipam.block import merge
 from ipam.errors import NotReady, WrongPool
 from ipam.model import Family, Request
 from store import selector
-from store.model import IPPool
+from store.model import BLOCK_LIMIT, IPPool
 from store.validate import block_size
 
 FAMILIES: tuple[Family, ...] = (4, 6)
@@ -27,10 +27,19 @@ class Want(msgspec.Struct, frozen=True):
 
 
 class Pools:
-    """The pools as one node sees them. ``labels`` are the Node's."""
+    """The pools as one node sees them. ``labels`` and ``pod_cidrs`` are the Node's."""
 
-    def __init__(self, pools: Iterable[IPPool] = (), labels: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, pools: Iterable[IPPool] = (), labels: Mapping[str, str] | None = None, pod_cidrs: Iterable[str] = ()
+    ) -> None:
         self.all: Mapping[str, IPPool] = {p.name: p for p in sorted(pools, key=lambda p: p.name)}
+        canonical = [str(ip_network(cidr, strict=False)) for cidr in pod_cidrs]
+        #: For each pool that uses podCIDRs, this Node's inside it: all the blocks that it can have of that pool.
+        self.pod_cidrs: Mapping[str, tuple[str, ...]] = {
+            p.name: tuple(cidr for cidr in canonical if within(cidr, p.spec.cidr))
+            for p in self.all.values()
+            if p.spec.use_pod_cidrs
+        }
         #: Names of the pools that this node takes from without being asked, per family.
         self.automatic: Mapping[Family, tuple[str, ...]] = {
             family: tuple(
@@ -57,6 +66,17 @@ class Pools:
         """The pool that the address is in; pools don't overlap. ValueError if it is no address."""
         ip = ip_address(address)
         return next((p for p in self.all.values() if ip in ip_network(p.spec.cidr)), None)
+
+    def has(self, pool: str, cidr: str) -> bool:
+        """A block of the pool that this node may hand out of: with podCIDRs, one that is the Node's today."""
+        return pool not in self.pod_cidrs or cidr in self.pod_cidrs[pool]
+
+    def block_at(self, pool: IPPool, address: str) -> str:
+        """The CIDR of the pool's block that the address is in; "" if no podCIDR of this Node hands it out."""
+        size = block_size(pool)
+        if size is None:
+            return next((cidr for cidr in self.pod_cidrs[pool.name] if _hands_out(cidr, address)), "")
+        return str(ip_network(f"{address}/{size}", strict=False))
 
     def wants(self, request: Request) -> tuple[Want, ...]:
         """One ``Want`` for each address that the request is to get, IPv4 first.
@@ -92,6 +112,12 @@ class Pools:
                 raise WrongPool(f"address {address} is in IPPool {pool.name}, which is disabled: choose another")
             if request.pools and pool not in [self._chosen(name) for name in request.pools]:
                 raise WrongPool(f"address {address} is not in the chosen pools ({', '.join(request.pools)})")
+            if not self.block_at(pool, address):
+                mine = ", ".join(self.pod_cidrs[pool.name]) or "none"
+                raise WrongPool(
+                    f"address {address} is of IPPool {pool.name}, whose blocks are the Nodes' podCIDRs, and not among "
+                    f"the first {BLOCK_LIMIT} of this Node's ({mine}): choose one of those, or run the pod elsewhere"
+                )
             families.append(family_of(address))
             yield Want((pool.name,), str(ip_address(address)))
         if len(set(families)) != len(families):
@@ -126,10 +152,12 @@ def family_of(text: str) -> Family:
 def candidates(pool: IPPool, node: str, reserved: Iterable[str] = ()) -> Iterator[str]:
     """The CIDRs of the pool's blocks, once each, from one on that depends on node and pool (R4): nodes begin far
     apart, each begins at the same place after a restart, and meets its neighbours' blocks only when the pool is full.
-    Blocks that are reserved as a whole are left out.
+    Blocks that are reserved as a whole are left out. Of a pool that uses podCIDRs there are none to look for.
     """
     network = ip_network(pool.spec.cidr)
     length = block_size(pool)
+    if length is None:
+        return
     count = 1 << (length - network.prefixlen)
     size = 1 << (network.max_prefixlen - length)
     base = int(network.network_address)
@@ -159,9 +187,9 @@ def _whole_blocks(base: int, size: int, networks: Iterable[IPv4Network | IPv6Net
     return tuple((begin, last) for begin, last in blocks if begin <= last)
 
 
-def block_at(pool: IPPool, address: str) -> str:
-    """The CIDR of the pool's block that the address is in."""
-    return str(ip_network(f"{address}/{block_size(pool)}", strict=False))
+def _hands_out(cidr: str, address: str) -> bool:
+    network, ip = ip_network(cidr), ip_address(address)
+    return ip in network and int(ip) - int(network.network_address) < BLOCK_LIMIT
 
 
 def overlap(one: str, other: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from ipam.errors import in_words
 from ipam.keeper import Keeper
@@ -56,10 +56,10 @@ class Watches:
         pools = await self._store.list(IPPool)
         reservations = await self._store.list(IPReservation)
         try:
-            labels = (await self._store.get(Node, self._node)).metadata.labels
+            node = await self._store.get(Node, self._node)
         except NotFound:
-            labels = {}
-        self._wish(pools.items, reservations.items, labels)
+            node = None
+        self._wish(pools.items, reservations.items, node)
 
     async def run(self) -> None:
         """Follows the store until cancelled."""
@@ -75,11 +75,10 @@ class Watches:
             uid = node.metadata.uid if node else ""
             if uid and uid != self._uid:
                 self._uid, self._keeper.untied = uid, True
-            labels = node.metadata.labels if node else {}
-            self._wish(self._pools.items.values(), self._reservations.items.values(), labels)
+            self._wish(self._pools.items.values(), self._reservations.items.values(), node)
 
-    def _wish(self, pools: Iterable[IPPool], reservations: Iterable[IPReservation], labels: Mapping[str, str]) -> None:
-        self._keeper.pools = Pools(pools, labels)
+    def _wish(self, pools: Iterable[IPPool], reservations: Iterable[IPReservation], node: Node | None) -> None:
+        self._keeper.pools = Pools(pools, node.metadata.labels, node.spec.pod_cidrs) if node else Pools(pools)
         reserved = tuple(cidr for reservation in reservations for cidr in reservation.spec.reserved_cidrs)
         if reserved != self._keeper.reserved:
             self._keeper.reserved = reserved

@@ -12,6 +12,7 @@ from typing import Any
 
 from store.kubewire import LINE_PATTERN
 from store.model import (
+    BLOCK_LIMIT,
     BGPConfiguration,
     BGPConfigurationSpec,
     BGPNodeStatusStatus,
@@ -26,8 +27,6 @@ from store.model import (
 
 Schema = dict[str, Any]
 
-#: Addresses that one block can have in the API server: Calico's largest block (a /20, a /116).
-MAX_ALLOCATIONS = 4096
 #: Prefixes that a list of CIDRs can have: bounds what the API server may spend on checking it.
 MAX_CIDRS = 1024
 # What an IPv6 prefix needs at most, a selector (store.selector.MAX_LENGTH), a name.
@@ -137,7 +136,14 @@ def _immutable(what: str) -> dict[str, str]:
 _SIZE, _OLD_SIZE = ((f"(has({it}.blockSize) ? {it}.blockSize : 0)") for it in ("self", "oldSelf"))
 _LONGEST = "(cidr(self.cidr).ip().family() == 4 ? 32 : 128)"
 _DEFAULT_SIZE = "(cidr(self.cidr).ip().family() == 4 ? 26 : 122)"
+_POD_CIDRS = "(has(self.usePodCIDRs) && self.usePodCIDRs)"
 _POOL = (
+    _rule(
+        f"!{_POD_CIDRS} || {_SIZE} == 0",
+        "leave it out: with usePodCIDRs a block is a Node's podCIDR, of the size that kube-controller-manager gives it "
+        "(--node-cidr-mask-size)",
+        at=".blockSize",
+    ),
     _rule(
         f"!isCIDR(self.cidr) || {_SIZE} == 0 || ({_SIZE} >= cidr(self.cidr).prefixLength() && {_SIZE} <= {_LONGEST})",
         "blockSize is the prefix length of a block, which lies inside the pool: not below the pool's own, at most 32 "
@@ -145,7 +151,7 @@ _POOL = (
         at=".blockSize",
     ),
     _rule(
-        f"!isCIDR(self.cidr) || {_SIZE} != 0 || cidr(self.cidr).prefixLength() <= {_DEFAULT_SIZE}",
+        f"!isCIDR(self.cidr) || {_POD_CIDRS} || {_SIZE} != 0 || cidr(self.cidr).prefixLength() <= {_DEFAULT_SIZE}",
         "the pool is smaller than a block of the default size (26, 122): write a blockSize",
         at=".blockSize",
     ),
@@ -161,17 +167,15 @@ _BLOCK_NAME = (
     "(self.spec.cidr.startsWith('::') ? '0' : '') + "
     "self.spec.cidr.replace('::/', '::0/').replace('.', '-').replace(':', '-').replace('/', '-')"
 )
-# What model.within_of gives, said without building text, which would cost too much: its /20 or /116, itself if larger.
+# What model.within_of gives, said without building text, which would cost too much.
 _CUT = "(cidr(self.spec.cidr).ip().family() == 4 ? 20 : 116)"
 _WITHIN = (
-    f"(cidr(self.spec.cidr).prefixLength() <= {_CUT} ? self.spec.within == self.spec.cidr : "
-    f"cidr(self.spec.within).prefixLength() == {_CUT} && "
-    "cidr(self.spec.within).containsIP(cidr(self.spec.cidr).ip()))"
+    f"(cidr(self.spec.within).prefixLength() == {_CUT} && cidr(self.spec.within).containsIP(cidr(self.spec.cidr).ip()))"
 )
 _BLOCK = (
     _rule(
         f"!has(self.spec.within) || !isCIDR(self.spec.within) || !isCIDR(self.spec.cidr) || {_WITHIN}",
-        "it follows from cidr: leave it out, or write the /20 or /116 that the block is in",
+        "it follows from cidr: leave it out, or write the /20 or /116 that the block's first address is in",
         at=".spec.within",
     ),
     _rule(
@@ -236,6 +240,11 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
         "maximum": 128,
         "description": "Prefix length of a block; 0 or nothing is the family's default, 26 or 122. It never changes.",
     },
+    (IPPoolSpec, "usePodCIDRs"): _check(
+        _rule("self == oldSelf", "it stays as it is as long as the pool lives; make another pool instead"),
+        description="The blocks are the Nodes' podCIDRs inside cidr (kube-controller-manager --allocate-node-cidrs). "
+        "It never changes.",
+    ),
     (IPPoolSpec, "nodeSelector"): _check(_SELECTOR, maxLength=_SELECTOR_LENGTH),
     (IPPoolSpec, "natOutgoing"): _check(
         _rule(
@@ -265,7 +274,7 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
     (IPAMBlockSpec, "within"): _check(
         {**_CIDR, "rule": _either("self == ''", _CANONICAL)},
         maxLength=_CIDR_LENGTH,
-        description="The /20 or /116 that the block is in: what may overlap it is listed by this.",
+        description="The /20 or /116 that the block's first address is in: what may overlap it is listed by this.",
     ),
     # As store.kubewire writes them.
     (IPAMBlockStatus, "allocations"): _check(
@@ -274,7 +283,7 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
             "each key is an address: write an IPv4 or IPv6 address in its one spelling",
         ),
         type="object",
-        maxProperties=MAX_ALLOCATIONS,
+        maxProperties=BLOCK_LIMIT,
         additionalProperties={"type": "string", "maxLength": 1024, "pattern": LINE_PATTERN},
         description="Who has which address: network, container, interface, pod (or -), since when (or -).",
         **{"x-kubernetes-map-type": "atomic"},

@@ -27,6 +27,8 @@ ANNOTATION_RELEASE_REFUSED = "underlay.network/release-refused"
 FINALIZER_OWNER = "underlay.network/owner"
 #: Label that says which program made an object (Kubernetes' "Recommended Labels").
 LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+#: Addresses that a block hands out at most: the first ones of a podCIDR that is larger. Calico's largest block.
+BLOCK_LIMIT = 4096
 #: Label of an EndpointSlice: the service whose endpoints it has.
 LABEL_SERVICE = "kubernetes.io/service-name"
 
@@ -109,6 +111,8 @@ class IPPoolSpec(_Struct, frozen=True, kw_only=True):
     cidr: str
     #: Prefix length of a block; 0 means the family's default (26, 122).
     block_size: int = 0
+    #: The blocks are the Nodes' ``spec.podCIDRs`` inside ``cidr``, which kube-controller-manager hands out.
+    use_pod_cidrs: bool = field(default=False, name="usePodCIDRs")
     node_selector: str = "all()"
     disabled: bool = False
     disable_bgp_export: bool = field(default=False, name="disableBGPExport")
@@ -120,7 +124,7 @@ class IPPoolSpec(_Struct, frozen=True, kw_only=True):
 
 
 class IPPool(Resource, frozen=True, kw_only=True, tag="IPPool"):
-    """A range that nodes cut their blocks from. ``cidr`` and ``blockSize`` never change (R1)."""
+    """A range that nodes cut their blocks from. ``cidr``, ``blockSize`` and ``usePodCIDRs`` never change (R1)."""
 
     PLURAL: ClassVar[str] = "ippools"
     SHORT: ClassVar[tuple[str, ...]] = ("pool", "pools")
@@ -484,15 +488,10 @@ def block_name(cidr: str) -> str:
 
 
 def within_of(cidr: str) -> str:
-    """The /20 or /116 that a block is in, itself if it is larger, by which the blocks around it are listed: two blocks
-    that overlap have the same one, unless one of them is larger than that. ValueError if it is no prefix."""
+    """The /20 or /116 that a block's first address is in, by which the blocks around it are listed: as none hands out
+    more than ``BLOCK_LIMIT`` addresses, two that share one have the same. ValueError if it is no prefix."""
     network = ip_network(cidr)
-    return str(network.supernet(new_prefix=length)) if network.prefixlen > (length := within_length(cidr)) else cidr
-
-
-def within_length(cidr: str) -> int:
-    """The prefix length that ``within_of`` cuts to."""
-    return 116 if ":" in cidr else 20
+    return str(ip_network((network.network_address, 116 if network.version == 6 else 20), strict=False))
 
 
 def release_wanted(block: IPAMBlock) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from store.model import (
     EndpointSlice,
     IPAMBlock,
     IPPool,
+    IPPoolSpec,
     IPReservation,
     KubeEvent,
     Meta,
@@ -85,8 +86,11 @@ def overlaps(pool: IPPool, others: Iterable[IPPool]) -> tuple[IPPool, ...]:
     return tuple(found)
 
 
-def block_size(pool: IPPool) -> int:
-    """Prefix length of the pool's blocks: what it says, else its family's default (26, 122)."""
+def block_size(pool: IPPool) -> int | None:
+    """Prefix length of the pool's blocks: what it says, else its family's default (26, 122). None: that of each Node's
+    podCIDR."""
+    if pool.spec.use_pod_cidrs:
+        return None
     return pool.spec.block_size or DEFAULT_BLOCK_SIZE[ip_network(pool.spec.cidr).version]
 
 
@@ -260,13 +264,19 @@ _NO_OVERLAY = (
 )
 
 
+_SIZE_OF_POD_CIDRS = (
+    "leave it out: with usePodCIDRs a block is a Node's podCIDR, of the size that kube-controller-manager gives it "
+    "(--node-cidr-mask-size)"
+)
+
+
 def _pool(pool: IPPool) -> Iterator[Problem]:
     spec = pool.spec
     yield from _cidr("spec.cidr", spec.cidr)
     network = _network(spec.cidr)
     if network is not None:
         yield from _pool_range(spec.cidr, network)
-        yield from _pool_block_size(spec.block_size, network)
+        yield from _pool_block_size(spec, network)
     yield from _selector("spec.nodeSelector", spec.node_selector)
     for field, value in (("spec.ipipMode", spec.ipip_mode), ("spec.vxlanMode", spec.vxlan_mode)):
         if value != "Never":
@@ -304,9 +314,12 @@ def _pool_range(cidr: str, network: Network) -> Iterator[Problem]:
             return
 
 
-def _pool_block_size(size: int, network: Network) -> Iterator[Problem]:
-    longest = network.max_prefixlen
-    if size == 0 and network.prefixlen > DEFAULT_BLOCK_SIZE[network.version]:
+def _pool_block_size(spec: IPPoolSpec, network: Network) -> Iterator[Problem]:
+    size, longest = spec.block_size, network.max_prefixlen
+    if spec.use_pod_cidrs:
+        if size:
+            yield Problem("spec.blockSize", size, _SIZE_OF_POD_CIDRS)
+    elif size == 0 and network.prefixlen > DEFAULT_BLOCK_SIZE[network.version]:
         default = DEFAULT_BLOCK_SIZE[network.version]
         yield Problem(
             "spec.blockSize",
@@ -374,10 +387,8 @@ def _block_of_pool(block: IPAMBlock, pool: IPPool) -> Iterator[Problem]:
         return
     if not _inside(mine, range_):
         yield Problem("spec.cidr", block.spec.cidr, f"it is not inside its pool {pool.name} ({pool.spec.cidr})")
-    elif mine.prefixlen != block_size(pool):
-        yield Problem(
-            "spec.cidr", block.spec.cidr, f"blocks of pool {pool.name} are /{block_size(pool)}: one pool has one size"
-        )
+    elif (size := block_size(pool)) is not None and mine.prefixlen != size:
+        yield Problem("spec.cidr", block.spec.cidr, f"blocks of pool {pool.name} are /{size}: one pool has one size")
 
 
 # -- routing ------------------------------------------------------------------------------------------------------
@@ -516,6 +527,8 @@ def _immutable(obj: Resource, old: Resource) -> Iterator[Problem]:
             yield _changed("spec.cidr", obj.spec.cidr, old.spec.cidr, "pool")
         if obj.spec.block_size != old.spec.block_size:
             yield _changed("spec.blockSize", obj.spec.block_size, old.spec.block_size, "pool")
+        if obj.spec.use_pod_cidrs != old.spec.use_pod_cidrs:
+            yield _changed("spec.usePodCIDRs", obj.spec.use_pod_cidrs, old.spec.use_pod_cidrs, "pool")
     if isinstance(obj, EndpointSlice) and isinstance(old, EndpointSlice) and obj.address_type != old.address_type:
         yield _changed("addressType", obj.address_type, old.address_type, "slice")
     if isinstance(obj, Secret) and isinstance(old, Secret) and obj.type != old.type:

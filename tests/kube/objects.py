@@ -32,8 +32,8 @@ def path(plural: str, name: str = "", *, sub: str = "") -> str:
     return f"{_GROUP}/{plural}" + (f"/{name}" if name else "") + (f"/{sub}" if sub else "")
 
 
-def pool(name: str, cidr: str, size: int = 0) -> Wire:
-    return _ours("IPPool", name, {"cidr": cidr, **({"blockSize": size} if size else {})})
+def pool(name: str, cidr: str, size: int = 0, **spec: Any) -> Wire:
+    return _ours("IPPool", name, {"cidr": cidr, **({"blockSize": size} if size else {}), **spec})
 
 
 def block(cidr: str, node_name: str, pool_name: str = "pool", **meta: Any) -> Wire:

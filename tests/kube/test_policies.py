@@ -491,6 +491,11 @@ BLOCK_OF_POOL: dict[str, tuple[Wire, Wire, str]] = {
         block("10.1.0.0/26", "node-1"),
         "blocks of pool pool are /28, write one of that size",
     ),
+    "no podCIDR of its pool": (
+        pool("pool", "10.1.0.0/16", usePodCIDRs=True),
+        block("10.2.3.0/24", "node-1"),
+        "10.2.3.0/24 is not inside its pool pool (10.1.0.0/16)",
+    ),
     "in another pool": (
         pool("other", "10.1.0.0/16"),
         block("10.1.0.0/26", "node-1"),
@@ -519,6 +524,8 @@ def test_a_block_that_is_not_of_its_pool_is_refused(installed: Installed, case: 
         (pool("pool", "10.1.0.0/16", 32), block("10.1.0.0/32", "node-1")),
         (pool("pool", "10.1.0.0/24", 24), block("10.1.0.0/24", "node-1")),
         (pool("pool", "fd00:1::/48"), block("fd00:1::40/122", "node-1")),
+        (pool("pool", "10.1.0.0/16", usePodCIDRs=True), block("10.1.3.0/24", "node-1")),
+        (pool("pool", "fd00:1::/48", usePodCIDRs=True), block("fd00:1:0:3::/64", "node-1")),
         (pool("other", "10.1.0.0/16"), block("10.2.0.0/25", "node-1")),  # its pool is gone
     ],
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from ipam.block import Block
 from ipam.errors import Exhausted
 from ipam.node import Settings
 from store.model import (
@@ -186,7 +190,6 @@ def test_no_look_at_other_nodes_while_there_are_free_blocks(tmp_path: Path) -> N
 )
 def test_no_new_block_overlaps_one_that_outlived_its_pool(tmp_path: Path, new: IPPool, old: str) -> None:
     """And the others are used: what is in the way costs a pause, no more."""
-    from ipaddress import ip_address, ip_network
 
     async def main() -> None:
         rig = Rig(tmp_path)
@@ -210,14 +213,14 @@ def test_no_new_block_overlaps_one_that_outlived_its_pool(tmp_path: Path, new: I
     play(main())
 
 
-def test_a_larger_block_of_a_pool_of_today_is_found_by_name(tmp_path: Path) -> None:
-    """A block of a /18 has no /20 in common with what is inside it."""
+def test_a_larger_block_is_found_where_it_hands_out(tmp_path: Path) -> None:
+    """A /18 hands out of its first /20 alone."""
 
     async def main() -> None:
         rig = Rig(tmp_path)
         await rig.create(pool("small", "10.1.0.0/24", 28))
         await rig.store.create(IPPool(metadata=Meta(name="large"), spec=IPPoolSpec(cidr="10.64.0.0/16", block_size=18)))
-        spec = IPAMBlockSpec(cidr="10.1.0.0/18", pool="before", node="node-2", within="10.1.0.0/18")
+        spec = IPAMBlockSpec(cidr="10.1.0.0/18", pool="before", node="node-2", within=within_of("10.1.0.0/18"))
         await rig.store.create(IPAMBlock(metadata=Meta(name=block_name(spec.cidr)), spec=spec))
         await rig.up()
         assert "10.1.0.0/18 of node node-2" in rig.ipam.conditions()[0].message
@@ -233,9 +236,9 @@ def test_a_larger_block_of_a_pool_of_today_is_found_by_name(tmp_path: Path) -> N
         ("10.244.3.64/26", "10.244.0.0/20"),
         ("10.244.31.1/32", "10.244.16.0/20"),
         ("10.244.16.0/20", "10.244.16.0/20"),
-        ("10.244.0.0/16", "10.244.0.0/16"),
+        ("10.244.0.0/16", "10.244.0.0/20"),
         ("fd00:10:244::1:40/122", "fd00:10:244::1:0/116"),
-        ("fd00:10:244::/64", "fd00:10:244::/64"),
+        ("fd00:10:244::/64", "fd00:10:244::/116"),
     ],
 )
 def test_what_a_block_is_within(cidr: str, within: str) -> None:
@@ -245,6 +248,24 @@ def test_what_a_block_is_within(cidr: str, within: str) -> None:
     assert validate(block) == ()
     wrong = msgspec.structs.replace(block, spec=msgspec.structs.replace(spec, within="10.99.0.0/20"))
     assert [p.field for p in validate(wrong)] == ["spec.within"]
+
+
+def prefixes(version: int) -> st.SearchStrategy[str]:
+    """Where many of them overlap: around 10.0.0.0 and fd00::."""
+    base, longest = (ip_address("10.0.0.0"), 32) if version == 4 else (ip_address("fd00::"), 128)
+    return st.builds(
+        lambda offset, length: str(ip_network(f"{base + offset}/{length}", strict=False)),
+        st.integers(0, (1 << 20) - 1),
+        st.integers(longest - 20, longest),
+    )
+
+
+@given(st.sampled_from((4, 6)).flatmap(lambda v: st.tuples(prefixes(v), prefixes(v))))
+def test_blocks_that_hand_out_one_address_are_within_the_same(pair: tuple[str, str]) -> None:
+    one, other = (Block[str](cidr) for cidr in pair)
+    shared = any(other.offset(one.address(o)) is not None for o in (0, one.size - 1))
+    shared = shared or one.offset(other.address(0)) is not None
+    assert not shared or within_of(one.cidr) == within_of(other.cidr)
 
 
 # -- how many --------------------------------------------------------------------------------------------------------

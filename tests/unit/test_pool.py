@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ipam.errors import NotReady, WrongPool
 from ipam.model import Attachment, Request
-from ipam.pool import Count, Pools, Want, block_at, candidates, claim_ahead, overlap, surplus, within
+from ipam.pool import Count, Pools, Want, candidates, claim_ahead, overlap, surplus, within
 from tests.ipam_fakes import V4, V6, pool
 
 A = Attachment("pods", "c1", "eth0")
@@ -101,8 +101,8 @@ def test_candidates_are_all_blocks_of_the_pool_once_each(p: object) -> None:
 def test_default_block_sizes_are_the_familys() -> None:
     assert next(candidates(V4, "n")).endswith("/26")
     assert next(candidates(V6, "n")).endswith("/122")
-    assert block_at(V4, "10.244.3.100") == "10.244.3.64/26"
-    assert block_at(V6, "fd00:10:244::55") == "fd00:10:244::40/122"
+    assert Pools([V4]).block_at(V4, "10.244.3.100") == "10.244.3.64/26"
+    assert Pools([V6]).block_at(V6, "fd00:10:244::55") == "fd00:10:244::40/122"
 
 
 def test_candidates_go_on_in_a_row_from_a_place_of_the_node_and_pool() -> None:
