@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from lab.kube.build import NotHere, Programs, find
 from lab.net import Net, enter_sandbox
 
 T = TypeVar("T")
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,6 +59,16 @@ def net(tmp_path: Path) -> Iterator[Net]:
         yield network
     finally:
         network.close()
+
+
+@pytest.fixture(scope="session")
+def shim_c(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """shim.c, built as the Makefile does."""
+    program = tmp_path_factory.mktemp("shim") / "underlay"
+    compiler = shutil.which("musl-gcc") or "gcc"
+    flags = ["-static", "-Os", "-s", "-std=c11", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, "-o", program, _ROOT / "cni/shim/shim.c"], check=True)
+    return program
 
 
 def eventually(probe: Callable[[], T], *, limit: float = 10, every: float = 0.05) -> T:

@@ -50,7 +50,8 @@ class Plugin:
         self.shim = shim
         self.run = folder / "run"
         self.run.mkdir()
-        self.store = f"sqlite:{folder / 'store.db'}"
+        #: The server's store, and that of people.
+        self.store = self.people = f"sqlite:{folder / 'store.db'}"
         (folder / "boot_id").write_text("boot-1\n")
         self.log = folder / "cni.log"
         self.program = ROOT / "tests/netns/faulty_cni.py"
@@ -132,7 +133,7 @@ class Plugin:
 
     def create(self, obj: R) -> R:
         async def run() -> R:
-            store = open_store(self.store, clock=SystemClock())
+            store = open_store(self.people, clock=SystemClock())
             try:
                 return await store.create(obj)
             finally:
@@ -144,7 +145,7 @@ class Plugin:
         """What another process says in the status of an object, which is made if need be."""
 
         async def run() -> None:
-            store = open_store(self.store, clock=SystemClock())
+            store = open_store(self.people, clock=SystemClock())
             try:
                 body = {"kind": kind.kind(), "metadata": {"name": name}, "status": status}
                 wanted = msgspec.convert(body, kind)
@@ -158,7 +159,7 @@ class Plugin:
 
     def blocks(self) -> tuple[IPAMBlock, ...]:
         async def run() -> tuple[IPAMBlock, ...]:
-            store = open_store(self.store, clock=SystemClock())
+            store = open_store(self.people, clock=SystemClock())
             try:
                 return (await store.list(IPAMBlock)).items
             finally:
