@@ -14,7 +14,7 @@ from store.clock import SystemClock
 from store.errors import Expired, Invalid
 from store.informer import BACKOFF, Informer
 from store.memory import MemoryStore
-from store.model import IPAMBlock, IPAMBlockSpec, IPPool, IPPoolSpec, Meta, R, block_name
+from store.model import IPAMBlock, IPAMBlockSpec, IPPool, IPPoolSpec, Meta, Pod, R, block_name
 
 
 class QuickClock(SystemClock):
@@ -126,6 +126,22 @@ def test_it_lists_and_then_follows() -> None:
             await store.delete(IPPool, "p1")
             await until(informer, {"p2"})
             assert informer.error == ""
+
+    asyncio.run(main())
+
+
+def test_it_keeps_objects_of_one_name_apart_by_their_namespaces() -> None:
+    async def main() -> None:
+        store = MemoryStore(SystemClock())
+        for namespace in ("bank", "shop"):
+            await store.create(Pod(metadata=Meta(name="web", namespace=namespace)))
+        informer = Informer(store, Pod, QuickClock(), rng=random.Random(1))
+        async with running(informer):
+            await until(informer, {"bank/web", "shop/web"})
+            await store.create(Pod(metadata=Meta(name="api", namespace="shop")))
+            await until(informer, {"bank/web", "shop/web", "shop/api"})
+            await store.delete(Pod, "bank/web")
+            await until(informer, {"shop/web", "shop/api"})
 
     asyncio.run(main())
 
