@@ -17,6 +17,7 @@ from store.model import (
     BGPPeer,
     EndpointSlice,
     IPAMBlock,
+    IPAMConfiguration,
     IPPool,
     IPReservation,
     KubeEvent,
@@ -132,6 +133,9 @@ COLUMNS: dict[type[Resource], Sequence[Column]] = {
         Column("ASSIGNED", lambda p: p.spec.assignment_mode, wide=True),
         Column("USES", lambda p: listed(p.spec.allowed_uses), wide=True),
         Column("NAT", lambda p: yes(p.spec.nat_outgoing), wide=True),
+    ),
+    IPAMConfiguration: (
+        Column("MAX-BLOCKS", lambda c: count(c.spec.max_blocks_per_host) if c.spec.max_blocks_per_host else "no limit"),
     ),
     IPReservation: (Column("CIDRS", lambda r: listed(r.spec.reserved_cidrs)),),
     IPAMBlock: (

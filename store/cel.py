@@ -20,10 +20,13 @@ from store.model import (
     IPAMBlock,
     IPAMBlockSpec,
     IPAMBlockStatus,
+    IPAMConfiguration,
+    IPAMConfigurationSpec,
     IPPoolSpec,
     IPReservationSpec,
     Resource,
 )
+from store.validate import MAX_BLOCKS
 
 Schema = dict[str, Any]
 
@@ -268,6 +271,18 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
         "x-kubernetes-list-type": "set",
         "items": _check(_CIDR_OR_ADDRESS, maxLength=_CIDR_LENGTH),
     },
+    (IPAMConfigurationSpec, "maxBlocksPerHost"): {
+        "minimum": 0,
+        "maximum": MAX_BLOCKS,
+        "description": "Blocks that each node may have at most, those of single addresses left out; 0 is no limit.",
+    },
+    (IPAMConfigurationSpec, "strictAffinity"): _check(
+        _rule(
+            "self",
+            "write true or leave it out: a node hands out addresses of its own blocks only, and never borrows from "
+            "another's; where addresses are short, make the pool's blocks smaller (blockSize)",
+        )
+    ),
     (IPAMBlockSpec, "cidr"): _check(_CIDR, _immutable("block"), maxLength=_CIDR_LENGTH),
     (IPAMBlockSpec, "pool"): _check(_NAME, _immutable("block"), maxLength=_NAME_LENGTH),
     (IPAMBlockSpec, "node"): _check(_NAME, _immutable("block"), maxLength=_NAME_LENGTH),
@@ -326,6 +341,13 @@ STRUCTS: Mapping[type, Schema] = {
 #: Rules on a whole object: those that look at its name, or at spec and status together.
 OBJECTS: Mapping[type[Resource], Sequence[dict[str, str]]] = {
     IPAMBlock: _BLOCK,
+    IPAMConfiguration: (
+        _rule(
+            "self.metadata.name == 'default'",
+            "write default: one configuration holds for all nodes",
+            at=".metadata.name",
+        ),
+    ),
     BGPConfiguration: (
         _rule(
             "self.metadata.name == 'default'",

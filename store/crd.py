@@ -20,6 +20,7 @@ from store.model import (
     BGPNodeStatus,
     BGPPeer,
     IPAMBlock,
+    IPAMConfiguration,
     IPPool,
     IPReservation,
     Resource,
@@ -79,6 +80,7 @@ _COLUMNS: Mapping[type[Resource], Sequence[dict[str, Any]]] = {
         _column("Disabled", ".spec.disabled", "boolean"),
     ),
     IPReservation: (_column("CIDRs", ".spec.reservedCIDRs"),),
+    IPAMConfiguration: (_column("Max-Blocks", ".spec.maxBlocksPerHost", "integer"),),
     IPAMBlock: (
         _column("CIDR", ".spec.cidr"),
         _column("Node", ".spec.node"),

@@ -22,6 +22,7 @@ from store.model import (
     KINDS,
     BGPConfiguration,
     BGPPeer,
+    IPAMConfiguration,
     IPPool,
     IPReservation,
     Resource,
@@ -41,7 +42,7 @@ MAX_DEPTH = 40
 NOT_SHOWN = "(not shown)"
 
 _BY_KIND: Mapping[str, type[Resource]] = {kind.kind(): kind for kind in KINDS}
-_CALICO_KINDS: tuple[type[Resource], ...] = (IPPool, IPReservation, BGPConfiguration, BGPPeer)
+_CALICO_KINDS: tuple[type[Resource], ...] = (IPPool, IPReservation, IPAMConfiguration, BGPConfiguration, BGPPeer)
 
 
 def load(

@@ -1,7 +1,7 @@
 """What Calico's and Kubernetes' files may hold that we do not serve, and what to say of it. Pure.
 
-Field names are those of the references "IPPool", "BGPConfiguration", "BGPPeer" in Calico's documentation (v3.30) and of
-Kubernetes' Node v1 and ObjectMeta.
+Field names are those of the references "IPPool", "IPAMConfiguration", "BGPConfiguration", "BGPPeer" in Calico's
+documentation (v3.32) and of Kubernetes' Node v1 and ObjectMeta.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from store.model import BGPConfiguration, BGPPeer, IPPool, Node, Resource
+from store.model import BGPConfiguration, BGPPeer, IPAMConfiguration, IPPool, Node, Resource
 
 
 class Unserved(msgspec.Struct, frozen=True):
@@ -37,8 +37,7 @@ FOREIGN_KINDS: Mapping[str, str] = {
     "GlobalNetworkPolicy": "network policies are not ours: kube-network-policies runs beside Underlay",
     "GlobalNetworkSet": "network policies are not ours: kube-network-policies runs beside Underlay",
     "HostEndpoint": "network policies are not ours: kube-network-policies runs beside Underlay",
-    "IPAMConfig": "each node owns its blocks, and none borrows: leave it out",
-    "IPAMConfiguration": "each node owns its blocks, and none borrows: leave it out",
+    "IPAMConfig": "it is written by Calico for itself: write an IPAMConfiguration, or underlayctl ipam configure",
     "KubeControllersConfiguration": "no controller of ours runs anywhere: leave it out",
     "NetworkPolicy": "network policies are not ours: kube-network-policies runs beside Underlay",
     "NetworkSet": "network policies are not ours: kube-network-policies runs beside Underlay",
@@ -93,6 +92,12 @@ UNSERVED: Mapping[type[Resource], Mapping[str, Unserved]] = {
         ),
         "spec.ipip": Unserved(({}, {"enabled": False}), "there is no overlay here: leave it out"),
         "spec.nat-outgoing": Unserved((False,), "translating is not served: pods keep their own address; leave it out"),
+    },
+    IPAMConfiguration: {
+        "spec.autoAllocateBlocks": Unserved((True,), "every node claims its blocks by itself: write true"),
+        "spec.kubeVirtVMAddressPersistence": Unserved(
+            ("Disabled",), "an address goes with its pod and does not follow a virtual machine: write Disabled"
+        ),
     },
     BGPConfiguration: {
         "spec.serviceClusterIPs": Unserved(([],), _SERVICES),

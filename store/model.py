@@ -145,6 +145,22 @@ class IPReservation(Resource, frozen=True, kw_only=True, tag="IPReservation"):
     spec: IPReservationSpec
 
 
+class IPAMConfigurationSpec(_Struct, frozen=True, kw_only=True):
+    #: Blocks that each node may have at most, those of single addresses left out; 0: no limit.
+    max_blocks_per_host: int = 0
+    #: Always so: an address is handed out by the node of its block alone (R2).
+    strict_affinity: bool = True
+
+
+class IPAMConfiguration(Resource, frozen=True, kw_only=True, tag="IPAMConfiguration"):
+    """How all nodes hand out addresses. The one that counts is named ``default``."""
+
+    PLURAL: ClassVar[str] = "ipamconfigurations"
+    SHORT: ClassVar[tuple[str, ...]] = ("ipamconfig", "ipamconfigs")
+
+    spec: IPAMConfigurationSpec = IPAMConfigurationSpec()
+
+
 class Allocation(_Struct, frozen=True, kw_only=True):
     """One address handed out: to which attachment (network, container, interface), for which pod, since when."""
 
@@ -460,6 +476,7 @@ class KubeEvent(Resource, frozen=True, kw_only=True, tag="Event"):
 KINDS: tuple[type[Resource], ...] = (
     IPPool,
     IPReservation,
+    IPAMConfiguration,
     IPAMBlock,
     BGPConfiguration,
     BGPPeer,

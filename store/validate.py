@@ -20,6 +20,7 @@ from store.model import (
     BGPPeer,
     EndpointSlice,
     IPAMBlock,
+    IPAMConfiguration,
     IPPool,
     IPPoolSpec,
     IPReservation,
@@ -37,6 +38,9 @@ Network = IPv4Network | IPv6Network
 
 #: Prefix length of a block where the pool says none, by IP version; Calico's defaults.
 DEFAULT_BLOCK_SIZE: Mapping[int, int] = {4: 26, 6: 122}
+
+#: The most that ``maxBlocksPerHost`` can say; Calico's.
+MAX_BLOCKS = 1_000_000
 
 #: Which kinds ``validate_against`` wants to see beside an object of this kind.
 BESIDE: Mapping[type[Resource], type[Resource]] = {IPPool: IPPool, IPAMBlock: IPPool}
@@ -338,6 +342,22 @@ def _reservation(reservation: IPReservation) -> Iterator[Problem]:
     yield from _cidrs("spec.reservedCIDRs", reservation.spec.reserved_cidrs, or_address=True)
 
 
+def _ipam_configuration(configuration: IPAMConfiguration) -> Iterator[Problem]:
+    spec = configuration.spec
+    if configuration.name != "default":
+        yield Problem("metadata.name", configuration.name, "write default: one configuration holds for all nodes")
+    if not 0 <= spec.max_blocks_per_host <= MAX_BLOCKS:
+        remedy = f"write 0..{MAX_BLOCKS}: the blocks that a node may have; 0 is no limit"
+        yield Problem("spec.maxBlocksPerHost", spec.max_blocks_per_host, remedy)
+    if not spec.strict_affinity:
+        yield Problem(
+            "spec.strictAffinity",
+            False,
+            "write true or leave it out: a node hands out addresses of its own blocks only, and never borrows from "
+            "another's; where addresses are short, make the pool's blocks smaller (blockSize)",
+        )
+
+
 def _block(block: IPAMBlock) -> Iterator[Problem]:
     spec = block.spec
     yield from _cidr("spec.cidr", spec.cidr)
@@ -552,6 +572,7 @@ def _changed(field: str, value: object, before: object, what: str) -> Problem:
 _CHECKS: Mapping[type[Resource], Callable[[Any], Iterator[Problem]]] = {
     IPPool: _pool,
     IPReservation: _reservation,
+    IPAMConfiguration: _ipam_configuration,
     IPAMBlock: _block,
     BGPConfiguration: _bgp_configuration,
     BGPPeer: _bgp_peer,

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from store.model import BGPConfiguration, BGPNodeStatus, BGPPeer, IPAMBlock, IPPool, IPReservation, Resource, block_name
+from store.model import (
+    BGPConfiguration,
+    BGPNodeStatus,
+    BGPPeer,
+    IPAMBlock,
+    IPAMConfiguration,
+    IPPool,
+    IPReservation,
+    Resource,
+    block_name,
+)
 
 Json = dict[str, Any]
 
@@ -55,6 +65,10 @@ def peer(ip: Any = "10.0.0.1", **spec: Any) -> Case:
 
 def reservation(*cidrs: Any) -> Case:
     return Case(IPReservation, "reservation", {"reservedCIDRs": list(cidrs)})
+
+
+def ipam(*, name: str = "default", **spec: Any) -> Case:
+    return Case(IPAMConfiguration, name, spec)
 
 
 def configuration(*, name: str = "default", **spec: Any) -> Case:
@@ -140,6 +154,9 @@ BAD: dict[str, Case] = {
     "pool that loses its block size": pool(before={"cidr": "10.0.0.0/16", "blockSize": 28}),
     **{f"reservation {c!r}": reservation(c) for c in (*NOT_CANONICAL, "", "10.0.0", "10.0.0.0/33", "fd00::0", 1)},
     "reservation named twice": reservation("10.0.0.1", "10.0.0.1"),
+    **{f"max blocks {n!r}": ipam(maxBlocksPerHost=n) for n in (-1, 1_000_001, "4", 1.5)},
+    "borrowing": ipam(strictAffinity=False),
+    "ipam configuration of another name": ipam(name="other"),
     **{f"block cidr {c!r}": block(c) for c in (*NOT_CANONICAL, *NO_CIDR)},
     "block of another name": block(name="10-0-0-64-26"),
     "block of no name": block(name="block"),
@@ -268,6 +285,9 @@ GOOD: dict[str, Case] = {
             "conditions": [{"type": "A", "status": "True", "reason": "B", "message": "c"}],
         }
     ),
+    **{f"max blocks {n}": ipam(maxBlocksPerHost=n, strictAffinity=True) for n in (0, 1, 1_000_000)},
+    "ipam configuration of nothing": ipam(),
+    "ipam configuration without spec": Case(IPAMConfiguration, "default", None),
     "configuration": configuration(
         asNumber=64512, nodeToNodeMeshEnabled=False, importCIDRs=["10.0.0.0/8", "0.0.0.0/0"]
     ),
