@@ -11,30 +11,44 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from cni import podnet, server, verbs
+from cni.endpoint import Address, AddressError, Endpoint, parse_address
 from cni.errors import CNIError, first_of
 from cni.kernel import NetlinkView
 from cni.lock import alone
+from cni.metrics import Calls, State, families
 from cni.netlink import Netlink
+from cni.prometheus import CONTENT_TYPE, render
 from cni.queue import Queue
 from cni.reaper import Reaper
 from ipam.errors import IPAMError
 from ipam.journal import Journal
-from ipam.model import Attachment, Settings
+from ipam.model import Attachment, News, Settings
 from ipam.node import NodeIPAM
-from store.base import Store
 from store.clock import Clock, SystemClock
+from store.counted import CountedStore
 from store.errors import StoreError
 from store.open import open_store
+from store.recorder import Recorder, node_reference, pod_reference
 
 log = logging.getLogger(__name__)
+
+#: Who Events are from.
+CONTROLLER = "underlay.network/cni"
 
 
 class StartError(CNIError):
     """The server cannot start; the message says what is missing."""
+
+
+class Runs(Protocol):
+    """A part of the server: ``run`` goes on until cancelled."""
+
+    async def run(self) -> None: ...
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +58,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
     log: str = "INFO"
     max_blocks: int = 0
+    metrics: Address | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,6 +103,11 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         default=environment.get("UNDERLAY_MAX_BLOCKS", "0"),
         help="blocks that this node may have, single addresses left out; 0: no limit (UNDERLAY_MAX_BLOCKS)",
     )
+    parser.add_argument(
+        "--metrics",
+        default=environment.get("UNDERLAY_METRICS", ""),
+        help="where to answer GET /metrics: ADDRESS:PORT or a unix socket's path; nowhere if empty (UNDERLAY_METRICS)",
+    )
     values = parser.parse_args(argv)
     for name in ("node", "store"):
         if not getattr(values, name):
@@ -107,7 +127,15 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         boot_id=boot_id,
         log=level,
         max_blocks=int(values.max_blocks),
+        metrics=_metrics(values.metrics),
     )
+
+
+def _metrics(text: str) -> Address | None:
+    try:
+        return parse_address(text) if text else None
+    except AddressError as e:
+        raise StartError(f"--metrics {e}") from e
 
 
 async def serve(
@@ -151,7 +179,7 @@ async def _locked(
             podnet.reap(netlink)  # doomed by a server before us
             journal = Journal(options.run, options.boot_id, step=step)
             resources.callback(journal.close)
-            store = open_store(options.store, clock=clock)
+            store = CountedStore(open_store(options.store, clock=clock))
             try:
                 await _run(options, clock, number, netlink, store, journal, reaper, step, settings)
             except BaseExceptionGroup as group:
@@ -165,12 +193,19 @@ async def _run(
     clock: Clock,
     number: int,
     netlink: Netlink,
-    store: Store,
+    store: CountedStore,
     journal: Journal,
     reaper: verbs.Reaps,
     step: Callable[[str], None],
     settings: Settings | None,
 ) -> None:
+    recorder = Recorder(store, clock, controller=CONTROLLER, instance=options.node)
+    node = node_reference(options.node)
+
+    def tell(news: News) -> None:
+        about = pod_reference(news.pod, news.pod_uid) if news.pod else node
+        recorder.say(about, news.reason, news.note, action=news.action, normal=news.normal)
+
     ipam = NodeIPAM(
         node=options.node,
         store=store,
@@ -182,22 +217,44 @@ async def _run(
         link_name=_link_name,
         settings=settings or Settings(max_blocks=options.max_blocks),
         step=step,
+        tell=tell,
     )
+    calls = Calls()
     handler = verbs.Verbs(
         node=options.node, ipam=ipam, store=store, netlink=netlink, reaper=reaper, clock=clock, step=step
     )
     queue = Queue(directory=options.run, carry_out=handler.carry_out, clock=clock)
-    front = server.Server(directory=options.run, carry_out=handler.carry_out, step=step)
+    front = server.Server(directory=options.run, carry_out=handler.carry_out, step=step, observe=calls.observe)
+
+    def page() -> bytes:
+        return render((*calls.families(), *families(_state(ipam, store, recorder))))
+
+    parts: list[Runs] = [ipam, handler, queue, recorder]
+    if options.metrics:
+        parts.append(Endpoint(options.metrics, page, CONTENT_TYPE, clock))
     await ipam.start()
     await queue.drain()
     async with asyncio.TaskGroup() as group:
-        behind = tuple(group.create_task(task) for task in (ipam.run(), handler.run(), queue.run()))
+        behind = tuple(group.create_task(part.run()) for part in parts)
         try:
             # Cancelled first: it ends the calls that are under way, which need those behind it.
             await front.run()
         finally:
             for task in behind:
                 task.cancel()
+
+
+def _state(ipam: NodeIPAM, store: CountedStore, recorder: Recorder) -> State:
+    return State(
+        blocks=ipam.blocks(),
+        conditions=frozenset(condition.type for condition in ipam.conditions()),
+        figures=ipam.figures(),
+        ready=not ipam.refusal(),
+        store_requests=store.requests,
+        store_failures=store.failures,
+        events_written=recorder.written,
+        events_dropped=recorder.dropped,
+    )
 
 
 def count_start(directory: Path, boot_id: str) -> int:

@@ -18,7 +18,7 @@ import msgspec
 from ipam.dead import DeadOwners, let_go
 from ipam.errors import Exhausted
 from ipam.ledger import Ledger, Own, Phase
-from ipam.model import Settings
+from ipam.model import News, Settings
 from ipam.pool import candidates, is_candidate, overlap, within
 from store.base import Store
 from store.clock import Clock
@@ -97,6 +97,7 @@ class Claims:
         problem, at = _problem(seen, pools, blocks)
         if problem:
             log.error("block %s is given back: %s", cidr, problem)
+            self._ledger.tell(News("BlockOverlaps", "Claim", f"block {cidr} is given back: {problem}"))
             await self._end(seen)
             self.pending.pop(cidr, None)
             self._shun(at, problem)

@@ -14,7 +14,7 @@ from ipam.claims import Claims
 from ipam.errors import Exhausted, IPAMError, KernelUnavailable, NotReady, in_words
 from ipam.ledger import Ledger, Own, Phase, count
 from ipam.mirror import Superseded
-from ipam.model import KernelView, Settings
+from ipam.model import KernelView, News, Settings
 from ipam.pool import Pools, Want, claim_ahead, surplus
 from ipam.waiting import Moved, until
 from store.clock import Clock
@@ -107,7 +107,9 @@ class Keeper:
     def mark(self, own: Own, seen: IPAMBlock) -> None:
         """Notes that the block's object is being deleted, if it is: it hands out nothing more (R5)."""
         if seen.metadata.deletion_timestamp and own.phase not in (Phase.MARKED, Phase.LOST, Phase.DELETING):
-            log.warning("block %s is marked for deletion: nothing more is handed out of it", own.cidr)
+            what = f"block {own.cidr} is marked for deletion: nothing more is handed out of it"
+            log.warning("%s", what)
+            self._ledger.tell(News("BlockMarked", "Delete", f"{what}, and it goes once its last pod is gone"))
             own.enter(Phase.MARKED, self._clock.monotonic())
             self._news.set()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import ip_address, ip_network
 
 from ipam.block import Block, Held
-from ipam.model import Attachment, BlockView, Lease
+from ipam.model import Attachment, BlockView, Lease, News
 from ipam.pool import Count
 from store.model import Condition, IPAMBlock
 
@@ -55,11 +55,15 @@ class Own:
 
 
 class Ledger:
-    """``changed`` is called with each block whose status is no longer what its mirror says."""
+    """``changed`` is called with each block whose status is no longer what its mirror says, ``tell`` with what an
+    operator should hear of."""
 
-    def __init__(self, *, rest: float, changed: Callable[[Own], None]) -> None:
+    def __init__(
+        self, *, rest: float, changed: Callable[[Own], None], tell: Callable[[News], None] = lambda _: None
+    ) -> None:
         self._rest = rest
         self.changed = changed
+        self.tell = tell
         self._reserved: tuple[str, ...] = ()
         self._pools: dict[str, list[Own]] = {}
         self._rested: dict[str, float] = {}  # address -> since when, for blocks that come later (again)
@@ -200,10 +204,13 @@ class Ledger:
         if present is None or (present.reason, present.message) != (condition.reason, condition.message):
             self.conditions[condition.type] = condition
             self._all_changed()
+            self.tell(of_condition(condition))
 
     def unsay(self, kind: str) -> None:
-        if self.conditions.pop(kind, None):
+        condition = self.conditions.pop(kind, None)
+        if condition:
             self._all_changed()
+            self.tell(News(kind, condition.reason, f"over: {condition.message}", normal=True))
 
     def _all_changed(self) -> None:
         for own in self.blocks.values():
@@ -217,6 +224,10 @@ class Ledger:
 
 def count(own: Own, now: float) -> Count:
     return Count(own.block.used, own.block.free, idle=not own.block.used and not own.block.resting(now))
+
+
+def of_condition(condition: Condition) -> News:
+    return News(condition.type, condition.reason, condition.message)
 
 
 def _key(cidr: str) -> tuple[int, int, int]:

@@ -19,12 +19,12 @@ import msgspec
 
 from ipam import truth
 from ipam.claims import Claims
-from ipam.errors import Deleted, Exhausted, JournalError, KernelUnavailable, NotReady, in_words
-from ipam.journal import Bound, GivenBack, History, Journal
+from ipam.errors import Deleted, Exhausted, JournalError, KernelUnavailable, NotReady, WrongPool, in_words
+from ipam.journal import Bound, GivenBack, History, Journal, Record
 from ipam.keeper import IDLE, Keeper
-from ipam.ledger import Ledger, Phase
+from ipam.ledger import Ledger, Phase, of_condition
 from ipam.mirror import Mirror
-from ipam.model import Attachment, BlockView, KernelView, Lease, Request, Settings
+from ipam.model import Attachment, BlockView, Figures, KernelView, Lease, News, Request, Settings
 from ipam.pool import Want, family_of
 from ipam.releases import Releases
 from ipam.sweep import Sweep
@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 
 class NodeIPAM:
     """``start`` counts the starts of this server in this boot; ``link_name`` is the host veth's name for an attachment.
-    ``step`` is called with the name of each point at which a crash leaves a different state behind."""
+    ``step`` is called with the name of each point at which a crash leaves a different state behind, ``tell`` with what
+    operators should hear of: it must not wait."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class NodeIPAM:
         link_name: Callable[[Attachment], str],
         settings: Settings | None = None,
         step: Callable[[str], None] = lambda _: None,
+        tell: Callable[[News], None] = lambda _: None,
     ) -> None:
         self._node = node
         self._store = store
@@ -65,6 +67,7 @@ class NodeIPAM:
         self._link_name = link_name
         self._settings = settings or Settings()
         self._step = step
+        self._tell = tell
         self._writer = Writer(boot_id=boot_id, start=start)
         self._history = History()
         self._why_not = "this server has not started yet"
@@ -81,7 +84,7 @@ class NodeIPAM:
             superseded=self._stop,
             step=step,
         )
-        self._ledger = Ledger(rest=self._settings.rest, changed=self._mirror.touch)
+        self._ledger = Ledger(rest=self._settings.rest, changed=self._mirror.touch, tell=self._heard)
         self._mirror.ledger = self._ledger
         self._claims = Claims(node, store, self._ledger, clock, self._settings, check=self._mirror.check, step=step)
         self._sweep = Sweep(
@@ -137,6 +140,7 @@ class NodeIPAM:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep.run())
             group.create_task(self._tend_journal())
+            group.create_task(self._tell_again())
             await self._load_at_last()
             group.create_task(self._watches.run())
             group.create_task(self._mirror.run())
@@ -150,8 +154,13 @@ class NodeIPAM:
 
         Waits only when no block has an address for it, at most ``settings.take_limit``.
         Deleted, Exhausted, JournalError, NotReady, WrongPool; nothing is changed then."""
-        outcome = self._take_now(request)
-        return outcome if isinstance(outcome, Lease) else await self._wait_and_take(request, outcome)
+        try:
+            outcome = self._take_now(request)
+            return outcome if isinstance(outcome, Lease) else await self._wait_and_take(request, outcome)
+        except (Exhausted, NotReady, WrongPool) as e:
+            if request.pod:
+                self._tell(News("NoAddress", "HandOut", str(e), request.pod, request.pod_uid))
+            raise
 
     def bind(self, attachment: Attachment, index: int) -> Lease:
         """Notes the host veth's index, after the link exists. Deleted if the attachment has no lease. JournalError."""
@@ -160,7 +169,7 @@ class NodeIPAM:
             raise Deleted(f"{attachment} has no addresses any more: a DEL or a sweep came before its link")
         if lease.index == index:
             return lease
-        self._journal.append(Bound(attachment, index))
+        self._append(Bound(attachment, index))
         lease = self._ledger.leases[attachment] = msgspec.structs.replace(lease, index=index)
         self._taken.pop(attachment, None)
         return lease
@@ -211,6 +220,9 @@ class NodeIPAM:
         """What is wrong at present, for STATUS and people; each message says what to do."""
         return tuple(self._ledger.conditions.values())
 
+    def figures(self) -> Figures:
+        return Figures(len(self._ledger.leases), self._journal.size, self._mirror.lag())
+
     def refusal(self) -> str:
         """Why ``take`` refuses everything new at present (STATUS: not available); empty if it does not."""
         unassigned = self._ledger.conditions.get("NoPodCIDR")
@@ -241,8 +253,8 @@ class NodeIPAM:
                 addresses.append(address)
         if missing:
             return tuple(missing)
-        lease = Lease(attachment, request.pod, tuple(addresses), since=self._clock.now())
-        self._journal.append(truth.taken(lease, ledger))
+        lease = Lease(attachment, request.pod, tuple(addresses), since=self._clock.now(), pod_uid=request.pod_uid)
+        self._append(truth.taken(lease, ledger))
         for address in inherited:
             if address in addresses:
                 ledger.end_stray(address, None)
@@ -316,7 +328,7 @@ class NodeIPAM:
     def _end(self, attachment: Attachment, lease: Lease | None, *, swept: bool) -> None:
         now = self._clock.monotonic()
         addresses = lease.addresses if lease else ()
-        self._journal.append(GivenBack(attachment, now, addresses, swept))
+        self._append(GivenBack(attachment, now, addresses, swept))
         self._ledger.remove(attachment, now)
         self._taken.pop(attachment, None)
         if not swept:
@@ -451,26 +463,59 @@ class NodeIPAM:
         """A newer server writes our blocks: nothing new from here on (R2)."""
         self._why_not = reason
         self._keeper.stopped = True
-        self._ledger.say(
-            Condition(
-                type="Superseded",
-                status="True",
-                reason="NewerWriter",
-                message=reason,
-                last_transition_time=self._clock.now(),
-            )
-        )
+        self._say("Superseded", "NewerWriter", reason)
         self._keeper.moved.ring()
         log.error("%s", reason)
 
     async def _tend_journal(self) -> None:
         while True:
             await self._clock.sleep(IDLE)
-            if self._journal.wants_rewrite:
+            if self._journal.wants_rewrite or "JournalFailed" in self._ledger.conditions:
                 try:
                     self._rewrite_journal()
                 except JournalError as e:
                     log.warning("%s", e)
 
     def _rewrite_journal(self) -> None:
-        self._journal.rewrite(truth.records(self._ledger, self._sweep.netns, self._deleted))
+        records = truth.records(self._ledger, self._sweep.netns, self._deleted)
+        self._journalled(lambda: self._journal.rewrite(records))
+
+    def _append(self, record: Record) -> None:
+        self._journalled(lambda: self._journal.append(record))
+
+    def _journalled(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except JournalError as e:
+            if "JournalFailed" not in self._ledger.conditions:
+                self._say("JournalFailed", "NotWritten", str(e))
+            raise
+        if "JournalFailed" in self._ledger.conditions:
+            self._ledger.unsay("JournalFailed")
+
+    # -- what people hear of ------------------------------------------------------------------------------------------
+
+    def _say(self, kind: str, reason: str, message: str) -> None:
+        self._ledger.say(
+            Condition(type=kind, status="True", reason=reason, message=message, last_transition_time=self._clock.now())
+        )
+
+    def _heard(self, news: News) -> None:
+        self._tell(news)
+        if news.reason == "BlockLost" and not news.normal:
+            self._tell_pods()
+
+    def _tell_pods(self) -> None:
+        """Tells each pod here whose address is no longer this node's to use."""
+        for lease in self._ledger.leases.values():
+            why = self.problem(lease.attachment) if lease.pod else ""
+            if why:
+                self._tell(News("AddressLost", "Own", why, lease.pod, lease.pod_uid))
+
+    async def _tell_again(self) -> None:
+        """A node without a block has no status to say its conditions in: its Events stand for it, so they must not run
+        out while a condition holds."""
+        while True:
+            await self._clock.sleep(self._settings.retell)
+            for condition in tuple(self._ledger.conditions.values()):
+                self._heard(of_condition(condition))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from ipam.errors import IPAMError, KernelUnavailable
 from ipam.ledger import Ledger
-from ipam.model import Attachment, KernelView, Lease, Settings
+from ipam.model import Attachment, KernelView, Lease, News, Settings
 from store.clock import Clock
 from store.model import Condition
 
@@ -144,7 +144,9 @@ class Sweep:
         except IPAMError as e:
             log.warning("%s stays with %s for now: %s", ", ".join(lease.addresses), lease.attachment, e)
             return False
-        log.warning("%s: its link is gone, %s free again", lease.attachment, ", ".join(lease.addresses))
+        what = f"{', '.join(lease.addresses)} free again: the link of {lease.attachment} is gone, and no DEL came"
+        log.warning("%s", what)
+        self._ledger.tell(News("LeakReleased", "Sweep", what, normal=True))
         self._missing.pop(lease.attachment, None)
         return True
 

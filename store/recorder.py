@@ -120,7 +120,7 @@ class Recorder:
                 async with asyncio.timeout(self._settings.write_limit):
                     await self._write(saying)
                 pause = least
-            except Invalid as e:
+            except (Invalid, NotFound) as e:  # NotFound: the namespace is gone
                 log.warning("an Event is refused: %s", e)
                 self._drop(saying)
             except (StoreError, TimeoutError) as e:

@@ -17,7 +17,7 @@ from ipam.dead import let_go
 from ipam.errors import KernelUnavailable
 from ipam.journal import Journal
 from ipam.ledger import Phase
-from ipam.model import ForeignRoute
+from ipam.model import ForeignRoute, News
 from ipam.node import Attachment, Lease, NodeIPAM, Request, Settings
 from ipam.pool import within as is_within
 from store.base import Store
@@ -186,6 +186,7 @@ class Rig:
         self.boot = 1
         self.starts = 0
         self.step: Callable[[str], None] = lambda _: None
+        self.tell: Callable[[News], None] = lambda _: None
         self.agent = True
         self._running: asyncio.Task[None] | None = None
         self._agent: asyncio.Task[None] | None = None
@@ -219,6 +220,7 @@ class Rig:
             link_name=link_name,
             settings=self.settings,
             step=lambda name: self.step(name),
+            tell=lambda news: self.tell(news),
         )
         self._journal = journal
         await self.ipam.start()

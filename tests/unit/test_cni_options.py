@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cni.daemon import StartError, parse
+from cni.endpoint import Address
 
 FLAGS = ["--node", "node-1", "--store", "memory:"]
 
@@ -27,3 +28,13 @@ def test_a_limit_of_blocks_comes_from_flag_or_environment_and_the_flag_wins(boot
 def test_a_limit_that_is_no_number_is_refused(boot: list[str], text: str) -> None:
     with pytest.raises(StartError, match="max-blocks"):
         parse([*boot, f"--max-blocks={text}"], {})
+
+
+def test_metrics_are_told_nowhere_unless_an_address_is_given(boot: list[str]) -> None:
+    assert parse(boot, {}).metrics is None
+    assert parse(boot, {"UNDERLAY_METRICS": "[::1]:9464"}).metrics == Address(host="::1", port=9464)
+    assert parse([*boot, "--metrics", "/run/m.sock"], {"UNDERLAY_METRICS": "[::1]:1"}).metrics == Address(
+        path="/run/m.sock"
+    )
+    with pytest.raises(StartError, match=r"--metrics 9464: .*127\.0\.0\.1:9464"):
+        parse([*boot, "--metrics", "9464"], {})
