@@ -14,9 +14,8 @@ from msgspec.structs import replace
 from agent.status import StatusWriter
 from agent.view import View
 from ipam.node import Settings
-from lab.kube.build import Programs
 from lab.kube.cluster import Cluster
-from lab.kube.installed import ACCOUNTS, AGENT, CNI, NAMESPACE, SPEAKER, Installed, Wire, denial, install
+from lab.kube.installed import ACCOUNTS, AGENT, CNI, NAMESPACE, SPEAKER, Installed, Wire, denial
 from store.clock import SystemClock
 from store.errors import Invalid, NotFound
 from store.kube import KubeStore
@@ -32,11 +31,12 @@ RIGHTS: dict[str, dict[str, tuple[str, ...]]] = {
     CNI: {
         "ippools": FOLLOW,
         "ipreservations": FOLLOW,
+        "ipamconfigurations": FOLLOW,
         "ipamblocks": (*FOLLOW, "create", "update", "delete"),
         "ipamblocks/status": ("update",),
         "bgpnodestatuses": ("get",),
         "nodes": FOLLOW,
-        "events": ("create", "patch"),
+        "events": ("create", "get", "patch"),
         "pods": FOLLOW,
         "namespaces": ("get",),
     },
@@ -48,7 +48,7 @@ RIGHTS: dict[str, dict[str, tuple[str, ...]]] = {
         "bgpnodestatuses": ("get", "create"),
         "bgpnodestatuses/status": ("update",),
         "nodes": FOLLOW,
-        "events": ("create", "patch"),
+        "events": ("create", "get", "patch"),
     },
     SPEAKER: {},
 }
@@ -61,32 +61,29 @@ BINDINGS = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
 
 
 @pytest.fixture(scope="module")
-def _installed(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-    with install(tmp_path_factory.mktemp("rbac"), programs) as made:
-        _populate(made)
-        made.cluster.remember()
-        yield made
-
-
-def _populate(made: Installed) -> None:
+def _populated(_installed: Installed) -> Iterator[None]:
     """One object of each kind, so that there is something to read and to write."""
+    cluster = _installed.cluster
 
     def ours(plural: str, kind: str, name: str, spec: Wire) -> None:
         body = {"apiVersion": "underlay.network/v1", "kind": kind, "metadata": {"name": name}, "spec": spec}
-        made.cluster.request("POST", path(plural), body)
+        cluster.request("POST", path(plural), body)
 
-    made.cluster.request("POST", path("ippools"), pool("pool", "10.0.0.0/16"))
+    cluster.reset()
+    cluster.request("POST", path("ippools"), pool("pool", "10.0.0.0/16"))
     ours("ipreservations", "IPReservation", "router", {"reservedCIDRs": ["10.0.0.1"]})
+    ours("ipamconfigurations", "IPAMConfiguration", "default", {"maxBlocksPerHost": 4})
     ours("bgpconfigurations", "BGPConfiguration", "default", {"asNumber": 64512})
     ours("bgppeers", "BGPPeer", "tor", {"peerIP": "192.0.2.1", "asNumber": 65001})
-    made.cluster.request("POST", path("ipamblocks"), block("10.0.0.0/26", "node-1"))
-    made.cluster.request("POST", path("bgpnodestatuses"), node_status("node-1"))
+    cluster.request("POST", path("ipamblocks"), block("10.0.0.0/26", "node-1"))
+    cluster.request("POST", path("bgpnodestatuses"), node_status("node-1"))
+    with cluster.remembered():
+        yield
 
 
 @pytest.fixture
-def installed(_installed: Installed) -> Installed:
-    _installed.cluster.reset()
-    return _installed
+def installed(_populated: None, installed: Installed) -> Installed:
+    return installed
 
 
 @pytest.fixture
@@ -105,21 +102,25 @@ class Resource(NamedTuple):
 
 def _event(name: str) -> Wire:
     return {
-        "apiVersion": "v1",
+        "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
         "metadata": {"name": name, "namespace": "default"},
-        "involvedObject": {"apiVersion": "v1", "kind": "Node", "name": "node-1"},
+        "eventTime": "2026-01-01T00:00:00.000000Z",
+        "reportingController": "underlay.network/cni",
+        "reportingInstance": "node-1",
+        "action": "Claim",
         "reason": "PoolExhausted",
-        "message": "pool has no free block left: add a pool",
+        "regarding": {"apiVersion": "v1", "kind": "Node", "name": "node-1", "uid": "node-1"},
+        "note": "pool has no free block left: add a pool",
         "type": "Warning",
-        "count": 1,
     }
 
 
-EVENTS = "/api/v1/namespaces/default/events"
+EVENTS = "/apis/events.k8s.io/v1/namespaces/default/events"
 RESOURCES = {
     "ippools": Resource(path("ippools"), "pool"),
     "ipreservations": Resource(path("ipreservations"), "router"),
+    "ipamconfigurations": Resource(path("ipamconfigurations"), "default", "metadata.name=default"),
     "bgpconfigurations": Resource(path("bgpconfigurations"), "default"),
     "bgppeers": Resource(path("bgppeers"), "tor"),
     "ipamblocks": Resource(path("ipamblocks"), "10-0-0-0-26", "spec.node=node-1", block("10.0.0.64/26", "node-1")),
@@ -131,6 +132,11 @@ RESOURCES = {
 }
 #: Pods of one node, whatever their namespace.
 PODS_HERE = "/api/v1/pods?fieldSelector=spec.nodeName%3Dnode-1"
+
+
+def _see_event(cluster: Cluster) -> None:
+    if status_of(cluster, f"{EVENTS}/seen", token=cluster.admin_token) == 404:
+        cluster.request("POST", EVENTS, _event("seen"))
 
 
 def listed(resource: str) -> str:
@@ -148,6 +154,8 @@ def use(installed: Installed, account: str, resource: str, verb: str) -> None:
     at = f"{root}/{name}"
     match verb:
         case "get":
+            if resource == "events":
+                _see_event(cluster)
             assert cluster.request("GET", at, token=token)["metadata"]["name"] == name
         case "list":
             names = [
@@ -173,9 +181,10 @@ def use(installed: Installed, account: str, resource: str, verb: str) -> None:
             after = cluster.request("PUT", f"{at}/{sub}" if sub else at, obj, token=token)
             assert after["metadata"]["resourceVersion"] != before
         case "patch":
-            cluster.request("POST", root, _event(name))
-            after = cluster.request("PATCH", at, {"count": 2}, token=token, content_type=MERGE)
-            assert after["count"] == 2
+            _see_event(cluster)
+            series = {"count": 2, "lastObservedTime": "2026-01-01T00:00:01.000000Z"}
+            after = cluster.request("PATCH", at, {"series": series}, token=token, content_type=MERGE)
+            assert after["series"] == series
         case "delete":
             cluster.request("DELETE", at, token=token)
         case _:
@@ -211,9 +220,9 @@ def test_no_account_has_any_other_right(cluster: Cluster, installed: Installed, 
     anybody = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "anybody", "namespace": "default"}}
     cluster.apply([anybody])
     everybodys = granted(cluster, cluster.token("anybody", namespace="default"), namespace)
-    core = ("nodes", "events", "pods", "namespaces")
+    others = {"nodes": "nodes", "pods": "pods", "namespaces": "namespaces", "events": "events events.k8s.io"}
     wanted = {
-        (resource if resource in core else f"{resource} underlay.network", verb)
+        (others.get(resource, f"{resource} underlay.network"), verb)
         for resource, verbs in RIGHTS[account].items()
         for verb in verbs
     }
