@@ -138,6 +138,7 @@ def _immutable(what: str) -> dict[str, str]:
 # An absent blockSize and a 0 are the same wish.
 _SIZE, _OLD_SIZE = ((f"(has({it}.blockSize) ? {it}.blockSize : 0)") for it in ("self", "oldSelf"))
 _LONGEST = "(cidr(self.cidr).ip().family() == 4 ? 32 : 128)"
+_SHORTEST = "(cidr(self.cidr).ip().family() == 4 ? 20 : 116)"
 _DEFAULT_SIZE = "(cidr(self.cidr).ip().family() == 4 ? 26 : 122)"
 _POD_CIDRS = "(has(self.usePodCIDRs) && self.usePodCIDRs)"
 _POOL = (
@@ -148,9 +149,10 @@ _POOL = (
         at=".blockSize",
     ),
     _rule(
-        f"!isCIDR(self.cidr) || {_SIZE} == 0 || ({_SIZE} >= cidr(self.cidr).prefixLength() && {_SIZE} <= {_LONGEST})",
-        "blockSize is the prefix length of a block, which lies inside the pool: not below the pool's own, at most 32 "
-        "(128 for IPv6)",
+        f"!isCIDR(self.cidr) || {_SIZE} == 0 || "
+        f"({_SIZE} >= cidr(self.cidr).prefixLength() && {_SIZE} >= {_SHORTEST} && {_SIZE} <= {_LONGEST})",
+        "blockSize is the prefix length of a block, which lies inside the pool and has at most "
+        f"{BLOCK_LIMIT} addresses: not below the pool's own nor 20, at most 32 (116 and 128 for IPv6)",
         at=".blockSize",
     ),
     _rule(

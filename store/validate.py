@@ -16,6 +16,7 @@ import msgspec
 from store.errors import BadSelector, Problem
 from store.model import (
     ANNOTATION_ASN,
+    BLOCK_LIMIT,
     BGPConfiguration,
     BGPPeer,
     EndpointSlice,
@@ -320,6 +321,7 @@ def _pool_range(cidr: str, network: Network) -> Iterator[Problem]:
 
 def _pool_block_size(spec: IPPoolSpec, network: Network) -> Iterator[Problem]:
     size, longest = spec.block_size, network.max_prefixlen
+    shortest = max(network.prefixlen, longest - BLOCK_LIMIT.bit_length() + 1)
     if spec.use_pod_cidrs:
         if size:
             yield Problem("spec.blockSize", size, _SIZE_OF_POD_CIDRS)
@@ -330,12 +332,12 @@ def _pool_block_size(spec: IPPoolSpec, network: Network) -> Iterator[Problem]:
             size,
             f"the pool is smaller than a block of the default size, /{default}: write {network.prefixlen}..{longest}",
         )
-    elif size != 0 and not network.prefixlen <= size <= longest:
-        yield Problem(
-            "spec.blockSize",
-            size,
-            f"write {network.prefixlen}..{longest}: the prefix length of a block, which lies inside the pool",
+    elif size != 0 and not shortest <= size <= longest:
+        remedy = (
+            f"write {shortest}..{longest}: the prefix length of a block, which lies inside the pool and has at most "
+            f"{BLOCK_LIMIT} addresses"
         )
+        yield Problem("spec.blockSize", size, remedy)
 
 
 def _reservation(reservation: IPReservation) -> Iterator[Problem]:

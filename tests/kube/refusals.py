@@ -131,8 +131,8 @@ BAD: dict[str, Case] = {
     **{f"pool cidr {c!r}": pool(c) for c in (*NOT_CANONICAL, *NO_CIDR, *SPECIAL, "fe80::/64", "ff00::/16", 10, None)},
     **{f"pool {field} {mode!r}": pool(**{field: mode}) for field in ("ipipMode", "vxlanMode") for mode in OVERLAY},
     **{f"pool selector {s}": pool(nodeSelector=s) for s in NO_SELECTOR},
-    **{f"pool blockSize {s!r}": pool(blockSize=s) for s in (-1, 1, 15, 33, 128, "26", 26.5)},
-    **{f"v6 pool blockSize {s}": pool("fd00::/64", blockSize=s) for s in (26, 63, 129)},
+    **{f"pool blockSize {s!r}": pool(blockSize=s) for s in (-1, 1, 15, 16, 19, 33, 128, "26", 26.5)},
+    **{f"v6 pool blockSize {s}": pool("fd00::/64", blockSize=s) for s in (26, 63, 64, 115, 129)},
     "pool of podCIDRs with a block size": pool(usePodCIDRs=True, blockSize=26),
     "pool of podCIDRs with a text for it": pool(usePodCIDRs="yes"),
     "pool that turns to podCIDRs": pool(usePodCIDRs=True, before={"cidr": "10.0.0.0/16"}),
@@ -227,8 +227,8 @@ BAD: dict[str, Case] = {
 
 GOOD: dict[str, Case] = {
     **{f"pool {c}": pool(c) for c in ("10.0.0.0/8", "10.0.0.0/26", "fd00:10:244::/48", "fd00::/122", "2001:db8::/32")},
-    **{f"pool blockSize {s}": pool(blockSize=s) for s in (0, 16, 26, 32)},
-    **{f"v6 pool blockSize {s}": pool("fd00::/64", blockSize=s) for s in (64, 116, 128)},
+    **{f"pool blockSize {s}": pool(blockSize=s) for s in (0, 20, 26, 32)},
+    **{f"v6 pool blockSize {s}": pool("fd00::/64", blockSize=s) for s in (116, 128)},
     "pool of all that Calico writes": pool(
         blockSize=26,
         ipipMode="Never",

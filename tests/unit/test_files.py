@@ -240,7 +240,7 @@ def test_an_unknown_field_is_named_with_the_nearest_known_one() -> None:
         ("nodeSelector: 7", "write text"),
         ("allowedUses: Workload", "write a list"),
         ("allowedUses: [Workload, 1]", "write text"),
-        ("blockSize: 12", "write 16..32"),
+        ("blockSize: 12", "write 20..32"),
     ],
 )
 def test_a_pools_fields(field: str, why: str) -> None:
@@ -418,7 +418,7 @@ objects = st.one_of(
     st.builds(
         lambda m, size, off: IPPool(metadata=m, spec=IPPoolSpec(cidr="10.0.0.0/8", block_size=size, disabled=off)),
         metas,
-        st.integers(8, 32),
+        st.integers(20, 32),
         st.booleans(),
     ),
     st.builds(

@@ -219,7 +219,7 @@ def test_a_larger_block_is_found_where_it_hands_out(tmp_path: Path) -> None:
     async def main() -> None:
         rig = Rig(tmp_path)
         await rig.create(pool("small", "10.1.0.0/24", 28))
-        await rig.store.create(IPPool(metadata=Meta(name="large"), spec=IPPoolSpec(cidr="10.64.0.0/16", block_size=18)))
+        await rig.store.create(IPPool(metadata=Meta(name="large"), spec=IPPoolSpec(cidr="10.64.0.0/16", block_size=20)))
         spec = IPAMBlockSpec(cidr="10.1.0.0/18", pool="before", node="node-2", within=within_of("10.1.0.0/18"))
         await rig.store.create(IPAMBlock(metadata=Meta(name=block_name(spec.cidr)), spec=spec))
         await rig.up()

@@ -141,17 +141,29 @@ def test_a_pools_cidr_has_one_spelling_and_can_be_routed(cidr: str, remedy: str)
 @pytest.mark.parametrize(
     ("cidr", "size", "remedy"),
     [
-        ("10.0.0.0/16", 15, "write 16..32"),
-        ("10.0.0.0/16", 33, "write 16..32"),
-        ("10.0.0.0/16", -1, "write 16..32"),
+        ("10.0.0.0/22", 21, "write 22..32"),
+        (
+            "10.0.0.0/16",
+            16,
+            "write 20..32: the prefix length of a block, which lies inside the pool and has at most 4096",
+        ),
+        ("10.0.0.0/16", 19, "write 20..32"),
+        ("10.0.0.0/16", 33, "write 20..32"),
+        ("10.0.0.0/16", -1, "write 20..32"),
         ("10.0.0.0/28", 0, "default size, /26: write 28..32"),
-        ("fd00::/48", 26, "write 48..128"),
-        ("fd00::/48", 129, "write 48..128"),
+        ("fd00::/48", 115, "write 116..128"),
+        ("fd00::/48", 129, "write 116..128"),
+        ("fd00::/120", 119, "write 120..128"),
         ("fd00::/124", 0, "default size, /122: write 124..128"),
     ],
 )
 def test_a_block_lies_in_its_pool(cidr: str, size: int, remedy: str) -> None:
     refused(pool(cidr, block_size=size), "spec.blockSize", remedy)
+
+
+def test_the_largest_block_and_the_smallest() -> None:
+    for cidr, size in (("10.0.0.0/8", 20), ("10.0.0.0/8", 32), ("fd00::/48", 116), ("fd00::/48", 128)):
+        assert fields(pool(cidr, block_size=size)) == []
 
 
 def test_what_a_pool_cannot_ask_for() -> None:
@@ -387,6 +399,7 @@ def test_a_valid_pools_blocks_are_inside_it(candidate: IPPool) -> None:
     if not any(p.field == "spec.blockSize" for p in validate(candidate)):
         network = ip_network(candidate.spec.cidr)
         assert network.prefixlen <= block_size(candidate) <= network.max_prefixlen
+        assert network.max_prefixlen - block_size(candidate) <= 12
 
 
 @given(st.text(max_size=30))
