@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import msgspec
 from store import semantics
 from store.base import Event, Listing, T
 from store.clock import Clock
-from store.errors import Expired, NotFound
+from store.errors import Conflict, Expired, NotFound
 from store.model import BGPNodeStatus, IPAMBlock, KubeEvent, R, Resource
 from store.semantics import Change
 from store.validate import BESIDE
@@ -115,6 +116,10 @@ class LocalStore(ABC):
                 await self._heard(news)
 
     async def create(self, obj: R) -> R:
+        if isinstance(obj, KubeEvent):
+            for old in await self._expired():
+                with contextlib.suppress(NotFound, Conflict):  # said again just now, or forgotten by another process
+                    await self.delete(KubeEvent, old.key, resource_version=old.metadata.resource_version)
         return await self._written(
             obj,
             lambda current, beside, version: semantics.create(
@@ -141,6 +146,12 @@ class LocalStore(ABC):
             )
 
         await self._write(kind, key, decide, durable=_is_wish(kind))
+
+    async def _expired(self) -> Sequence[KubeEvent]:
+        """Events that the API server would have forgotten by now; here they go when another one comes."""
+        events, _ = await self._all(KubeEvent)
+        now = self._clock.now()
+        return [event for event in events if semantics.is_expired(event, now)]
 
     # -- parts -----------------------------------------------------------------------------------------------------
 

@@ -7,15 +7,18 @@ refuse and stamp alike. Source: Kubernetes API conventions, "Metadata", "Concurr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import Generic, Literal
+from typing import Final, Generic, Literal
 
 import msgspec
 
 from store.base import Event, T
 from store.errors import AlreadyExists, Conflict, Invalid, NotFound, Problem
-from store.model import Resource
+from store.model import KubeEvent, Resource
 from store.validate import validate, validate_against
+
+EVENT_TTL: Final = timedelta(hours=1)
 
 
 class Change(msgspec.Struct, Generic[T], frozen=True):
@@ -108,6 +111,14 @@ def delete(
     # A mark counts as a new wish, so it moves the generation (API conventions, "Metadata").
     marked = _stamp(current, resource_version=version, generation=meta.generation + 1, deletion_timestamp=now)
     return Change("modified", marked, selectable(current))
+
+
+def is_expired(event: KubeEvent, now: str) -> bool:
+    """Whether nobody has said it for an hour: so long the API server keeps an Event after its last write
+    (kube-apiserver, ``--event-ttl``)."""
+    said = [event.metadata.creation_timestamp, event.series.last_observed_time if event.series else ""]
+    last = max(datetime.fromisoformat(stamp) for stamp in said if stamp)
+    return datetime.fromisoformat(now) - last > EVENT_TTL
 
 
 # -- addressing and selecting --------------------------------------------------------------------------------------

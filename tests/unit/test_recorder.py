@@ -223,3 +223,17 @@ def test_saying_needs_no_store_and_no_loop() -> None:
     rig.say()
     with pytest.raises(Unavailable):
         play(rig.events())
+
+
+def test_a_store_of_ours_forgets_events_as_the_api_server_does_after_an_hour() -> None:
+    async def story(rig: Rig) -> None:
+        rig.say("first")
+        rig.say("counted", reason="Other")
+        await rig.clock.advance(3000)
+        rig.say("counted", reason="Other")
+        await rig.clock.advance(1000)
+        rig.say("new")
+        await rig.clock.advance(1)
+        assert await rig.counts() == {"counted": 2, "new": 1}
+
+    run(story)
