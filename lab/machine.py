@@ -136,7 +136,14 @@ class Machine:
     def _commands(self, stores: Stores) -> dict[Part, list[str]]:
         shared = ["--node", self.node.name, "--run", str(self._run)]
         return {
-            "cni": [str(_BIN / "underlay-cni"), *shared, "--store", stores.cni],
+            "cni": [
+                str(_BIN / "underlay-cni"),
+                *shared,
+                "--store",
+                stores.cni,
+                "--metrics",
+                str(self._run / "metrics.sock"),
+            ],
             "agent": [
                 str(_BIN / "underlay-agent"),
                 *shared,

@@ -1,0 +1,79 @@
+"""What a real CNI server tells Prometheus after real calls."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from ipam.model import CONDITIONS
+from lab.net import Net
+from tests.conftest import eventually
+from tests.netns.plugin import Answer, Plugin
+
+
+@pytest.fixture
+def node(net: Net, tmp_path: Path, shim_c: Path, monkeypatch: pytest.MonkeyPatch) -> Plugin:
+    monkeypatch.setenv("UNDERLAY_METRICS", str(tmp_path / "m.sock"))
+    plugin = Plugin(net, tmp_path, shim_c)
+    net.add("pod-1")
+    plugin.start()
+    return plugin
+
+
+def ok(answer: Answer) -> Answer:
+    assert answer.code == 0, answer.text
+    return answer
+
+
+def scrape(node: Plugin) -> dict[str, float]:
+    """Each sample by its name and labels."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10)
+        client.connect(str(node.folder / "m.sock"))
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n")
+        answer = b"".join(iter(lambda: client.recv(1 << 16), b"")).decode()
+    head, _, page = answer.partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 200 OK")
+    return {name: float(value) for name, value in re.findall(r"^([^#\s][^ ]*) (\S+)$", page, re.MULTILINE)}
+
+
+def test_a_server_tells_what_it_did_and_how_it_is(node: Plugin) -> None:
+    added = ok(node.call("ADD", "c1", "pod-1"))
+    assert node.call("ADD", "c2", "pod-1", conf=node.conf(mtu="big")).json["code"] == 7
+    eventually(lambda: scrape(node)["underlay_ipam_mirror_lag_seconds"] == 0)
+    found = scrape(node)
+    assert found['underlay_cni_calls_total{verb="ADD",code="0"}'] == 1
+    assert found['underlay_cni_calls_total{verb="ADD",code="7"}'] == 1
+    assert found['underlay_cni_call_seconds_count{verb="ADD"}'] == 2
+    assert 0 < found['underlay_cni_call_seconds_sum{verb="ADD"}'] < 20
+    assert len(added.addresses) == 2
+    for pool, family, size in (("pool-0", "ipv4", 64), ("pool-1", "ipv6", 64)):
+        labels = f'pool="{pool}",family="{family}"'
+        assert found[f'underlay_ipam_addresses{{{labels},state="used"}}'] == 1
+        assert found[f'underlay_ipam_addresses{{{labels},state="free"}}'] == size - 1
+    assert {c: found[f'underlay_ipam_condition{{type="{c}"}}'] for c in CONDITIONS} == dict.fromkeys(CONDITIONS, 0)
+    assert sum(found[f'underlay_ipam_blocks{{phase="{p}"}}'] for p in ("new", "ready")) == 2
+    assert found["underlay_cni_ready"] == 1
+    assert found["underlay_ipam_leases"] == 1
+    assert found["underlay_ipam_journal_bytes"] > 0
+    assert found['underlay_store_requests_total{verb="create"}'] == 2
+    assert found["underlay_events_dropped_total"] == 0
+    ok(node.call("DEL", "c1", "pod-1"))
+    after = scrape(node)
+    assert after['underlay_cni_calls_total{verb="DEL",code="0"}'] == 1
+    assert after["underlay_ipam_leases"] == 0
+
+
+def test_the_socket_goes_with_the_server_and_a_killed_ones_is_taken_over(node: Plugin) -> None:
+    node.server.kill()
+    node.server.wait()
+    assert (node.folder / "m.sock").exists()
+    node.start()
+    eventually(lambda: scrape(node)["underlay_cni_ready"] == 1)
+    node.server.send_signal(signal.SIGTERM)
+    assert node.server.wait(10) == 0
+    assert not (node.folder / "m.sock").exists()
