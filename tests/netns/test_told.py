@@ -1,7 +1,8 @@
-"""What a real CNI server tells Prometheus after real calls."""
+"""What a real CNI server tells after real calls: metrics, and Events on its Node and on pods."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 import socket
@@ -11,8 +12,11 @@ import pytest
 
 from ipam.model import CONDITIONS
 from lab.net import Net
+from store.clock import SystemClock
+from store.model import IPReservation, IPReservationSpec, KubeEvent, Meta, ObjectReference
+from store.open import open_store
 from tests.conftest import eventually
-from tests.netns.plugin import Answer, Plugin
+from tests.netns.plugin import NODE, POOL4, POOL6, Answer, Plugin
 
 
 @pytest.fixture
@@ -66,6 +70,36 @@ def test_a_server_tells_what_it_did_and_how_it_is(node: Plugin) -> None:
     after = scrape(node)
     assert after['underlay_cni_calls_total{verb="DEL",code="0"}'] == 1
     assert after["underlay_ipam_leases"] == 0
+
+
+def events(node: Plugin) -> dict[str, KubeEvent]:
+    """By reason."""
+
+    async def read() -> dict[str, KubeEvent]:
+        store = open_store(node.people, clock=SystemClock())
+        try:
+            return {event.reason: event for event in (await store.list(KubeEvent)).items}
+        finally:
+            await store.close()
+
+    return asyncio.run(read())
+
+
+def test_a_pod_that_gets_no_address_hears_why_and_so_does_its_node(node: Plugin) -> None:
+    """What the runtime says of the pod in CNI_ARGS is what kubectl describe finds the Event by."""
+    node.create(IPReservation(metadata=Meta(name="all"), spec=IPReservationSpec(reserved_cidrs=(POOL4, POOL6))))
+    pod = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0;K8S_POD_UID=u-7"
+    eventually(lambda: scrape(node)['underlay_ipam_addresses{pool="pool-0",family="ipv4",state="free"}'] == 0)
+    assert node.call("ADD", "c1", "pod-1", CNI_ARGS=pod).json["code"] == 11
+    said = eventually(lambda: {"NoAddress", "PoolExhausted"} <= set(events(node)) and events(node))
+    about = said["NoAddress"].regarding
+    assert about == ObjectReference(api_version="v1", kind="Pod", namespace="shop", name="web-0", uid="u-7")
+    assert "pool-0" in said["NoAddress"].note
+    about = said["PoolExhausted"].regarding
+    assert about == ObjectReference(api_version="v1", kind="Node", name=NODE, uid=NODE)
+    assert (said["PoolExhausted"].type, said["PoolExhausted"].reporting_instance) == ("Warning", NODE)
+    assert scrape(node)['underlay_ipam_condition{type="PoolExhausted"}'] == 1
+    assert scrape(node)["underlay_events_written_total"] >= 2
 
 
 def test_the_socket_goes_with_the_server_and_a_killed_ones_is_taken_over(node: Plugin) -> None:
