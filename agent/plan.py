@@ -396,9 +396,9 @@ def standing_blocks(snapshot: Snapshot, held: set[str]) -> set[str]:
 
 
 def fresh_blocks(cidrs: set[str], snapshot: Snapshot) -> set[str]:
-    """Those of these blocks without blackhole that nothing of ours was seen to live in: newly claimed, as it seems."""
-    used = {b.spec.cidr for b in snapshot.cluster.blocks if b.status.allocations}
-    return cidrs - used - with_live_pods(cidrs, snapshot.kernel)
+    """Those of these blocks without blackhole that no pod of ours lives in: newly claimed, or from before a boot, or
+    from a backup of the store."""
+    return cidrs - with_live_pods(cidrs, snapshot.kernel)
 
 
 def routed_elsewhere(fresh: set[str], selection: Selection, notes: Notes) -> set[str]:
@@ -650,9 +650,9 @@ def note_own_blocks(peers: Iterable[Peer], selection: Selection, rib: Rib, notes
         if prefixes:
             notes.add(
                 "ForeignRoute",
-                f"{peer.name} announces {', '.join(_some(prefixes))}, in a block of this node: refused, but pods of that "
-                f"block are perhaps not reached from elsewhere; another cluster with a pool here, or a node that the "
-                f"store knows no more, is to be given other addresses",
+                f"{peer.name} announces {', '.join(_some(prefixes))}, in a block of this node: refused, but pods of "
+                f"that block are perhaps not reached from elsewhere; another cluster with a pool here, or a node that "
+                f"the store knows no more, is to be given other addresses",
             )
 
 

@@ -16,7 +16,8 @@ from ipaddress import ip_network
 import msgspec
 
 from ipam.dead import DeadOwners, let_go
-from ipam.errors import Exhausted
+from ipam.errors import Exhausted, KernelUnavailable
+from ipam.foreign import Foreign, InUseElsewhere
 from ipam.ledger import Ledger, Own, Phase
 from ipam.model import News, Settings
 from ipam.pool import candidates, is_candidate, overlap, within
@@ -40,10 +41,13 @@ log = logging.getLogger(__name__)
 
 #: Places remembered that a claim could not use.
 SHUNNED = 64
+#: Blocks that one claim gives back for their foreign routes. From the first on it keeps away from all that it can see.
+FOREIGN_TRIES = 3
 
 
 class Claims:
-    """``node`` is our name; ``check`` raises if a block's object shows a newer server than this one. Every method may
+    """``node`` is our name; ``check`` raises if a block's object shows a newer server than this one; ``ending`` is told
+    the uid of each block that is about to be given back. Every method may
     raise StoreError or TimeoutError (no answer within ``store_limit``); what was begun is then in ``pending`` and goes
     on later."""
 
@@ -52,10 +56,12 @@ class Claims:
         node: str,
         store: Store,
         ledger: Ledger,
+        foreign: Foreign,
         clock: Clock,
         settings: Settings,
         *,
         check: Callable[[Own, IPAMBlock], None],
+        ending: Callable[[str], None],
         step: Callable[[str], None],
     ) -> None:
         self._dead = DeadOwners(node, store, clock, settings)
@@ -64,9 +70,11 @@ class Claims:
         self.node = node
         self._store = store
         self._ledger = ledger
+        self._foreign = foreign
         self._clock = clock
         self._settings = settings
         self._check = check
+        self._ending = ending
         self._step = step
         #: Own objects by CIDR that nothing is handed out of, until it is known that nothing overlaps them.
         self.pending: dict[str, IPAMBlock] = {}
@@ -76,14 +84,20 @@ class Claims:
         for waiting in [c for c, o in self.pending.items() if o.spec.pool == pool.name and cidr in ("", c)]:
             with contextlib.suppress(Exhausted):
                 return await self.settle(waiting)
-        obj = await self._create_at(pool, cidr) if cidr else await self._create(pool, reserved)
-        self.pending[obj.spec.cidr] = obj
-        self._step("block-created")
-        return await self.settle(obj.spec.cidr)
+        for tries_left in reversed(range(1 if cidr else FOREIGN_TRIES)):
+            obj = await self._create_at(pool, cidr) if cidr else await self._create(pool, reserved)
+            self.pending[obj.spec.cidr] = obj
+            self._step("block-created")
+            try:
+                return await self.settle(obj.spec.cidr)
+            except InUseElsewhere:
+                if not tries_left:
+                    raise
+        raise AssertionError("unreachable")
 
     async def settle(self, cidr: str) -> Own:
-        """Looks, uncached, whether a pending block is ours and overlaps nothing, and adopts it. Otherwise it is given
-        back, and Exhausted says why."""
+        """Looks, uncached, whether a pending block is ours, overlaps nothing and nobody routes to it, and adopts it.
+        Otherwise it is given back, and Exhausted says why."""
         obj = self.pending[cidr]
         async with asyncio.timeout(self._settings.store_limit):
             pools = (await self._store.list(IPPool)).items
@@ -102,6 +116,12 @@ class Claims:
             self.pending.pop(cidr, None)
             self._shun(at, problem)
             raise Exhausted(f"block {cidr} of pool {seen.spec.pool} cannot be used: {problem}")
+        problem = self._foreign.problem(cidr)
+        if problem:
+            log.error("%s", problem)
+            await self._end(seen)
+            self.pending.pop(cidr, None)
+            raise InUseElsewhere(problem)
         self.pending.pop(cidr, None)
         own = self._ledger.adopt(seen, Phase.NEW, self._clock.monotonic())
         self._check(own, seen)
@@ -190,6 +210,21 @@ class Claims:
         self._step("block-deleted")
         return True
 
+    async def end_again(self, obj: IPAMBlock) -> None:
+        """Gives back a block that this node had given back before: the store was restored from a backup, and another
+        node may have claimed it since."""
+        log.error("block %s, given back before, is in the store again: given back once more", obj.spec.cidr)
+        self._ledger.tell(
+            News(
+                "BlockRestored",
+                "GiveBack",
+                f"block {obj.spec.cidr} was given back before, and the store says again that it is of this node: given "
+                f"back once more; was the store restored from a backup? underlayctl ipam check says what else differs",
+            )
+        )
+        with contextlib.suppress(Conflict):
+            await self._end(obj)
+
     async def _again(self, own: Own) -> IPAMBlock | None:
         """The block as it is now; None if it is gone, or another."""
         try:
@@ -207,8 +242,9 @@ class Claims:
         taken: frozenset[str] = frozenset()
         creates = conflicts = 0
         template = await self._block(pool.spec.cidr, pool.name)
+        routed = self._foreign.places(pool)
         for cidr in candidates(pool, self.node, reserved):
-            if cidr in taken or cidr in self._ledger.blocks or self._shunned(cidr):
+            if cidr in taken or cidr in routed or cidr in self._ledger.blocks or self._shunned(cidr):
                 continue
             if creates == self._settings.creates_limit:
                 raise Exhausted(f"pool {pool.name}: {creates} blocks in a row were taken by others; trying again")
@@ -226,7 +262,7 @@ class Claims:
         freed = await self._of_dead_owners(pool, reserved)
         if freed:
             return await self._create_at(pool, freed)
-        problems = self._unshun(pool)
+        problems = "; ".join(why for why in (self._unshun(pool), self._foreign.of(pool)) if why)
         if problems:
             raise Exhausted(f"pool {pool.name} ({pool.spec.cidr}) has no usable block left: {problems}")
         raise Exhausted(
@@ -244,10 +280,32 @@ class Claims:
         if now < self._dead_looked.get(pool.name, -math.inf) + self._settings.absence_look:
             return ""
         blocks = await self._of_pool(pool)
-        freed = await self._dead.free(b for b in blocks if is_candidate(pool, b.spec.cidr, reserved))
+        freed = await self._free_one(b for b in blocks if is_candidate(pool, b.spec.cidr, reserved))
         if not freed:
             self._dead_looked[pool.name] = now
         return freed
+
+    async def _free_one(self, blocks: Iterable[IPAMBlock]) -> str:
+        """Lets go of one of these in its dead owner's stead: not of one that somebody still routes to, who may be that
+        owner, cut off from the store with all its pods."""
+        try:
+            return await self._dead.free(blocks, self._foreign.leads_to)
+        except KernelUnavailable as e:
+            log.warning("no block of a dead owner is freed this time: %s", e)
+            return ""
+
+    async def forget_foreign(self) -> None:
+        """Looks again at what was given back for a foreign route: it counts until the route is gone, or leads to
+        another node of this cluster."""
+        for cidr in tuple(self._foreign.found):
+            if not self._foreign.problem(cidr):
+                log.info("no foreign route leads to block %s any more", cidr)
+                continue
+            with contextlib.suppress(NotFound):
+                async with asyncio.timeout(self._settings.store_limit):
+                    present = await self._store.get(IPAMBlock, block_name(cidr))
+                if not self.is_ours(present):
+                    self._foreign.found.pop(cidr, None)
 
     # -- places that something stands in the way of -----------------------------------------------------------------
 
@@ -278,8 +336,11 @@ class Claims:
                     except NotFound:
                         raise Exhausted(f"block {cidr} was being given back by another node; try again") from None
             if present.spec.node == self.node:
+                if present.metadata.uid in self._ledger.ended:
+                    await self.end_again(present)
+                    raise Exhausted(f"block {cidr} is being given back; try again")
                 return present
-            if not await self._dead.free((present,)):
+            if not await self._free_one((present,)):
                 raise Exhausted(
                     f"block {cidr} belongs to node {present.spec.node}: an address is handed out by the node of its "
                     f"block only"
@@ -288,6 +349,7 @@ class Claims:
     async def _end(self, obj: IPAMBlock) -> None:
         """Marks the block, and removes our finalizer. Conflict: it is no longer as we know it."""
         meta = obj.metadata
+        self._ending(meta.uid)
         try:
             if not meta.deletion_timestamp:
                 async with asyncio.timeout(self._settings.store_limit):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -41,8 +41,9 @@ class DeadOwners:
         self._settings = settings
         self._absent: dict[str, _Absence] = {}
 
-    async def free(self, blocks: Iterable[IPAMBlock]) -> str:
-        """Lets go of one of these blocks if its owner has been gone for ``settings.grace``. Its CIDR; "" for none."""
+    async def free(self, blocks: Iterable[IPAMBlock], lives: Callable[[str], bool]) -> str:
+        """Lets go of one of these blocks if its owner has been gone for ``settings.grace``, and ``lives`` does not say
+        of its CIDR that somebody is there all the same. Its CIDR; "" for none."""
         marked = [b for b in blocks if _is_left(b) and b.spec.node != self._node]
         owners = list(dict.fromkeys(b.spec.node for b in marked))
         # Those whose absence is known for longest first: others come in when these have come to an end.
@@ -50,6 +51,13 @@ class DeadOwners:
         dead = {name for name in owners[:OWNERS] if await self._is_dead(name)}
         for block in marked:
             if block.spec.node not in dead:
+                continue
+            if lives(block.spec.cidr):
+                log.warning(
+                    "block %s of node %s is not freed: there is no such Node, and a route leads to the block",
+                    block.spec.cidr,
+                    block.spec.node,
+                )
                 continue
             try:
                 async with asyncio.timeout(self._settings.store_limit):

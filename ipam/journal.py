@@ -64,7 +64,14 @@ class GivenBack(_Record, frozen=True, tag="free"):
     swept: bool = False
 
 
-Record = Opened | Taken | Bound | GivenBack
+class Ended(_Record, frozen=True, tag="end"):
+    """A block, by uid, that is given back for good, written before it goes: a store that is restored from a backup may
+    say that it is ours still (R5)."""
+
+    block: str
+
+
+Record = Opened | Taken | Bound | GivenBack | Ended
 
 
 class History(msgspec.Struct, frozen=True):
@@ -74,6 +81,8 @@ class History(msgspec.Struct, frozen=True):
     leases: dict[Attachment, Lease] = {}
     blocks: dict[Attachment, tuple[str, ...]] = {}
     freed: tuple[GivenBack, ...] = ()
+    #: Uids of blocks, in order of their end.
+    ended: tuple[str, ...] = ()
     #: One line for each damaged place.
     damage: tuple[str, ...] = ()
     #: Bytes of half a record at the end.
@@ -232,6 +241,7 @@ def _add_up(records: Iterable[Record], damage: list[str]) -> History:
     blocks: dict[Attachment, tuple[str, ...]] = {}
     holders: dict[str, Attachment] = {}
     freed: list[GivenBack] = []
+    ended: dict[str, None] = {}
 
     def drop(attachment: Attachment) -> None:
         lease = leases.pop(attachment, None)
@@ -262,4 +272,6 @@ def _add_up(records: Iterable[Record], damage: list[str]) -> History:
             case GivenBack():
                 drop(record.attachment)
                 freed.append(record)
-    return History(netns, leases, blocks, tuple(freed), tuple(damage))
+            case Ended():
+                ended[record.block] = None
+    return History(netns, leases, blocks, tuple(freed), tuple(ended), tuple(damage))

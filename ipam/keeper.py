@@ -12,6 +12,7 @@ import msgspec
 
 from ipam.claims import Claims
 from ipam.errors import Exhausted, IPAMError, KernelUnavailable, NotReady, in_words
+from ipam.foreign import Foreign
 from ipam.ledger import Ledger, Own, Phase, count
 from ipam.mirror import Superseded
 from ipam.model import KernelView, News, Settings
@@ -49,13 +50,14 @@ class _Refused(msgspec.Struct, frozen=True):
 
 
 class Keeper:
-    """One loop, the only one that changes which blocks we have. ``pools`` and ``reserved`` are set from outside;
-    ``poke`` makes it look. ``moved`` rings when a wait for a block may be over."""
+    """One loop, the only one that changes which blocks we have. ``pools``, ``reserved`` and ``max_blocks`` are set from
+    outside; ``poke`` makes it look. ``moved`` rings when a wait for a block may be over."""
 
     def __init__(
         self,
         ledger: Ledger,
         claims: Claims,
+        foreign: Foreign,
         kernel: KernelView,
         writer: Writer,
         clock: Clock,
@@ -65,6 +67,8 @@ class Keeper:
     ) -> None:
         self._ledger = ledger
         self._claims = claims
+        self._foreign = foreign
+        self._foreign_looked = 0.0
         self._kernel = kernel
         self._writer = writer
         self._clock = clock
@@ -75,11 +79,15 @@ class Keeper:
         self._verdicts: dict[Want, Verdict] = {}
         self._vanished: dict[str, None] = {}
         self._lost: dict[str, str] = {}  # CIDR -> why and what lives in it
+        self._lost_looked = 0.0
+        self._returned: dict[str, IPAMBlock] = {}  # by CIDR: given back before, and in the store again
         self._refused: dict[str, _Refused] = {}  # by pool and CIDR
         self._away_until = 0.0
         self._pause = 0.0
         self.pools = Pools()
         self.reserved: tuple[str, ...] = ()
+        #: Blocks that a node may have by the cluster's wish, those of single addresses left out; 0: no limit.
+        self.max_blocks = 0
         self.moved = Moved()
         #: The blocks are to be looked at for finalizer and owner.
         self.untied = True
@@ -130,7 +138,10 @@ class Keeper:
         if obj.spec.cidr not in self._ledger.blocks and not (
             meta.deletion_timestamp and FINALIZER_OWNER not in meta.finalizers
         ):
-            self._claims.pending.setdefault(obj.spec.cidr, obj)
+            if meta.uid in self._ledger.ended:
+                self._returned[obj.spec.cidr] = obj
+            else:
+                self._claims.pending.setdefault(obj.spec.cidr, obj)
             self._news.set()
 
     def is_short(self, pool: str) -> bool:
@@ -166,6 +177,7 @@ class Keeper:
         if now < self._away_until and not wants:
             return
         try:
+            await self._end_returned()
             await self._recover()
             await self._tie()
             for want in wants:
@@ -176,6 +188,7 @@ class Keeper:
             await self._claim_ahead()
             self._release()
             await self._delete()
+            await self._look_at_foreign()
         except Superseded:
             self.stopped = True
         except (StoreError, TimeoutError) as e:
@@ -240,8 +253,17 @@ class Keeper:
         """From here on it hands out, but for what lives in it already, if it was ours before."""
         try:
             self._add_strays()
+            # One in which something of ours lives is ours, whoever else routes there (R11).
+            problem = "" if own.block.used else self._foreign.look(own.cidr)
         except KernelUnavailable as e:
-            log.warning("block %s is not used yet, as the pod routes cannot be read: %s", own.cidr, e)
+            log.warning("block %s is not used yet, as the routes cannot be read: %s", own.cidr, e)
+            return
+        if problem:
+            log.error("%s", problem)
+            own.enter(Phase.RELEASING, now)
+            own.barred = problem
+            self._ledger.changed(own)
+            self._news.set()
             return
         own.enter(Phase.READY, now)
         self.moved.ring()
@@ -287,6 +309,8 @@ class Keeper:
         """One more block of the pool, or exactly this one: one that is on its way, one taken back from its release, or
         a claimed one."""
         mine = [o for o in self._ledger.of_pool(pool) if cidr in ("", o.cidr) and self.pools.has(pool, o.cidr)]
+        if cidr and mine and mine[0].barred:
+            raise Exhausted(mine[0].barred)
         if cidr and any(own.phase in (Phase.MARKED, Phase.LOST) for own in mine):
             raise Exhausted(f"block {cidr} is being deleted, or belongs to another node by now")
         if any(own.phase is Phase.NEW and (cidr or own.block.free) for own in mine):
@@ -307,11 +331,13 @@ class Keeper:
         known = self._refused.get(key)
         if known is not None and now < known.until:
             raise Exhausted(known.why)
-        limit = self._settings.max_blocks
+        own = self._settings.max_blocks
+        limit = self.max_blocks if own is None else own
         if limit and pool not in self.pools.single and self._counted() >= limit:
             raise Exhausted(
-                f"node {self._claims.node} has {limit} blocks, as many as it may (max_blocks): raise the limit, or run "
-                f"its pods elsewhere"
+                f"node {self._claims.node} has {self._counted()} blocks, and may have {limit} "
+                f"({'underlayctl ipam configure' if own is None else '--max-blocks'}): raise the limit, or run its pods "
+                f"elsewhere"
             )
         try:
             await self._claims.claim(self.pools.all[pool], self.reserved, cidr)
@@ -377,7 +403,12 @@ class Keeper:
     async def _more(self, pool: str, cidr: str = "") -> None:
         """Takes a block back from its release, or claims one."""
         for own in self._ledger.of_pool(pool):
-            if own.phase is Phase.RELEASING and cidr in ("", own.cidr) and self.pools.has(pool, own.cidr):
+            if (
+                own.phase is Phase.RELEASING
+                and not own.barred
+                and cidr in ("", own.cidr)
+                and self.pools.has(pool, own.cidr)
+            ):
                 own.enter(Phase.NEW, self._clock.monotonic())
                 self._ledger.changed(own)
                 return
@@ -419,7 +450,32 @@ class Keeper:
 
     # -- blocks that somebody else took away (R5) ----------------------------------------------------------------------
 
+    async def _look_at_foreign(self) -> None:
+        """Says what is known of foreign routes, and looks now and then whether they are still there."""
+        now = self._clock.monotonic()
+        if self._foreign.found and now - self._foreign_looked >= self._settings.foreign_look:
+            await self._claims.forget_foreign()
+            self._foreign_looked = now
+        message = self._foreign.message()
+        if message:
+            self._say("ForeignRoute", "InUseElsewhere", message)
+        else:
+            self._ledger.unsay("ForeignRoute")
+
+    async def _end_returned(self) -> None:
+        for cidr, obj in tuple(self._returned.items()):
+            if cidr not in self._ledger.blocks and cidr not in self._claims.pending:
+                await self._claims.end_again(obj)
+            self._returned.pop(cidr, None)
+
     async def _recover(self) -> None:
+        now = self._clock.monotonic()
+        if now - self._lost_looked >= self._settings.lost_look:
+            # Whoever has it may have given it back: then it is ours again, with all that lives in it.
+            self._lost_looked = now
+            self._vanished.update(
+                dict.fromkeys(o.cidr for o in self._ledger.blocks.values() if o.phase is Phase.LOST and o.block.used)
+            )
         for cidr in tuple(self._vanished):
             own = self._ledger.blocks.get(cidr)
             if own is not None:

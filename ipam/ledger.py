@@ -17,6 +17,8 @@ from store.model import Condition, IPAMBlock
 
 #: Network and container of an address that only its route tells of.
 UNKNOWN = "unknown"
+#: Blocks given back that are remembered.
+ENDED = 1024
 
 
 class Phase(enum.Enum):
@@ -39,6 +41,7 @@ class Own:
         self.phase = phase
         self.since = now  # monotonic, of the phase
         self.gone_at: float | None = None  # RELEASING: since when the blackhole is seen to be gone
+        self.barred = ""  # RELEASING: why it is not taken back
         self.written = False  # this process has written its status
         self.void_boots: set[str] = set()  # boots whose entries were there before we wrote
 
@@ -51,7 +54,7 @@ class Own:
         return self.obj.spec.pool
 
     def enter(self, phase: Phase, now: float) -> None:
-        self.phase, self.since, self.gone_at = phase, now, None
+        self.phase, self.since, self.gone_at, self.barred = phase, now, None, ""
 
 
 class Ledger:
@@ -74,11 +77,14 @@ class Ledger:
         #: Addresses with a live pod route and no lease, and who stands in for their owner.
         self.strays: dict[str, Attachment] = {}
         self.conditions: dict[str, Condition] = {}
+        #: Uids of blocks that this node gave back in this boot, oldest first.
+        self.ended: dict[str, None] = {}
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 
     def adopt(self, obj: IPAMBlock, phase: Phase, now: float) -> Own:
         """Takes up a block; what is known to live in it is held from the beginning."""
+        self.ended.pop(obj.metadata.uid, None)
         own = Own(obj, Block(obj.spec.cidr, rest=self._rest), phase, now)
         own.block.reserve(self._reserved)
         self.blocks[own.cidr] = own
@@ -97,6 +103,12 @@ class Ledger:
                 own.block.release(offset, since)
         self.changed(own)
         return own
+
+    def note_ended(self, uid: str) -> None:
+        """The block is no more ours, whatever a store says that is restored from a backup."""
+        self.ended[uid] = None
+        while len(self.ended) > ENDED:
+            del self.ended[next(iter(self.ended))]
 
     def drop(self, own: Own) -> None:
         del self.blocks[own.cidr]

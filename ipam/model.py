@@ -126,6 +126,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_blocks: int | None = None  # blocks of this node at most; None: as the IPAMConfiguration says
     grace: float = 600.0  # a node's absence, after which others free its marked blocks (R5)
     absence_look: float = 30.0  # between two looks after absent owners, only while a pool has no free block
+    lost_look: float = 15.0  # between two looks whether a block that another node has is to be had again
     foreign_look: float = 30.0  # between two looks whether a foreign route is still there (R5)
     absence_gap: float = 90.0  # looks that are further apart than this don't count as one absence
 

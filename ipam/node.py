@@ -20,7 +20,8 @@ import msgspec
 from ipam import truth
 from ipam.claims import Claims
 from ipam.errors import Deleted, Exhausted, JournalError, KernelUnavailable, NotReady, WrongPool, in_words
-from ipam.journal import Bound, GivenBack, History, Journal, Record
+from ipam.foreign import Foreign
+from ipam.journal import Bound, Ended, GivenBack, History, Journal, Record
 from ipam.keeper import IDLE, Keeper
 from ipam.ledger import Ledger, Phase, of_condition
 from ipam.mirror import Mirror
@@ -86,7 +87,18 @@ class NodeIPAM:
         )
         self._ledger = Ledger(rest=self._settings.rest, changed=self._mirror.touch, tell=self._heard)
         self._mirror.ledger = self._ledger
-        self._claims = Claims(node, store, self._ledger, clock, self._settings, check=self._mirror.check, step=step)
+        foreign = Foreign(kernel)
+        self._claims = Claims(
+            node,
+            store,
+            self._ledger,
+            foreign,
+            clock,
+            self._settings,
+            check=self._mirror.check,
+            ending=self._note_ended,
+            step=step,
+        )
         self._sweep = Sweep(
             self._ledger,
             kernel,
@@ -99,6 +111,7 @@ class NodeIPAM:
         self._keeper = Keeper(
             self._ledger,
             self._claims,
+            foreign,
             kernel,
             self._writer,
             clock,
@@ -365,6 +378,8 @@ class NodeIPAM:
                     self._ledger.rest(address, at)
             if not record.swept and record.attachment not in history.leases:
                 self._note_deleted(record.attachment, at)
+        for uid in history.ended:
+            self._ledger.note_ended(uid)
         self._sweep.netns = self._kernel.netns() if history.netns is None else history.netns
         self._sweep.add_strays()
         try:
@@ -397,6 +412,9 @@ class NodeIPAM:
             if obj.spec.cidr in self._ledger.blocks:
                 continue
             marked = bool(obj.metadata.deletion_timestamp)
+            if obj.spec.cidr not in cidrs and obj.metadata.uid in self._ledger.ended:
+                self._keeper.found(obj)
+                continue
             if obj.spec.cidr not in cidrs and (
                 FINALIZER_OWNER not in obj.metadata.finalizers if marked else obj.status.writer is None
             ):
@@ -482,6 +500,15 @@ class NodeIPAM:
 
     def _append(self, record: Record) -> None:
         self._journalled(lambda: self._journal.append(record))
+
+    def _note_ended(self, uid: str) -> None:
+        """Of a block that is about to be given back."""
+        if uid not in self._ledger.ended:
+            self._ledger.note_ended(uid)
+            try:
+                self._append(Ended(uid))
+            except JournalError as e:
+                log.warning("a block is given back all the same: %s", e)
 
     def _journalled(self, write: Callable[[], None]) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
-from ipam.journal import Bound, GivenBack, History, Opened, Record, Taken
+from ipam.journal import Bound, Ended, GivenBack, History, Opened, Record, Taken
 from ipam.ledger import UNKNOWN, Ledger
 from ipam.model import Attachment, Lease
 from store.model import Allocation, IPAMBlock
@@ -64,8 +64,11 @@ def add_mirrored(
 
 
 def records(ledger: Ledger, netns: int, deleted: Mapping[Attachment, float]) -> Iterable[Record]:
-    """A journal that says what memory says: what rests, which attachments were deleted, what is leased."""
+    """A journal that says what memory says: what rests, which attachments were deleted, which blocks were given back,
+    what is leased."""
     yield Opened(netns)
+    for uid in ledger.ended:
+        yield Ended(uid)
     for attachment, at in deleted.items():
         yield GivenBack(attachment, at)
     for address, since in ledger.rested().items():

@@ -302,12 +302,6 @@ def imported(wanted: Plan) -> dict[str, Route]:
 # -- foreign routes in own blocks (R5) --------------------------------------------------------------------------------
 
 
-def allocated(cidr: str, address: str) -> Any:
-    found = block(cidr)
-    one = Allocation(address=address, network="pods", container="c1", interface="eth0")
-    return replace(found, status=replace(found.status, allocations=(one,)))
-
-
 @pytest.mark.parametrize("theirs", [OWN4, "10.244.1.7/32", "10.244.1.32/27"])
 def test_a_new_block_that_a_peer_routes_to_gets_no_blackhole_and_the_import_stays(theirs: str) -> None:
     rib = rib_with({"10.0.1.0": [theirs], "fd00:0:2::": ["fd00:10:244::40/126"]}, kernel=kernel_of())
@@ -329,13 +323,12 @@ def test_a_route_around_a_new_block_or_beside_it_is_nobody_s_claim() -> None:
     assert "ForeignRoute" not in types(wanted)
 
 
-@pytest.mark.parametrize("how", ["blackhole", "allocation", "pod"])
+@pytest.mark.parametrize("how", ["blackhole", "pod"])
 def test_a_block_in_use_is_ours_whatever_a_peer_routes_to(how: str) -> None:
     """Also when somebody took its blackhole away."""
     pod = Route(prefix="10.244.1.9/32", protocol=PROTO_PODS, metric=32, nexthops=(NextHop("", 9),))
     kernel, blocks = {
         "blackhole": (kernel_of(OWN4), (block(OWN4),)),
-        "allocation": (kernel_of(), (allocated(OWN4, "10.244.1.9"),)),
         "pod": (kernel_of(routes={pod.key: Installed(route=pod)}), (block(OWN4),)),
     }[how]
     rib = rib_with({"10.0.1.0": ["10.244.1.0/27"]})
