@@ -57,7 +57,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     run: Path
     boot_id: str
     log: str = "INFO"
-    max_blocks: int = 0
+    #: None: as the IPAMConfiguration says.
+    max_blocks: int | None = None
     metrics: Address | None = None
 
 
@@ -100,8 +101,8 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
     parser.add_argument("--log", default=environment.get("UNDERLAY_LOG", "INFO"), help="log level (UNDERLAY_LOG)")
     parser.add_argument(
         "--max-blocks",
-        default=environment.get("UNDERLAY_MAX_BLOCKS", "0"),
-        help="blocks that this node may have, single addresses left out; 0: no limit (UNDERLAY_MAX_BLOCKS)",
+        default=environment.get("UNDERLAY_MAX_BLOCKS", ""),
+        help="blocks that this node may have, whatever the IPAMConfiguration says; 0: no limit (UNDERLAY_MAX_BLOCKS)",
     )
     parser.add_argument(
         "--metrics",
@@ -118,7 +119,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
     boot_id = Path(values.boot_id).read_text().strip()
     if not boot_id:
         raise StartError(f"--boot-id {values.boot_id}: the file is empty; it must name this boot of the machine")
-    if not (values.max_blocks.isascii() and values.max_blocks.isdigit()):
+    if values.max_blocks and not (values.max_blocks.isascii() and values.max_blocks.isdigit()):
         raise StartError(f"--max-blocks {values.max_blocks}: write a number; 0 is no limit")
     return Options(
         node=values.node,
@@ -126,7 +127,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         run=Path(values.run),
         boot_id=boot_id,
         log=level,
-        max_blocks=int(values.max_blocks),
+        max_blocks=int(values.max_blocks) if values.max_blocks else None,
         metrics=_metrics(values.metrics),
     )
 

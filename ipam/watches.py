@@ -1,4 +1,5 @@
-"""What people wish (pools, reservations, the Node's labels), and what they did to our blocks: by watching the store."""
+"""What people wish (pools, reservations, a limit, the Node's labels), and what they did to our blocks: by watching the
+store."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from store.base import Store
 from store.clock import Clock
 from store.errors import NotFound, StoreError
 from store.informer import Informer
-from store.model import IPAMBlock, IPPool, IPReservation, Node
+from store.model import IPAMBlock, IPAMConfiguration, IPPool, IPReservation, Node
 
 log = logging.getLogger(__name__)
+
+_DEFAULT = {"metadata.name": "default"}
 
 
 class Watches:
@@ -46,6 +49,7 @@ class Watches:
         self._show = seen
         self._pools = Informer(store, IPPool, clock, on_change=self._wishes_moved)
         self._reservations = Informer(store, IPReservation, clock, on_change=self._wishes_moved)
+        self._configurations = Informer(store, IPAMConfiguration, clock, _DEFAULT, on_change=self._limit_moved)
         self._nodes = Informer(store, Node, clock, {"metadata.name": node}, on_change=self._wishes_moved)
         self._blocks = Informer(store, IPAMBlock, clock, {"spec.node": node}, on_change=self._blocks_moved)
         self._uid = ""  # the Node's, as it was last
@@ -59,12 +63,13 @@ class Watches:
             node = await self._store.get(Node, self._node)
         except NotFound:
             node = None
+        self._limit((await self._store.list(IPAMConfiguration, where=_DEFAULT)).items)
         self._wish(pools.items, reservations.items, node)
 
     async def run(self) -> None:
         """Follows the store until cancelled."""
         async with asyncio.TaskGroup() as group:
-            for informer in (self._pools, self._reservations, self._nodes, self._blocks):
+            for informer in (self._pools, self._reservations, self._configurations, self._nodes, self._blocks):
                 group.create_task(informer.run())
             group.create_task(self._check_ownership())
 
@@ -84,6 +89,17 @@ class Watches:
             self._keeper.reserved = reserved
             self._ledger.reserve(reserved)
         self._keeper.poke()
+
+    def _limit_moved(self) -> None:
+        """Apart from the others: a limit that cannot be read must not hold up pools."""
+        if self._configurations.synced:
+            self._limit(self._configurations.items.values())
+
+    def _limit(self, configurations: Iterable[IPAMConfiguration]) -> None:
+        limit = next((c.spec.max_blocks_per_host for c in configurations), 0)
+        if limit != self._keeper.max_blocks:
+            self._keeper.max_blocks = limit
+            self._keeper.poke()
 
     def _blocks_moved(self) -> None:
         """The informer may lag behind our own writes, so a block that it has never shown is not missing, and the status

@@ -19,12 +19,14 @@ def boot(tmp_path: Path) -> list[str]:
 
 
 def test_a_limit_of_blocks_comes_from_flag_or_environment_and_the_flag_wins(boot: list[str]) -> None:
-    assert parse(boot, {}).max_blocks == 0
+    assert parse(boot, {}).max_blocks is None, "the cluster's holds"
+    assert parse(boot, {"UNDERLAY_MAX_BLOCKS": ""}).max_blocks is None
+    assert parse(boot, {"UNDERLAY_MAX_BLOCKS": "0"}).max_blocks == 0, "no limit, whatever the cluster's is"
     assert parse(boot, {"UNDERLAY_MAX_BLOCKS": "3"}).max_blocks == 3
     assert parse([*boot, "--max-blocks", "5"], {"UNDERLAY_MAX_BLOCKS": "3"}).max_blocks == 5
 
 
-@pytest.mark.parametrize("text", ["-1", "x", "", "2.5"])
+@pytest.mark.parametrize("text", ["-1", "x", " ", "2.5"])
 def test_a_limit_that_is_no_number_is_refused(boot: list[str], text: str) -> None:
     with pytest.raises(StartError, match="max-blocks"):
         parse([*boot, f"--max-blocks={text}"], {})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,19 +15,25 @@ from hypothesis import strategies as st
 from ipam.block import Block
 from ipam.errors import Exhausted
 from ipam.node import Settings
+from store.base import Event, mutate
+from store.errors import Unavailable
+from store.memory import MemoryStore
 from store.model import (
     FINALIZER_OWNER,
     IPAMBlock,
     IPAMBlockSpec,
+    IPAMConfiguration,
+    IPAMConfigurationSpec,
     IPPool,
     IPPoolSpec,
     Meta,
     Node,
+    R,
     block_name,
     within_of,
 )
 from store.validate import validate
-from tests.ipam_fakes import Rig, play, pool, run, waited
+from tests.ipam_fakes import FakeClock, Rig, play, pool, run, waited
 
 TWO = pool("two", "10.1.0.0/27", 28)  # 2 blocks of 16
 
@@ -278,12 +286,94 @@ def test_a_node_has_no_more_blocks_than_it_may(tmp_path: Path) -> None:
         await rig.up()
         for i in range(32):
             await waited(rig, rig.add(i))
-        with pytest.raises(Exhausted, match="2 blocks, as many as it may"):
+        with pytest.raises(Exhausted, match="has 2 blocks, and may have 2 "):
             await waited(rig, rig.add("more"))
         assert len(rig.ipam.blocks()) == 2
-        assert "max_blocks" in rig.ipam.conditions()[0].message
+        assert "--max-blocks" in rig.ipam.conditions()[0].message
         fixed = await waited(rig, rig.add("fixed", addresses=("10.2.0.9",)))
         assert fixed.addresses == ("10.2.0.9",), "a fixed address is no block to count"
+        await rig.down()
+
+    play(main())
+
+
+def limited(blocks: int) -> IPAMConfiguration:
+    return IPAMConfiguration(metadata=Meta(name="default"), spec=IPAMConfigurationSpec(max_blocks_per_host=blocks))
+
+
+def test_the_clusters_limit_holds_from_the_start_and_whenever_it_changes(tmp_path: Path) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path)
+        await rig.create(pool("small", "10.1.0.0/24", 28))
+        await rig.store.create(limited(1))
+        await rig.up()
+        for i in range(16):
+            await waited(rig, rig.add(i))
+        with pytest.raises(Exhausted, match=r"has 1 blocks, and may have 1 \(underlayctl ipam configure\)"):
+            await waited(rig, rig.add("one more"))
+
+        async def limit(blocks: int) -> None:
+            def change(seen: IPAMConfiguration) -> IPAMConfiguration:
+                return msgspec.structs.replace(seen, spec=limited(blocks).spec)
+
+            await mutate(rig.store, IPAMConfiguration, "default", change)
+            await rig.clock.advance(1)
+
+        await limit(3)
+        for i in range(16, 40):
+            await waited(rig, rig.add(i))
+        assert len(rig.ipam.blocks()) == 3
+        assert not rig.ipam.conditions() or "may have 3" in rig.ipam.conditions()[0].message
+
+        await limit(1)
+        await rig.clock.advance(60)
+        assert len(rig.ipam.blocks()) == 3, "nothing is taken away"
+        for i in range(40, 48):
+            await waited(rig, rig.add(i))
+        with pytest.raises(Exhausted, match="has 3 blocks, and may have 1 "):
+            await waited(rig, rig.add("beyond"))
+
+        await rig.store.delete(IPAMConfiguration, "default")
+        await rig.clock.advance(1)
+        await waited(rig, rig.add("beyond"))
+        assert len(rig.ipam.blocks()) > 3
+        await rig.down()
+
+    play(main())
+
+
+def test_a_nodes_own_limit_stands_above_the_clusters(tmp_path: Path) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path, settings=Settings(max_blocks=0))
+        await rig.create(pool("small", "10.1.0.0/24", 28))
+        await rig.store.create(limited(1))
+        await rig.up()
+        for i in range(33):
+            await waited(rig, rig.add(i))
+        assert len(rig.ipam.blocks()) >= 3
+        await rig.down()
+
+    play(main())
+
+
+class WithoutConfigurations(MemoryStore):
+    """As an API server on which one kind cannot be followed."""
+
+    async def watch(self, kind: type[R], **how: Any) -> AsyncGenerator[Event[R], None]:
+        if kind is IPAMConfiguration:
+            raise Unavailable("no ipamconfigurations: apply manifests/crds")
+        async for event in super().watch(kind, **how):
+            yield event
+
+
+def test_a_limit_that_cannot_be_followed_holds_up_no_pool(tmp_path: Path) -> None:
+    async def main() -> None:
+        clock = FakeClock()
+        rig = Rig(tmp_path, store=WithoutConfigurations(clock), clock=clock)
+        await rig.up()
+        await rig.create(pool("late", "10.1.0.0/24", 28))
+        await rig.clock.advance(1)
+        await waited(rig, rig.add(1))
         await rig.down()
 
     play(main())
