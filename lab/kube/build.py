@@ -216,7 +216,7 @@ def main() -> int:
     try:
         print(ensure().folder)
     except NotHere as e:
-        print(f"{e}; the tests in tests/kube are skipped", file=sys.stderr)
+        print(f"{e}; tests that need one are skipped", file=sys.stderr)
         return 1 if os.environ.get("CI") == "true" else 0
     except (BuildFailed, subprocess.TimeoutExpired) as e:
         print(e, file=sys.stderr)
