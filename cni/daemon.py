@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -29,11 +29,15 @@ from ipam.errors import IPAMError
 from ipam.journal import Journal
 from ipam.model import Attachment, News, Settings
 from ipam.node import NodeIPAM
+from store.base import Store
 from store.clock import Clock, SystemClock
 from store.counted import CountedStore
 from store.errors import StoreError
 from store.open import open_store
 from store.recorder import Recorder, node_reference, pod_reference
+
+if TYPE_CHECKING:
+    from cni.annotations import Annotations
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     run: Path
     boot_id: str
     log: str = "INFO"
+    pods_may_choose: bool = False
     #: None: as the IPAMConfiguration says.
     max_blocks: int | None = None
     metrics: Address | None = None
@@ -109,6 +114,11 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         default=environment.get("UNDERLAY_METRICS", ""),
         help="where to answer GET /metrics: ADDRESS:PORT or a unix socket's path; nowhere if empty (UNDERLAY_METRICS)",
     )
+    parser.add_argument(
+        "--pods-may-choose",
+        default=environment.get("UNDERLAY_PODS_MAY_CHOOSE", "no"),
+        help="yes: a pod's annotations, and its namespace's, choose its pools and addresses (UNDERLAY_PODS_MAY_CHOOSE)",
+    )
     values = parser.parse_args(argv)
     for name in ("node", "store"):
         if not getattr(values, name):
@@ -127,6 +137,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         run=Path(values.run),
         boot_id=boot_id,
         log=level,
+        pods_may_choose=_yes("--pods-may-choose", values.pods_may_choose),
         max_blocks=int(values.max_blocks) if values.max_blocks else None,
         metrics=_metrics(values.metrics),
     )
@@ -137,6 +148,12 @@ def _metrics(text: str) -> Address | None:
         return parse_address(text) if text else None
     except AddressError as e:
         raise StartError(f"--metrics {e}") from e
+
+
+def _yes(flag: str, text: str) -> bool:
+    if text.lower() not in ("yes", "no", ""):
+        raise StartError(f"{flag} {text}: write yes or no")
+    return text.lower() == "yes"
 
 
 async def serve(
@@ -221,8 +238,16 @@ async def _run(
         tell=tell,
     )
     calls = Calls()
+    annotations = _annotations(options, store, clock)
     handler = verbs.Verbs(
-        node=options.node, ipam=ipam, store=store, netlink=netlink, reaper=reaper, clock=clock, step=step
+        node=options.node,
+        ipam=ipam,
+        store=store,
+        netlink=netlink,
+        reaper=reaper,
+        clock=clock,
+        step=step,
+        choose=annotations.choice if annotations else None,
     )
     queue = Queue(directory=options.run, carry_out=handler.carry_out, clock=clock)
     front = server.Server(directory=options.run, carry_out=handler.carry_out, step=step, observe=calls.observe)
@@ -233,6 +258,8 @@ async def _run(
     parts: list[Runs] = [ipam, handler, queue, recorder]
     if options.metrics:
         parts.append(Endpoint(options.metrics, page, CONTENT_TYPE, clock))
+    if annotations:
+        parts.append(annotations)
     await ipam.start()
     await queue.drain()
     async with asyncio.TaskGroup() as group:
@@ -256,6 +283,15 @@ def _state(ipam: NodeIPAM, store: CountedStore, recorder: Recorder) -> State:
         events_written=recorder.written,
         events_dropped=recorder.dropped,
     )
+
+
+def _annotations(options: Options, store: Store, clock: Clock) -> Annotations | None:
+    """What reads annotations, where pods may choose. Loaded there only, as hardly any node needs it."""
+    if not options.pods_may_choose:
+        return None
+    from cni.annotations import Annotations
+
+    return Annotations(options.node, store, clock)
 
 
 def count_start(directory: Path, boot_id: str) -> int:

@@ -79,6 +79,12 @@ class Attached(msgspec.Struct, frozen=True):
     interface: str = field(name="ifname")
 
 
+class Runtime(msgspec.Struct, frozen=True):
+    """What the runtime adds for a capability; ``annotations`` are the pod's, None where it does not say."""
+
+    annotations: dict[str, str] | None = field(default=None, name="io.kubernetes.cri.pod-annotations")
+
+
 class Config(msgspec.Struct, frozen=True):
     """The request configuration (Section 3, "Deriving request configuration"), as far as we read it.
 
@@ -94,6 +100,7 @@ class Config(msgspec.Struct, frozen=True):
     dns: dict[str, Any] = {}
     previous: dict[str, Any] | None = field(default=None, name="prevResult")
     valid: tuple[Attached, ...] | UnsetType | None = field(default=UNSET, name="cni.dev/valid-attachments")
+    runtime: Runtime = field(default=Runtime(), name="runtimeConfig")
 
 
 class _Bare(msgspec.Struct, frozen=True):

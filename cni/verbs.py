@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
@@ -31,6 +31,9 @@ from store.base import Store
 from store.clock import Clock
 from store.errors import NotFound, StoreError
 from store.model import BGPNodeStatus
+
+if TYPE_CHECKING:
+    from cni.choice import Choice
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,8 @@ class Reaps(Protocol):
 
 
 class Verbs:
-    """Carries calls out. ``run`` must run beside it; ``step`` is told each of STEPS that is passed."""
+    """Carries calls out. ``run`` must run beside it; ``step`` is told each of STEPS that is passed. ``choose`` says
+    what the pod of a call wants (Refusal: it cannot be had, or is not known yet); without it pods may not choose."""
 
     def __init__(
         self,
@@ -80,6 +84,7 @@ class Verbs:
         clock: Clock,
         settings: Settings | None = None,
         step: Callable[[str], None] = lambda _: None,
+        choose: Callable[[Call], Awaitable[Choice]] | None = None,
     ) -> None:
         self._node = node
         self._ipam = ipam
@@ -89,6 +94,7 @@ class Verbs:
         self._clock = clock
         self._settings = settings or Settings()
         self._step = step
+        self._choose = choose
         self._turns: dict[tuple[str, str], _Turn] = {}
         #: Links that are doomed and not yet gone, with the addresses that their pods still have.
         self._doomed: dict[str, tuple[str, ...]] = {}
@@ -163,7 +169,7 @@ class Verbs:
                 raise Refusal(spec.INTERFACE_EXISTS, "the interface exists", f"{details}; DEL it there first")
         known = self._ipam.lease(attachment) is not None
         touched = not known
-        lease = await self._ipam.take(Request(attachment, pod=call.pod, pod_uid=call.pod_uid))
+        lease = await self._take(call, attachment, known=known)
         self._step("add-journalled")
         try:
             want = self._want(call, lease)
@@ -190,6 +196,21 @@ class Verbs:
             spec.Interface(want.pod_end, want.mac, mtu, call.netns),
             tuple(spec.Address(f"{a}/{128 if ':' in a else 32}", podnet.gateway(a)) for a in lease.addresses),
         )
+
+    async def _take(self, call: Call, attachment: Attachment, *, known: bool) -> Lease:
+        request = Request(attachment, pod=call.pod, pod_uid=call.pod_uid)
+        if known or self._choose is None:
+            return await self._ipam.take(request)
+        choice = await self._choose(call)
+        request = msgspec.structs.replace(request, pools=choice.pools, addresses=choice.addresses)
+        try:
+            self._ipam.check_family(choice.pools4, 4)
+            self._ipam.check_family(choice.pools6, 6)
+            return await self._ipam.take(request)
+        except IPAMError as e:
+            if not choice.said:
+                raise
+            raise type(e)(f"pod {call.pod}: {choice.said}: {e}") from e
 
     def _want(self, call: Call, lease: Lease) -> podnet.Wiring:
         mtu = call.config.mtu or self._uplink_mtu()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -25,7 +25,7 @@ from ipam.journal import Bound, Ended, GivenBack, History, Journal, Record
 from ipam.keeper import IDLE, Keeper
 from ipam.ledger import Ledger, Phase, of_condition
 from ipam.mirror import Mirror
-from ipam.model import Attachment, BlockView, Figures, KernelView, Lease, News, Request, Settings
+from ipam.model import Attachment, BlockView, Family, Figures, KernelView, Lease, News, Request, Settings
 from ipam.pool import Want, family_of
 from ipam.releases import Releases
 from ipam.sweep import Sweep
@@ -199,6 +199,12 @@ class NodeIPAM:
 
     def lease(self, attachment: Attachment) -> Lease | None:
         return self._ledger.leases.get(attachment)
+
+    def check_family(self, pools: Iterable[str], family: Family) -> None:
+        """WrongPool if one of these names or CIDRs is no pool of that family that serves. NotReady."""
+        if self._why_not:
+            raise NotReady(f"no new addresses: {self._why_not}")
+        self._keeper.pools.check_family(pools, family)
 
     def leases(self) -> tuple[Lease, ...]:
         return tuple(self._ledger.leases.values())

@@ -123,6 +123,12 @@ class Pools:
         if len(set(families)) != len(families):
             raise WrongPool(f"{', '.join(request.addresses)}: choose one address of a family at most")
 
+    def check_family(self, names: Iterable[str], family: Family) -> None:
+        """WrongPool if one of these is no pool of that family that serves."""
+        for pool in map(self._chosen, names):
+            if family_of(pool.spec.cidr) != family:
+                raise WrongPool(f"IPPool {pool.name} is no IPv{family} pool ({pool.spec.cidr}): choose another")
+
     def _chosen(self, text: str) -> IPPool:
         pool = self.all.get(text) or next((p for p in self.all.values() if p.spec.cidr == text), None)
         if pool is None:

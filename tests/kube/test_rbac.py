@@ -37,8 +37,8 @@ RIGHTS: dict[str, dict[str, tuple[str, ...]]] = {
         "bgpnodestatuses": ("get",),
         "nodes": FOLLOW,
         "events": ("create", "get", "patch"),
-        "pods": FOLLOW,
-        "namespaces": ("get",),
+        "pods": ("list", "watch"),
+        "namespaces": ("list", "watch"),
     },
     AGENT: {
         "ippools": FOLLOW,

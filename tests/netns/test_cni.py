@@ -15,7 +15,7 @@ import pytest
 
 from cni import install, podnet
 from lab.net import Net
-from store.model import BGPNodeStatus
+from store.model import BGPNodeStatus, IPPool, IPPoolSpec, Meta, Namespace, Pod, PodSpec
 from tests.conftest import eventually
 from tests.netns.plugin import NODE, ROOT, Answer, Plugin
 
@@ -601,3 +601,44 @@ def test_install_waits_for_the_server_with_the_conflist(plugin: Plugin, tmp_path
     assert json.loads(conflist.read_text())["plugins"][0]["type"] == "underlay"
     plugin.shim = binary
     ok(plugin.call("ADD", "c1", "pod-1"))
+
+
+# -- pods that choose ---------------------------------------------------------------------------------------------
+
+
+def annotated(**lists: list[str]) -> dict[str, str]:
+    return {f"underlay.network/{key}": json.dumps(value) for key, value in lists.items()}
+
+
+def test_pods_choose_pool_and_address_where_they_may(
+    net: Net, tmp_path: Path, shim_c: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNDERLAY_PODS_MAY_CHOOSE", "yes")
+    plugin = Plugin(net, tmp_path, shim_c)
+    manual = IPPoolSpec(cidr="10.9.0.0/24", block_size=32, assignment_mode="Manual")
+    plugin.create(IPPool(metadata=Meta(name="gold"), spec=manual))
+    plugin.create(Namespace(metadata=Meta(name="default")))
+    for name, wishes in (
+        ("pod-1", annotated(ipv4pools=["gold"])),
+        ("pod-2", annotated(ipv4pools=["nope"])),
+        ("pod-3", {}),
+    ):
+        net.add(name)
+        meta = Meta(name=name, namespace="default", annotations=wishes)
+        plugin.create(Pod(metadata=meta, spec=PodSpec(node_name=NODE)))
+    plugin.start()
+
+    chosen = ok(plugin.call("ADD", "c1", "pod-1")).addresses
+    assert [a.startswith("10.9.0.") for a in chosen] == [True, False]
+    assert ok(plugin.call("ADD", "c1", "pod-1")).addresses == chosen
+    refused(plugin.call("ADD", "c2", "pod-2"), 7, "annotation underlay.network/ipv4pools of pod default/pod-2")
+    told = {"runtimeConfig": {"io.kubernetes.cri.pod-annotations": annotated(ipAddrs=["10.9.0.77"])}}
+    assert ok(plugin.call("ADD", "c3", "pod-3", conf=plugin.conf(**told))).addresses == ["10.9.0.77/32"]
+    for n in (1, 3):
+        ok(plugin.call("DEL", f"c{n}", f"pod-{n}"))
+    eventually(plugin.nothing_left)
+
+
+def test_pods_choose_nothing_where_they_may_not(node_c: Plugin) -> None:
+    told = {"runtimeConfig": {"io.kubernetes.cri.pod-annotations": annotated(ipAddrs=["10.244.0.77"])}}
+    assert "10.244.0.77/32" not in ok(node_c.call("ADD", "c1", "pod-1", conf=node_c.conf(**told))).addresses
