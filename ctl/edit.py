@@ -34,15 +34,6 @@ async def create(store: Store, wanted: Resource, *, dry_run: bool = False) -> Ve
 async def apply(store: Store, wanted: Resource, *, dry_run: bool = False) -> Verb:
     """Creates the object, or makes its spec that of ``wanted``. Labels and annotations of ``wanted`` are set, others
     are left. Decided again when somebody else writes at the same time. Raises Invalid, Conflict, Unavailable."""
-    if not await _exists(store, wanted):
-        if dry_run:
-            return "created"
-        try:
-            await store.create(_fresh(wanted))
-        except AlreadyExists:
-            pass  # somebody was faster: theirs is changed below
-        else:
-            return "created"
 
     def merged(current: Resource) -> Resource:
         have, want = current.metadata, wanted.metadata
@@ -51,7 +42,24 @@ async def apply(store: Store, wanted: Resource, *, dry_run: bool = False) -> Ver
         )
         return _rebuilt(current, meta, wanted)
 
-    return await _change(store, wanted, merged, "configured", dry_run)
+    return await amend(store, wanted, merged, dry_run=dry_run)
+
+
+async def amend(
+    store: Store, initial: Resource, change: Callable[[Resource], Resource], *, dry_run: bool = False
+) -> Verb:
+    """Changes the object of the name of ``initial``; where there is none, creates what ``change`` makes of ``initial``.
+    Decided again when somebody else writes at the same time. Raises Invalid, Conflict, Unavailable."""
+    if not await _exists(store, initial):
+        if dry_run:
+            return "created"
+        try:
+            await store.create(_fresh(change(initial)))
+        except AlreadyExists:
+            pass  # somebody was faster: theirs is changed below
+        else:
+            return "created"
+    return await _change(store, initial, change, "configured", dry_run)
 
 
 async def replace(store: Store, wanted: Resource, *, dry_run: bool = False) -> Verb:

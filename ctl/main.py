@@ -186,17 +186,61 @@ def ipam() -> None:
 @ipam.command("show")
 @click.option("--show-blocks", is_flag=True, help="Also each block with its node.")
 @click.option("--ip", "address", metavar="ADDRESS", help="Who holds this address.")
+@click.option("--block", metavar="CIDR", help="One block, and who holds which of its addresses.")
+@click.option("--show-configuration", is_flag=True, help="How all nodes hand out addresses.")
+@click.option("-o", "--output", "form", type=click.Choice(["table", "json"]), default="table")
 @store_option
 @click.pass_context
-def ipam_show(ctx: click.Context, show_blocks: bool, address: str | None, url: str | None) -> int:
-    """Pools with their use, blocks, or one address."""
-    from ctl.show import show_address, show_ipam
+def ipam_show(
+    ctx: click.Context,
+    show_blocks: bool,
+    address: str | None,
+    block: str | None,
+    show_configuration: bool,
+    form: str,
+    url: str | None,
+) -> int:
+    """Pools with their use, blocks, one block, one address, or the configuration."""
+    from ctl import show
 
-    if address is not None and show_blocks:
-        raise Usage(["--ip and --show-blocks are two questions: ask one"])
+    if sum((address is not None, block is not None, show_blocks, show_configuration)) > 1:
+        raise Usage(["--show-blocks, --ip, --block and --show-configuration are four questions: ask one"])
+    if show_configuration:
+        from ctl import configure
+
+        return _on_store(ctx, url, lambda store: configure.show(store, form))
     if address is not None:
-        return _on_store(ctx, url, lambda store: show_address(store, address))
-    return _on_store(ctx, url, lambda store: show_ipam(store, show_blocks=show_blocks))
+        return _on_store(ctx, url, lambda store: show.show_address(store, address, form))
+    if block is not None:
+        return _on_store(ctx, url, lambda store: show.show_block(store, block, form))
+    return _on_store(ctx, url, lambda store: show.show_ipam(store, form, show_blocks=show_blocks))
+
+
+@ipam.command("configure")
+@click.argument("what", required=False, type=click.Choice(["show"]), metavar="[show]")
+@click.option(
+    "--max-blocks-per-node",
+    "--max-blocks-per-host",
+    "max_blocks",
+    type=int,
+    metavar="NUMBER",
+    help="Blocks that each node may have; 0: no limit.",
+)
+@click.option("--strictaffinity", "strict", type=bool, metavar="true", help="Always true: no node borrows.")
+@store_option
+@click.pass_context
+def ipam_configure(
+    ctx: click.Context, what: str | None, max_blocks: int | None, strict: bool | None, url: str | None
+) -> int:
+    """How all nodes hand out addresses: changes what is given, else shows it."""
+    from ctl import configure
+
+    given = max_blocks is not None or strict is not None
+    if what and given:
+        raise Usage(["'show' only shows: leave it out to change something"])
+    if not given:
+        return _on_store(ctx, url, lambda store: configure.show(store, "table"))
+    return _on_store(ctx, url, lambda store: configure.change(store, max_blocks=max_blocks, strict=strict))
 
 
 def run_option(command: F) -> F:

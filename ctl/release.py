@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import Iterable, Sequence
 from ipaddress import ip_address, ip_network
 from typing import Final
@@ -17,6 +16,7 @@ import click
 import msgspec
 
 from ctl import look
+from ctl.addresses import refusal
 from ctl.failures import OK, REFUSED, Failure, Usage, explain
 from ctl.finding import Finding, Range, attachment_of, holder, number
 from ctl.kinds import reference
@@ -26,7 +26,6 @@ from store.clock import Clock
 from store.errors import Expired, NotFound, StoreError, Unavailable
 from store.model import (
     ANNOTATION_RELEASE,
-    ANNOTATION_RELEASE_REFUSED,
     FINALIZER_OWNER,
     Allocation,
     IPAMBlock,
@@ -207,15 +206,8 @@ async def _answer(store: Store, name: str, wanted: Sequence[_Held], until: float
 
 def _is_answered(held: _Held, block: IPAMBlock) -> bool:
     """Released, or refused: a reason that stands there while the wish does is of an earlier one."""
-    kept = held.address not in release_wanted(block) and _refusal(block, held.address)
+    kept = held.address not in release_wanted(block) and refusal(block, held.address)
     return bool(kept) or not held.still(block)
-
-
-def _refusal(block: IPAMBlock, address: str) -> str:
-    """Why the owner did not release the address; empty if it says nothing of it."""
-    text = block.metadata.annotations.get(ANNOTATION_RELEASE_REFUSED, "")
-    found = re.search(rf"(?:^|; ){re.escape(address)}: (.*?)(?=; [0-9a-f.:]+: |$)", text)
-    return found[1] if found else ""
 
 
 def _say_answer(held: _Held, block: IPAMBlock | None) -> int:
@@ -229,9 +221,7 @@ def _say_answer(held: _Held, block: IPAMBlock | None) -> int:
             f"runs there and reaches the store"
         )
     else:
-        said = (
-            f"{node} keeps it for {holder(held.allocation)}: {_refusal(block, held.address) or 'it has not said why'}"
-        )
+        said = f"{node} keeps it for {holder(held.allocation)}: {refusal(block, held.address) or 'it has not said why'}"
     click.echo(f"underlayctl: {held.address}: {said}", err=True)
     return REFUSED
 

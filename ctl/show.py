@@ -95,50 +95,112 @@ async def show_node_status(store: Store, name: str, *, all_nodes: bool) -> int:
         else:
             click.echo(headline(status))
             if status.status.sessions:
-                _print_table(sessions_table(status, now=SystemClock().now()))
+                print_table(sessions_table(status, now=SystemClock().now()))
         for line in conditions(status, [b for b in blocks if b.spec.node == node]):
             click.echo(f"  {line}")
     return REFUSED if silent else OK
 
 
-async def show_ipam(store: Store, *, show_blocks: bool) -> int:
+async def show_ipam(store: Store, form: str, *, show_blocks: bool) -> int:
     """Prints the pools with what is used of them; with ``show_blocks`` every block too."""
-    from ctl.addresses import blocks_table, pools_table
+    from ctl import addresses
 
     pools = (await store.list(IPPool)).items
     blocks = (await store.list(IPAMBlock)).items
     reservations = (await store.list(IPReservation)).items
+    of_pools = addresses.pool_uses(pools, blocks, reservations)
+    nodes = {n.name for n in (await store.list(Node)).items} if show_blocks else None
+    of_blocks = addresses.block_uses(blocks, nodes) if show_blocks else ()
+    if form == "json":
+        return _print_json(addresses.VERSION, pools=of_pools, **({"blocks": of_blocks} if show_blocks else {}))
     if not pools and not blocks:
         click.echo("nothing found: there is no IPPool", err=True)
         return OK
-    _print_table(pools_table(pools, blocks, reservations))
+    print_table(addresses.pools_table(of_pools))
     if show_blocks:
         click.echo()
-        _print_table(blocks_table(blocks))
+        print_table(addresses.blocks_table(of_blocks))
+    _print_conditions(blocks)
     orphans = sorted({b.spec.pool for b in blocks} - {p.name for p in pools})
     for pool in orphans:
         click.echo(f"blocks of ippool/{pool} are left, but the pool no longer exists", err=True)
     return OK
 
 
-async def show_address(store: Store, text: str) -> int:
+async def show_address(store: Store, text: str, form: str) -> int:
     """Prints what the store knows of one address."""
     from ipaddress import ip_address
 
-    from ctl.addresses import describe
+    from ctl import addresses
 
     try:
         address = ip_address(text)
     except ValueError:
         raise Usage(
-            [f"--ip: {text!r} is no address: write it as 10.244.3.65 or fd00:10:244::5, without a prefix"]
+            [
+                f"--ip: {text!r} is no address: write it as 10.244.3.65 or fd00:10:244::5, without a prefix; --block "
+                f"shows a block"
+            ]
         ) from None
     pools = (await store.list(IPPool)).items
     blocks = (await store.list(IPAMBlock)).items
     reservations = (await store.list(IPReservation)).items
     nodes = (await store.list(Node)).items
-    for line in describe(address, pools, blocks, reservations, nodes):
+    use = addresses.address_use(address, pools, blocks, reservations, nodes)
+    if form == "json":
+        return _print_json(addresses.VERSION, address=use)
+    for line in addresses.describe(use, now=SystemClock().now()):
         click.echo(line)
+    return OK
+
+
+async def show_block(store: Store, text: str, form: str) -> int:
+    """Prints one block, and who has which of its addresses. Raises Failure if there is no such block."""
+    from ipaddress import ip_network
+
+    from ctl import addresses
+
+    try:
+        network = ip_network(text)
+    except ValueError as e:
+        raise Usage([f"--block: {text!r} is no block's CIDR, as 10.244.3.64/26: {e}"]) from None
+    found = addresses.overlapping(network, (await store.list(IPAMBlock)).items)
+    block = next((b for b in found if b.spec.cidr == str(network)), None)
+    if block is None:
+        near = ", ".join(f"{b.spec.cidr} of {b.spec.node}" for b in found[:3]) + (", ..." if len(found) > 3 else "")
+        where = f"there is {near}" if found else "no node has claimed any of its addresses"
+        raise Failure([f"{network}: there is no such block; {where}"])
+    (use,) = addresses.block_uses([block], {n.name for n in (await store.list(Node)).items})
+    who = addresses.holders(block)
+    if form == "json":
+        return _print_json(addresses.VERSION, block=use, holders=who)
+    print_table(addresses.blocks_table([use]))
+    for line in addresses.notes(use):
+        click.echo(line)
+    _print_conditions([block])
+    if who:
+        click.echo()
+        print_table(addresses.holders_table(who, now=SystemClock().now()))
+    return OK
+
+
+def _print_conditions(blocks: Sequence[IPAMBlock]) -> None:
+    """What the nodes of the blocks say themselves, once each: every block of a node repeats it."""
+    from ctl.sessions import conditions
+
+    lines = []
+    for node in sorted({b.spec.node for b in blocks if b.status.conditions}):
+        lines += [f"{node}: {line}" for line in conditions(None, [b for b in blocks if b.spec.node == node])]
+    if lines:
+        click.echo()
+    for line in lines:
+        click.echo(line)
+
+
+def _print_json(version: str, **parts: Any) -> int:
+    import json
+
+    click.echo(json.dumps({"version": version, **{k: msgspec.to_builtins(v) for k, v in parts.items()}}, indent=2))
     return OK
 
 
@@ -236,7 +298,7 @@ def _print_report(found: Report, form: str) -> int:
         click.echo(report.write(found), nl=False)
     else:
         if found.findings:
-            _print_table(report.page(found))
+            print_table(report.page(found))
             click.echo()
         for line in report.remedies(found):
             click.echo(line)
@@ -270,10 +332,11 @@ def _print_tables(objects: Sequence[Resource], *, wide: bool, full_names: bool, 
         if i:
             click.echo()
         of_kind = [obj for obj in objects if type(obj) is kind]
-        _print_table(table(kind, of_kind, now=now, wide=wide, full_names=full_names, namespaces=namespaces))
+        print_table(table(kind, of_kind, now=now, wide=wide, full_names=full_names, namespaces=namespaces))
 
 
-def _print_table(page: Table) -> None:
+def print_table(page: Table) -> None:
+    """Writes the table to stdout, its columns aligned."""
     from tabulate import tabulate
 
     text = tabulate(page.rows, headers=page.titles, tablefmt="plain", disable_numparse=True)

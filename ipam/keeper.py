@@ -336,8 +336,8 @@ class Keeper:
         if limit and pool not in self.pools.single and self._counted() >= limit:
             raise Exhausted(
                 f"node {self._claims.node} has {self._counted()} blocks, and may have {limit} "
-                f"({'underlayctl ipam configure' if own is None else '--max-blocks'}): raise the limit, or run its pods "
-                f"elsewhere"
+                f"({'underlayctl ipam configure' if own is None else '--max-blocks'}): raise the limit, or run its "
+                f"pods elsewhere"
             )
         try:
             await self._claims.claim(self.pools.all[pool], self.reserved, cidr)

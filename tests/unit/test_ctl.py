@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctl import edit
-from ctl.addresses import blocks_table, describe, pools_table
+from ctl.addresses import address_use, block_uses, blocks_table, describe, pool_uses, pools_table
 from ctl.kinds import UnknownKind, find_kind, find_kinds, names_of
 from ctl.main import main
 from ctl.sessions import conditions, headline, sessions_table
@@ -27,6 +27,8 @@ from store.clock import SystemClock
 from store.errors import Conflict
 from store.memory import MemoryStore
 from store.model import (
+    ANNOTATION_RELEASE,
+    ANNOTATION_RELEASE_REFUSED,
     KINDS,
     BGPNodeStatus,
     BGPNodeStatusStatus,
@@ -36,6 +38,7 @@ from store.model import (
     EndpointSlice,
     IPAMBlock,
     IPAMBlockSpec,
+    IPAMConfiguration,
     IPPool,
     IPPoolSpec,
     IPReservation,
@@ -666,7 +669,7 @@ def test_pools_count_used_reserved_and_free_once() -> None:
     )
     blocks = [block("10.244.0.0/26", "10-244-0-0-26", "node-1", "10.244.0.1", "10.244.0.9")]
     pools = [pool(), pool("small", "10.245.0.0/30")]
-    page = pools_table(pools, blocks, [reservation])
+    page = pools_table(pool_uses(pools, blocks, [reservation]))
     first = dict(zip(page.titles, page.rows[0], strict=True))
     assert (first["BLOCKS"], first["ADDRESSES"], first["RESERVED"]) == ("1", "65536", "8")
     assert first["USED"] == "2 (<1%)"
@@ -680,7 +683,7 @@ def test_blocks_stand_in_order_of_address() -> None:
     silent = IPAMBlock(
         metadata=Meta(name="10-244-9-0-26"), spec=IPAMBlockSpec(cidr="10.244.9.0/26", pool="p", node="n")
     )
-    page = blocks_table([later, block(releasing=True), silent])
+    page = blocks_table(block_uses([later, block(releasing=True), silent]))
     assert [row[0] for row in page.rows] == ["10.244.0.0/26", "10.244.9.0/26", "10.244.10.0/26"]
     assert page.rows[0][-1] == "releasing"
     assert "not said yet" in page.rows[1]
@@ -691,7 +694,7 @@ def test_blocks_stand_in_order_of_address() -> None:
     [
         ("10.244.0.1", ["held by pod default/p0 on node node-1 since", "container c0", "block 10.244.0.0/26"]),
         ("10.244.0.5", ["held by nobody", "rests", "block 10.244.0.0/26 of node node-1"]),
-        ("10.244.0.60", ["reserved by ipreservation/r", "block 10.244.0.0/26"]),
+        ("10.244.0.60", ["reserved by ipreservation/r", "held by nobody: only a pod that asks", "block 10.244.0.0/26"]),
         ("10.244.7.7", ["in ippool/pods-v4", "in no block"]),
         ("192.0.2.1", ["outside every pool"]),
         ("10.0.0.5", ["an address of node node-1 itself", "outside every pool"]),
@@ -707,7 +710,8 @@ def test_one_address(address: str, words: list[str]) -> None:
     )
     reservation = IPReservation(metadata=Meta(name="r"), spec=IPReservationSpec(reserved_cidrs=("10.244.0.60",)))
     blocks = [block("10.244.0.0/26", "10-244-0-0-26", "node-1", "10.244.0.1")]
-    text = "\n".join(describe(ip_address(address), [pool()], blocks, [reservation], [node]))
+    use = address_use(ip_address(address), [pool()], blocks, [reservation], [node])
+    text = "\n".join(describe(use, now=NOW))
     for word in words:
         assert word in text
 
@@ -727,6 +731,181 @@ def test_ipam_show(ctl: Ctl) -> None:
     ctl.ok("delete", "--force", "ippool", "pods-v4")
     code, _, err = ctl("ipam", "show")
     assert (code, "ippool/pods-v4" in err) == (0, True)
+
+
+def test_an_address_of_a_block_that_is_not_well_says_so() -> None:
+    marked = block("10.244.0.0/26", "10-244-0-0-26", "node-9", "10.244.0.1")
+    meta = msgspec.structs.replace(
+        marked.metadata,
+        deletion_timestamp=NOW,
+        annotations={
+            ANNOTATION_RELEASE: "10.244.0.1",
+            ANNOTATION_RELEASE_REFUSED: "10.244.0.2: its link is there; 10.244.0.3: x",
+        },
+    )
+    marked = msgspec.structs.replace(marked, metadata=meta)
+
+    def said(address: str, *blocks: IPAMBlock) -> list[str]:
+        use = address_use(ip_address(address), [pool()], blocks, [], [Node(metadata=Meta(name="node-1"))])
+        return describe(use, now="2026-11-24T13:00:00Z")
+
+    lines = said("10.244.0.1", marked)
+    assert lines[0] == "10.244.0.1 is held by pod default/p0 on node node-9 since 2026-11-24T12:00:00Z (1h0m)"
+    assert any("asked to release 10.244.0.1, and has not done it yet" in line for line in lines)
+    assert any("is of nobody: there is no node/node-9" in line for line in lines)
+    assert any(f"marked for deletion since {NOW}" in line for line in lines)
+    refused = "did not release 10.244.0.2 when it was last asked: its link is there"
+    assert any(refused in line for line in said("10.244.0.2", marked))
+    silent = IPAMBlock(metadata=Meta(name="b"), spec=IPAMBlockSpec(cidr="10.244.0.0/26", pool="p", node="node-1"))
+    assert any("has never said what it handed out" in line for line in said("10.244.0.1", silent))
+    assert not any("free" in line for line in said("10.244.0.1", silent))
+    assert any("being given back by node-1" in line for line in said("10.244.0.1", block(releasing=True)))
+
+
+def test_one_block_and_who_holds_its_addresses(ctl: Ctl) -> None:
+    condition = Condition(type="PoolExhausted", status="True", reason="NoFreeBlock", message="add a pool")
+    ctl.put(pool(), Node(metadata=Meta(name="node-1")))
+    ctl.put(block("10.244.0.0/26", "10-244-0-0-26", "node-1", "10.244.0.9", "10.244.0.1", conditions=(condition,)))
+    out = ctl.ok("ipam", "show", "--block", "10.244.0.0/26")
+    lines = out.splitlines()
+    assert lines[1].split()[0] == "10.244.0.0/26" and lines[1].split()[-1] == "PoolExhausted"
+    assert "node-1: PoolExhausted: (NoFreeBlock) add a pool" in lines
+    assert [line.split()[:5] for line in lines[-2:]] == [
+        ["10.244.0.1", "default/p1", "c1", "eth0", "underlay"],
+        ["10.244.0.9", "default/p0", "c0", "eth0", "underlay"],
+    ]
+    for cidr, words in (
+        ("10.244.0.0/20", "there is no such block; there is 10.244.0.0/26 of node-1"),
+        ("10.244.64.0/26", "there is no such block; no node has claimed any of its addresses"),
+    ):
+        assert (ctl("ipam", "show", "--block", cidr)[0], words in ctl("ipam", "show", "--block", cidr)[2]) == (1, True)
+    code, _, err = ctl("ipam", "show", "--block", "10.244.0.1/26")
+    assert (code, "no block's CIDR" in err) == (2, True)
+    assert "--block shows a block" in ctl("ipam", "show", "--ip", "10.244.0.0/26")[2]
+
+
+def test_show_says_what_nodes_say_of_themselves_and_which_blocks_nobody_has(ctl: Ctl) -> None:
+    condition = Condition(type="BlockLost", status="True", reason="NotOurs", message="delete the pods")
+    ctl.put(pool(), pool("old", "10.245.0.0/16", disabled=True), Node(metadata=Meta(name="node-1")))
+    ctl.put(block(conditions=(condition,)), block("10.244.1.0/26", "10-244-1-0-26", "node-9"))
+    out = ctl.ok("ipam", "show", "--show-blocks")
+    assert "disabled" in next(line for line in out.splitlines() if line.startswith("old"))
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("10.244")] == ["BlockLost", "no-node"]
+    assert out.splitlines()[-1] == "node-1: BlockLost: (NotOurs) delete the pods"
+    assert ctl.ok("ipam", "show").splitlines()[-1] == "node-1: BlockLost: (NotOurs) delete the pods"
+
+
+def test_show_as_json_has_a_form_that_stays(ctl: Ctl) -> None:
+    big = IPPool(metadata=Meta(name="v6"), spec=IPPoolSpec(cidr="fd00:10::/32"))
+    ctl.put(pool(), big, Node(metadata=Meta(name="node-1")))
+    ctl.put(block("10.244.0.0/26", "10-244-0-0-26", "node-1", "10.244.0.1"))
+
+    def shown(*words: str) -> dict[str, Any]:
+        found = json.loads(ctl.ok("ipam", "show", "-o", "json", *words))
+        assert found.pop("version") == "underlay.network/ipam-show/v1"
+        return dict(found)
+
+    of_block = {
+        "cidr": "10.244.0.0/26",
+        "pool": "pods-v4",
+        "node": "node-1",
+        "addresses": 64,
+        "used": 1,
+        "free": 63,
+        "state": [],
+        "deleting": "",
+        "releaseWanted": [],
+    }
+    holder = {
+        "address": "10.244.0.1",
+        "pod": "default/p0",
+        "node": "node-1",
+        "network": "underlay",
+        "container": "c0",
+        "interface": "eth0",
+        "since": NOW,
+    }
+    assert shown().keys() == {"pools"}
+    assert [(p["name"], p["addresses"]) for p in shown()["pools"]] == [("pods-v4", 65536), ("v6", 1 << 96)]
+    assert shown("--show-blocks")["blocks"] == [of_block]
+    assert shown("--block", "10.244.0.0/26") == {"block": of_block, "holders": [holder]}
+    assert shown("--ip", "10.244.0.1") == {
+        "address": {
+            "address": "10.244.0.1",
+            "state": "held",
+            "holders": [holder],
+            "reservations": [],
+            "nodes": [],
+            "pool": "pods-v4",
+            "poolCidr": "10.244.0.0/16",
+            "block": of_block,
+            "releaseRefused": "",
+        }
+    }
+    states = {a: shown("--ip", a)["address"]["state"] for a in ("10.244.0.2", "10.244.9.9", "192.0.2.1")}
+    assert states == {"10.244.0.2": "free", "10.244.9.9": "unclaimed", "192.0.2.1": "outside"}
+
+
+# -- ipam configure --------------------------------------------------------------------------------------------------
+
+
+def test_configure_shows_changes_and_names_nodes_that_have_reached_the_limit(ctl: Ctl) -> None:
+    for words in (("configure",), ("configure", "show"), ("show", "--show-configuration")):
+        code, out, err = ctl("ipam", *words)
+        assert [line.split() for line in out.splitlines()] == [
+            ["PROPERTY", "VALUE"],
+            ["maxBlocksPerHost", "0"],
+            ["strictAffinity", "true"],
+        ]
+        assert (code, "these are the defaults" in err) == (0, True)
+    ctl.put(pool())
+    ctl.put(*(block(f"10.244.{i}.0/26", f"10-244-{i}-0-26", f"node-{i % 2}") for i in range(3)))
+    single = block("10.244.9.1/32", "10-244-9-1-32", "node-1")
+    ctl.put(pool("fixed", "10.99.0.0/24", block_size=32))
+    spec = IPAMBlockSpec(cidr="10.99.0.1/32", pool="fixed", node="node-1")
+    ctl.put(msgspec.structs.replace(single, metadata=Meta(name="10-99-0-1-32"), spec=spec))
+    assert ctl("ipam", "configure", "--max-blocks-per-node", "2") == (
+        0,
+        "ipamconfiguration/default created\n",
+        "note: nodes with that many blocks: node-0 (2): they keep what they have, and claim no more\n",
+    )
+    assert ctl.ok("ipam", "configure", "--max-blocks-per-host=9") == "ipamconfiguration/default configured\n"
+    assert ctl.ok("ipam", "configure", "--strictaffinity=true") == "ipamconfiguration/default unchanged\n"
+    assert "maxBlocksPerHost  9" in ctl.ok("ipam", "configure", "show")
+    assert json.loads(ctl.ok("ipam", "show", "--show-configuration", "-o", "json"))["maxBlocksPerHost"] == 9
+    assert ctl.ok("ipam", "configure", "--max-blocks-per-node", "0") == "ipamconfiguration/default configured\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--strictaffinity", "false"), 1, "never borrows"),
+        (("--max-blocks-per-node", "-1"), 1, "spec.maxBlocksPerHost: -1: write 0..1000000"),
+        (("--max-blocks-per-node", "x"), 2, "not a valid integer"),
+        (("show", "--max-blocks-per-node", "1"), 2, "only shows"),
+        (("shaw",), 2, "shaw"),
+    ],
+)
+def test_configure_refuses_and_changes_nothing(ctl: Ctl, words: tuple[str, ...], code: int, said: str) -> None:
+    got, out, err = ctl("ipam", "configure", *words)
+    assert (got, out, said in err) == (code, "", True), err
+    assert ctl.all(IPAMConfiguration) == ()
+
+
+def test_calicos_file_is_taken_but_for_borrowing(ctl: Ctl) -> None:
+    text = """
+apiVersion: projectcalico.org/v3
+kind: IPAMConfiguration
+metadata: {name: default}
+spec: {strictAffinity: true, maxBlocksPerHost: 4, autoAllocateBlocks: true, kubeVirtVMAddressPersistence: Disabled}
+"""
+    code, out, err = ctl("apply", "-f", ctl.file(text))
+    assert (code, out, err.count("note: ")) == (0, "ipamconfiguration/default created\n", 2)
+    wrong = text.replace("true", "false").replace("Disabled", "Enabled")
+    code, out, err = ctl("apply", "-f", ctl.file(wrong))
+    assert (code, out) == (1, "")
+    for field in ("strictAffinity", "autoAllocateBlocks", "kubeVirtVMAddressPersistence"):
+        assert f"spec.{field}" in err
 
 
 # -- start-up --------------------------------------------------------------------------------------------------------
