@@ -237,3 +237,24 @@ def test_a_store_of_ours_forgets_events_as_the_api_server_does_after_an_hour() -
         assert await rig.counts() == {"counted": 2, "new": 1}
 
     run(story)
+
+
+def test_what_is_said_during_a_write_is_told_with_the_next() -> None:
+    async def story(rig: Rig) -> None:
+        create = rig.store.create
+
+        async def interrupted(obj: KubeEvent) -> KubeEvent:
+            rig.say()
+            rig.say("other words", "Other")
+            return await create(obj)
+
+        rig.store.create = interrupted  # type: ignore[method-assign, assignment]
+        rig.say()
+        await rig.clock.advance(0)
+        rig.store.create = create  # type: ignore[method-assign]
+        await rig.clock.advance(SETTINGS.again)
+        counts = await rig.counts()
+        assert counts["no block is left"] == 2
+        assert "other words" in counts
+
+    run(story)
