@@ -1,7 +1,8 @@
 """``ipam check``: what is wrong with pools, blocks and addresses, from one look at all of them. Pure.
 
-Each rule is a function from the look to findings; ``ctl.check_node`` has those that compare the store with one node. A
-rule that needs what could not be read says nothing: the caller says that it could not be read.
+Each rule is a function from the look to findings; ``ctl.check_node`` has those that compare the store with one node,
+``ctl.check_pods`` those that compare it with Kubernetes' pods. A rule that needs what could not be read says nothing:
+the caller says that it could not be read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from ctl.check_node import compare_node
+from ctl.check_pods import compare_pods
 from ctl.finding import Finding, Kind, Place, Range, View, holder, number
 from ctl.kinds import reference
 from ipam.block import merge
@@ -326,6 +328,11 @@ class _Reserved:
         return sorted({name for r, name in self._named if r.holds(at)})
 
 
+def _pods(view: View) -> Iterator[Finding]:
+    if view.pods is not None:
+        yield from compare_pods(view.pods, list(_places(view)), view.pools, view.nodes, view.local)
+
+
 def _local(view: View) -> Iterator[Finding]:
     if view.local is not None:
         yield from compare_node(view.local, list(_places(view)))
@@ -343,6 +350,7 @@ _RULES = (
     _allocations,
     _counts,
     _reserved_in_use,
+    _pods,
     _local,
 )
 

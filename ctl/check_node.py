@@ -9,9 +9,9 @@ An address that the three agree on is well. Of one that they don't agree on, one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from ctl.finding import Finding, Kind, Local, Place, Range, attachment_of, holder, number
+from ctl.finding import Finder, Finding, Kind, Local, Place, Range, attachment_of, holder, number
 from ctl.kinds import reference
 from ipam.ledger import UNKNOWN
 from store.model import Allocation, IPAMBlock
@@ -31,7 +31,7 @@ def compare_node(local: Local, places: Sequence[Place]) -> Iterator[Finding]:
             "; ".join(local.damage),
             "the store and the kernel make up for it; restarting underlay-cni writes the journal anew",
         )
-    where = _Finder(places)
+    where = Finder(places)
     behind = {p.block.name for p in places if p.node == local.node and _is_behind(p.block, local)}
     said: dict[Range, tuple[Place, Allocation]] = {}
     for place in places:
@@ -145,22 +145,3 @@ def _foreign(place: Place, local: Local, address: str) -> Finding:
         f"{local.leases.get(address, 'a pod')} has it on {local.node}, and the block is of {place.node}{also}",
         f"delete that pod on {local.node}; find out who deleted the block while it was in use",
     )
-
-
-class _Finder:
-    """Which blocks an address is in."""
-
-    def __init__(self, places: Iterable[Place]) -> None:
-        self._index: dict[tuple[int, int, int], list[Place]] = {}
-        self._shifts: Mapping[int, set[int]] = {4: set(), 6: set()}
-        for place in places:
-            shift = place.range.size.bit_length() - 1
-            self._shifts[place.range.version].add(shift)
-            self._index.setdefault((place.range.version, shift, place.range.first >> shift), []).append(place)
-
-    def all(self, at: Range) -> list[Place]:
-        return [
-            place
-            for shift in sorted(self._shifts[at.version])
-            for place in self._index.get((at.version, shift, at.first >> shift), ())
-        ]

@@ -5,15 +5,15 @@ The form of a finding is a promise: scripts read it, and ``ipam release --from-r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Final, Literal, get_args
 
 import msgspec
 
 from ipam.model import Attachment
-from store.model import Allocation, IPAMBlock, IPPool, IPReservation, Writer
+from store.model import Allocation, IPAMBlock, IPPool, IPReservation, Pod, Writer
 
 Kind = Literal[
     # pools and blocks
@@ -38,6 +38,11 @@ Kind = Literal[
     "HolderUnknown",
     "CountsDisagree",
     "ReservedInUse",
+    # addresses against Kubernetes' pods
+    "PodGone",
+    "PodAddressDiffers",
+    "PodWithoutAllocation",
+    "PodsShareAddress",
     # the store against the node that the check runs on
     "MirrorBehind",
     "RecordsDisagree",
@@ -53,7 +58,14 @@ KINDS: Final[tuple[str, ...]] = get_args(Kind)
 #: kinds are read one after the other, so what a second look does not show was only on its way.
 SETTLE: Final = 2.0
 #: For what takes its time when all goes well: a release waits for the withdrawal, and 6 s more (R4, R9).
-PATIENCE: Final[Mapping[str, float]] = {"BlockReleasing": 20.0, "ReleasePending": 10.0}
+#: Kubelet tells what a sandbox has got, and that a pod is gone, when it comes to it.
+PATIENCE: Final[Mapping[str, float]] = {
+    "BlockReleasing": 20.0,
+    "ReleasePending": 10.0,
+    "PodGone": 30.0,
+    "PodAddressDiffers": 30.0,
+    "PodWithoutAllocation": 10.0,
+}
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -100,6 +112,8 @@ class View(msgspec.Struct, frozen=True):
     #: Names of the Nodes that there are.
     nodes: frozenset[str] | None = None
     local: Local | None = None
+    #: Read before the blocks.
+    pods: tuple[Pod, ...] | None = None
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -122,6 +136,11 @@ class Range(msgspec.Struct, frozen=True):
     def size(self) -> int:
         return self.last - self.first + 1
 
+    @property
+    def text(self) -> str:
+        """Its first address."""
+        return str(IPv4Address(self.first) if self.version == 4 else IPv6Address(self.first))
+
     def first_ones(self, count: int) -> Range:
         """Its first addresses, ``count`` at most."""
         return Range(self.version, self.first, min(self.last, self.first + count - 1))
@@ -139,6 +158,25 @@ class Place(msgspec.Struct, frozen=True):
     @property
     def node(self) -> str:
         return self.block.spec.node
+
+
+class Finder:
+    """Which blocks an address is in."""
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self._index: dict[tuple[int, int, int], list[Place]] = {}
+        self._shifts: Mapping[int, set[int]] = {4: set(), 6: set()}
+        for place in places:
+            shift = place.range.size.bit_length() - 1
+            self._shifts[place.range.version].add(shift)
+            self._index.setdefault((place.range.version, shift, place.range.first >> shift), []).append(place)
+
+    def all(self, at: Range) -> list[Place]:
+        return [
+            place
+            for shift in sorted(self._shifts[at.version])
+            for place in self._index.get((at.version, shift, at.first >> shift), ())
+        ]
 
 
 @lru_cache(maxsize=1 << 18)  # each rule asks again, and a cluster has many

@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from ctl.check import findings
+from ctl.check_pods import is_told_of
 from ctl.failures import Usage
 from ctl.finding import PATIENCE, SETTLE, Finding, Local, View, attachment_of
 from ctl.report import VERSION, Report
@@ -19,7 +20,7 @@ from ipam.model import Attachment
 from store.base import Store
 from store.clock import Clock
 from store.errors import StoreError
-from store.model import IPAMBlock, IPPool, IPReservation, Node, R, Writer
+from store.model import IPAMBlock, IPPool, IPReservation, Node, Pod, R, Writer
 
 #: Seconds for one list of one kind: a cluster of 5,000 nodes takes some.
 LIMIT: Final = 60.0
@@ -77,6 +78,11 @@ async def check(store: Store, clock: Clock, *, nodes: Sequence[str] = (), here: 
 async def _look(store: Store, clock: Clock, here: Here | None) -> _Look:
     looked: list[str] = []
     unseen: list[str] = []
+    # First: an address is handed out before its pod tells of it.
+    pods = await _list(store, Pod, looked, unseen)
+    if not is_told_of(pods or ()):
+        looked.clear()  # no kubelet tells of pods here: there is nothing to compare
+        pods = None
     blocks = await _list(store, IPAMBlock, looked, unseen)
     if blocks is None:
         return _Look(None, (), (*unseen, "nothing else was looked at, as all of it is about blocks"))
@@ -86,7 +92,7 @@ async def _look(store: Store, clock: Clock, here: Here | None) -> _Look:
     nodes = await _list(store, Node, looked, unseen)
     local = _read_local(here, blocks, looked, unseen) if here else None
     names = None if nodes is None else frozenset(n.name for n in nodes)
-    view = View(clock.now(), blocks, pools, reservations, names, local)
+    view = View(clock.now(), blocks, pools, reservations, names, local, pods)
     return _Look(view, tuple(looked), tuple(unseen))
 
 

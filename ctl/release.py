@@ -36,8 +36,10 @@ from store.model import (
 
 #: Seconds that we wait for an owner's answer; it may carry the release out later.
 ANSWER: Final = 5.0
-#: The kinds of findings that are leaks: what holds the address, or owns the block, is gone.
-LEAKED_ADDRESS: Final = "AllocationWithoutRoute"
+#: The kinds of findings that are leaks: what holds the address, or owns the block, is gone. The first is found, and
+#: found again, on the node itself only.
+LEAKED_HERE: Final = "AllocationWithoutRoute"
+LEAKED_ADDRESSES: Final = (LEAKED_HERE, "PodGone")
 LEAKED_BLOCK: Final = "BlockOfNoNode"
 
 
@@ -103,7 +105,7 @@ async def release_blocks(store: Store, cidrs: Sequence[str], *, yes: bool, force
 async def release_report(store: Store, clock: Clock, report: Report, *, here: look.Here | None, yes: bool) -> int:
     """Releases the leaks of a report: those that a check finds now, exactly as they stand there, after asking. What is
     no longer so is said on stderr, and makes the exit code 1; what is no leak is left to people."""
-    leaks = [f for f in report.findings if f.kind in (LEAKED_ADDRESS, LEAKED_BLOCK)]
+    leaks = [f for f in report.findings if f.kind in (*LEAKED_ADDRESSES, LEAKED_BLOCK)]
     if len(leaks) < len(report.findings):
         click.echo(f"{len(report.findings) - len(leaks)} of {len(report.findings)} findings are no leaks: left alone")
     if not leaks:
@@ -119,12 +121,13 @@ async def release_report(store: Store, clock: Clock, report: Report, *, here: lo
     for leak in leaks:
         block = blocks.get(leak.object)
         found = _find(leak.address, [block] if block else [])
-        if leak not in now.findings or block is None or (leak.kind == LEAKED_ADDRESS and found is None):
+        if leak not in now.findings or block is None or (leak.kind in LEAKED_ADDRESSES and found is None):
             click.echo(f"underlayctl: {leak.address}: {_not_again(leak, report, here)}", err=True)
             code = REFUSED
         elif found is not None:
-            held.append(found)
-            click.echo(f"{found.address} of {holder(found.allocation)} on {block.spec.node}: neither link nor route")
+            if found not in held:  # both kinds may have found it
+                held.append(found)
+            click.echo(f"{found.address} on {block.spec.node}: {leak.what}")
         else:
             dead.append(block)
             click.echo(_consequence(block, alive=False))
@@ -310,7 +313,7 @@ def _confirm(number: int, *, yes: bool) -> None:
 
 
 def _not_again(leak: Finding, report: Report, here: look.Here | None) -> str:
-    if leak.kind == LEAKED_ADDRESS and here is None:
+    if leak.kind == LEAKED_HERE and here is None:
         return f"only {report.local} itself can look again: run this there, with --run as for the check"
     return f"{leak.kind} is no longer so, as the report has it: check again"
 

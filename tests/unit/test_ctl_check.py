@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ctl import look
@@ -42,6 +42,10 @@ from store.model import (
     IPReservationSpec,
     Meta,
     Node,
+    Pod,
+    PodIP,
+    PodSpec,
+    PodStatus,
     Resource,
     Writer,
     block_name,
@@ -61,18 +65,24 @@ RESERVED = ("10.244.0.0/29", "10.244.2.9", "fd00:10:244::/125")
 
 @st.composite
 def views(draw: st.DrawFn) -> View:
-    """Some nodes with a block or several, pods with an address of each family, and one node that is asked itself."""
+    """Some nodes with a block or several, pods with an address of each family, pods that are no fault (``harmless``),
+    and one node that is asked itself."""
     names = [f"node-{i}" for i in range(1, draw(st.integers(2, 4)) + 1)]
     blocks: list[IPAMBlock] = []
     numbers = iter(range(100))
+    pods: list[Pod] = []
     for name in names:
         cidrs = {family: [_cidr(family, next(numbers)) for _ in range(draw(st.integers(1, 2)))] for family in (4, 6)}
         held: dict[str, list[Allocation]] = {c: [] for family in (4, 6) for c in cidrs[family]}
         for pod in range(draw(st.integers(1, 5))):
             who = Attachment("underlay", f"{name}-c{pod}", "eth0")
+            addresses = []
             for family in (4, 6):
                 cidr = draw(st.sampled_from(cidrs[family]))
-                held[cidr].append(allocation(str(ip_network(cidr)[16 + pod]), who, f"default/p{pod}"))
+                addresses.append(str(ip_network(cidr)[16 + pod]))
+                held[cidr].append(allocation(addresses[-1], who, f"default/{name}-p{pod}"))
+            told = draw(st.sampled_from((addresses, addresses[:1], [])))
+            pods.append(a_pod(f"{name}-p{pod}", name, *told, phase="Running" if told else "Pending"))
         blocks += [made(cidr, name, held[cidr]) for cidr in held]
     return View(
         now=NOW,
@@ -84,6 +94,32 @@ def views(draw: st.DrawFn) -> View:
         reservations=(IPReservation(metadata=Meta(name="routers"), spec=IPReservationSpec(reserved_cidrs=RESERVED)),),
         nodes=frozenset(names),
         local=local_of("node-1", blocks),
+        pods=(*pods, *harmless(pods[0])),
+    )
+
+
+def a_pod(name: str, node: str, *addresses: str, phase: str = "Running", host: bool = False, **meta: Any) -> Pod:
+    """``addresses`` as kubelet tells them."""
+    return Pod(
+        metadata=Meta(name=name, namespace="default", **meta),
+        spec=PodSpec(node_name=node, host_network=host),
+        status=PodStatus(
+            phase=phase, pod_ip=addresses[0] if addresses else "", pod_ips=tuple(PodIP(ip=a) for a in addresses)
+        ),
+    )
+
+
+def harmless(other: Pod) -> tuple[Pod, ...]:
+    """Pods without allocation that need none, though some have another's address, or one of a pool."""
+    taken = other.status.pod_ip or "10.244.0.20"
+    return (
+        a_pod("agent", "node-1", "10.0.0.1", host=True),
+        a_pod("proxy", "node-1", "10.0.0.1", host=True),
+        a_pod("job", "node-2", taken, phase="Succeeded"),
+        a_pod("evicted", "node-2", taken, phase="Failed"),
+        a_pod("leaving", "node-2", taken, deletion_timestamp=EARLIER),
+        a_pod("waiting", "", phase="Pending"),
+        a_pod("of-another-plugin", "node-1", "172.16.0.9"),
     )
 
 
@@ -131,7 +167,7 @@ def test_a_view_without_fault_is_clean(view: View) -> None:
 
 @given(views())
 def test_what_could_not_be_read_makes_no_finding(view: View) -> None:
-    for part in ("pools", "reservations", "nodes", "local"):
+    for part in ("pools", "reservations", "nodes", "local", "pods"):
         assert findings(changed(view, **{part: None})) == ()
 
 
@@ -435,13 +471,98 @@ def _in_use_here_in_a_block_of_another(view: View, data: st.DataObject) -> View:
     return relocal(view, leases=leases, routes=view.local.routes | {address})
 
 
+def repod(view: View, key: str, **parts: Any) -> View:
+    """``parts`` of the pod; None for one that is gone."""
+    assert view.pods
+    left = tuple(p for p in view.pods if p.key != key)
+    pod = next(p for p in view.pods if p.key == key)
+    return changed(view, pods=(*left, changed(pod, **parts)) if parts else left)
+
+
+def a_held(view: View, data: st.DataObject, *, told: bool = False) -> tuple[IPAMBlock, Allocation]:
+    """An allocation; with ``told`` one whose pod has its address by kubelet's word."""
+    known = {ip.ip for p in view.pods or () if p.status.phase == "Running" for ip in p.status.pod_ips}
+    all_of_them = [(b, a) for b in view.blocks for a in b.status.allocations if not told or a.address in known]
+    assume(all_of_them)
+    return data.draw(st.sampled_from(all_of_them))
+
+
+@fault("PodGone")
+def _a_pod_that_is_not_there(view: View, data: st.DataObject) -> View:
+    _, held = a_held(view, data)
+    return only(repod(view, held.pod), held)
+
+
+@fault("PodGone")
+def _a_pod_that_has_finished(view: View, data: st.DataObject) -> View:
+    _, held = a_held(view, data)
+    phase = data.draw(st.sampled_from(("Succeeded", "Failed")))
+    return only(repod(view, held.pod, status=PodStatus(phase=phase)), held)
+
+
+@fault("PodGone")
+def _a_pod_that_runs_elsewhere(view: View, data: st.DataObject) -> View:
+    _, held = a_held(view, data)
+    node = data.draw(st.sampled_from(("node-8", "")))
+    return only(repod(view, held.pod, spec=PodSpec(node_name=node), status=PodStatus(phase="Pending")), held)
+
+
+def only(view: View, held: Allocation) -> View:
+    """Of this pod nothing else is handed out, so that there is one finding."""
+    for block in view.blocks:
+        left = [a for a in block.status.allocations if a.pod != held.pod or a == held]
+        if len(left) < len(block.status.allocations):
+            view = holding(view, block, *left)
+    own = [a for b in view.blocks if b.spec.node == "node-1" for a in b.status.allocations]
+    return changed(view, local=local_of("node-1", list(view.blocks))) if own else changed(view, local=None)
+
+
+@fault("PodAddressDiffers")
+def _an_address_of_an_older_sandbox(view: View, data: st.DataObject) -> View:
+    """The new sandbox has its own."""
+    block, held = a_held(view, data, told=True)
+    older = changed(held, container="older", address=str(ip_network(block.spec.cidr)[40]))
+    view = holding(view, block, *block.status.allocations, older)
+    return changed(view, local=local_of("node-1", list(view.blocks)))
+
+
+@fault("PodWithoutAllocation")
+def _a_pod_whose_address_is_free(view: View, data: st.DataObject) -> View:
+    block = a_block(view, data)
+    return more_pods(view, a_pod("new", block.spec.node, str(ip_network(block.spec.cidr)[50])))
+
+
+@fault("PodWithoutAllocation")
+def _a_pod_whose_address_is_in_no_block(view: View, data: st.DataObject) -> View:
+    return more_pods(view, a_pod("new", "node-2", data.draw(st.sampled_from(("10.244.250.1", "fd00:10:244:9::1")))))
+
+
+@fault("PodsShareAddress")
+def _two_pods_with_one_address(view: View, data: st.DataObject) -> View:
+    _, held = a_held(view, data, told=True)
+    return more_pods(view, a_pod("twin", data.draw(st.sampled_from(("node-1", "node-2"))), held.address))
+
+
+OF_PODS = {"PodGone", "PodAddressDiffers", "PodWithoutAllocation", "PodsShareAddress"}
+
+
+def more_pods(view: View, *pods: Pod) -> View:
+    return changed(view, pods=(*(view.pods or ()), *pods))
+
+
 @pytest.mark.parametrize("name", FAULTS)
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_each_fault_gives_exactly_its_finding(name: str, data: st.DataObject) -> None:
+    kind = name.partition(":")[0]
     view = FAULTS[name](data.draw(views()), data)
+    # What a wrong block does to pods is said of these too.
+    others = [f.kind for f in findings(view) if f.kind != kind]
+    assert set(others) <= (set() if kind in OF_PODS else {"PodWithoutAllocation"})
+    if others:
+        view = changed(view, pods=None)
     (found,) = findings(view)
-    assert found.kind == name.partition(":")[0], found
+    assert found.kind == kind, found
     assert all((found.object, found.what, found.remedy))
     assert found == findings(view)[0]  # the words stay, as a report is compared with what is found later
 
@@ -538,6 +659,41 @@ def test_overlapping_blocks_are_paired_with_the_nearest_around() -> None:
     assert next(f for f in found if f.address == "10.244.0.64/28").nodes == ("node-2", "node-1")
 
 
+@given(views(), st.data())
+def test_where_no_kubelet_tells_of_pods_an_allocation_needs_none(view: View, data: st.DataObject) -> None:
+    assert view.pods
+    waiting = [changed(p, status=PodStatus(phase="Pending")) for p in view.pods]
+    left = data.draw(st.sampled_from(((), tuple(waiting[:1]), tuple(waiting))))
+    assert findings(changed(view, pods=left)) == ()
+
+
+def test_what_a_node_that_is_gone_handed_out_is_said_of_its_block_alone() -> None:
+    block = made("10.244.0.0/26", "node-9", [allocation("10.244.0.9", STRANGER, "default/gone")])
+    view = View(NOW, (block,), nodes=frozenset({"node-1"}), pods=(a_pod("p", "node-1", "192.0.2.1"),))
+    assert [f.kind for f in findings(view)] == ["BlockOfNoNode"]
+    assert [f.kind for f in findings(changed(view, nodes=None))] == ["PodGone"]
+
+
+def test_an_attachment_of_a_further_network_is_no_address_of_its_pod() -> None:
+    further = Attachment("storage", "c1", "net1")
+    block = made("10.244.64.0/26", "node-1", [allocation("10.244.64.9", further, "default/p")])
+    pods = (a_pod("p", "node-1", "192.0.2.1"),)
+    assert findings(View(NOW, (block,), pods=pods)) == ()
+    primary = changed(block.status.allocations[0], interface="eth0")
+    found = findings(View(NOW, (changed(block, status=changed(block.status, allocations=(primary,))),), pods=pods))
+    assert [f.kind for f in found] == ["PodAddressDiffers"]
+
+
+def test_what_the_journal_has_is_only_behind_in_the_store() -> None:
+    pools = (IPPool(metadata=Meta(name="pods-v4"), spec=IPPoolSpec(cidr="10.244.0.0/16")),)
+    local = Local("node-1", Writer(boot_id=BOOT, start=3), {"10.244.64.9": STRANGER})
+    block = made("10.244.64.0/26", "node-1", [])
+    pods = (a_pod("p", "node-1", "10.244.64.9"), a_pod("q", "node-2", "10.244.65.9"))
+    silent = changed(made("10.244.65.0/26", "node-2", []), status=IPAMBlockStatus())
+    kinds = {f.kind for f in findings(View(NOW, (block, silent), pools, local=local, pods=pods))}
+    assert kinds == {"MirrorBehind", "NotMirrored"}
+
+
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(24, 32)), max_size=12), st.integers(0, 255))
 def test_free_is_counted_with_any_reservations(cuts: list[tuple[int, int]], offset: int) -> None:
     """Against counting address by address."""
@@ -561,7 +717,7 @@ S = TypeVar("S", bound=MemoryStore)
 
 async def filled(store: S, *objects: Resource) -> S:
     for obj in objects:
-        created = await store.create(changed(obj, metadata=Meta(name=obj.name)))
+        created = await store.create(changed(obj, metadata=Meta(name=obj.name, namespace=obj.metadata.namespace)))
         if hasattr(obj, "status"):
             await store.update_status(changed(created, status=obj.status))
     return store
@@ -618,6 +774,62 @@ def test_a_release_that_comes_to_its_end_is_waited_for() -> None:
     assert asyncio.run(asyncio.wait_for(run(), 5)).findings == ()
 
 
+class Busy(MemoryStore):
+    """Between the list of pods and that of blocks, in every look, a pod goes with its address and another comes."""
+
+    def busy_with(self, block: IPAMBlock) -> None:
+        self.looks = 0
+        self.block = block
+
+    async def list(self, kind: type[Any], **where: Any) -> Listing[Any]:
+        if kind is IPAMBlock:
+            self.looks += 1
+            await self.swap(self.looks)
+        return await super().list(kind, **where)
+
+    async def swap(self, number: int) -> None:
+        if number:
+            await self.delete(Pod, f"default/p{number - 1}")
+        address = f"10.244.64.{number + 1}"
+        pod = a_pod(f"p{number}", "node-1", address)
+        await self.update_status(changed(await self.create(pod), status=pod.status))
+        held = [allocation(address, Attachment("underlay", f"c{number}", "eth0"), f"default/p{number}")]
+        current = await self.get(IPAMBlock, self.block.name)
+        await self.update_status(changed(current, status=made(self.block.spec.cidr, "node-1", held).status))
+
+
+def test_pods_that_come_and_go_while_we_look_are_no_finding_and_a_leak_among_them_is() -> None:
+    async def run(*more: IPAMBlock) -> tuple[Report, int]:
+        clock = FakeClock()
+        block = made("10.244.64.0/26", "node-1", [])
+        store = await filled(Busy(clock), POOL, NODE, block, *more)
+        store.busy_with(block)
+        await store.swap(0)
+        running = asyncio.create_task(check(store, clock))
+        await settle()
+        assert not running.done(), "p0 was seen, and its address was given back meanwhile"
+        await clock.advance(PATIENCE["PodGone"])
+        return await running, store.looks
+
+    report, looks = asyncio.run(asyncio.wait_for(run(), 5))
+    assert (report.findings, report.unseen, looks) == ((), (), 2)
+    assert report.looked[0] == "1 pods"
+    leak = made("10.244.65.0/26", "node-1", [allocation("10.244.65.9", STRANGER, "default/gone")])
+    report, _ = asyncio.run(asyncio.wait_for(run(leak), 5))
+    assert [(f.kind, f.address) for f in report.findings] == [("PodGone", "10.244.65.9")]
+
+
+def test_a_store_without_pods_is_clean_and_nothing_is_unseen() -> None:
+    async def run() -> Report:
+        clock = FakeClock()
+        held = [allocation("10.244.64.9", STRANGER, "default/of-a-lab")]
+        return await check(await filled(MemoryStore(clock), POOL, NODE, made("10.244.64.0/26", "node-1", held)), clock)
+
+    report = asyncio.run(asyncio.wait_for(run(), 5))
+    assert (report.findings, report.unseen) == ((), ())
+    assert not any("pods" in what for what in report.looked)
+
+
 class Blind(MemoryStore):
     """Refuses to list some kinds, as the API server does where a right is missing."""
 
@@ -633,6 +845,7 @@ class Blind(MemoryStore):
     ("hidden", "unseen"),
     [
         ((Node,), ("nodes: nodes is forbidden",)),
+        ((Pod, Node), ("pods: pods is forbidden", "nodes: nodes is forbidden")),
         ((IPPool, IPReservation), ("ippools: ippools is forbidden", "ipreservations: ipreservations is forbidden")),
         ((IPAMBlock,), ("ipamblocks: ipamblocks is forbidden", "nothing else was looked at")),
     ],
@@ -666,7 +879,7 @@ def test_a_store_that_goes_away_between_two_looks_is_said() -> None:
 
     report = asyncio.run(asyncio.wait_for(run(), 5))
     assert report.findings == ()
-    assert report.unseen[0] == "ipamblocks: gone fishing"
+    assert report.unseen[:2] == ("pods: gone fishing", "ipamblocks: gone fishing")
 
 
 def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -677,7 +890,7 @@ def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(look, "LIMIT", 0.01)
     report = asyncio.run(check(Silent(SystemClock()), SystemClock()))
-    assert report.unseen[0] == "ipamblocks: no answer within 0.01 s"
+    assert report.unseen[:2] == ("pods: no answer within 0.01 s", "ipamblocks: no answer within 0.01 s")
 
 
 def test_a_node_that_nobody_knows_is_a_slip_of_the_pen() -> None:

@@ -14,7 +14,7 @@ import pytest
 from ctl import look, release, report
 from ctl.check import findings
 from ctl.failures import Failure, Usage
-from ctl.finding import Finding, Local, View
+from ctl.finding import KINDS, Finding, Local, View
 from ipam.journal import Journal, Opened, Taken
 from ipam.model import Attachment
 from store.base import Store, mutate
@@ -30,6 +30,9 @@ from store.model import (
     IPPool,
     Meta,
     Node,
+    Pod,
+    PodSpec,
+    PodStatus,
     Resource,
     Writer,
     release_wanted,
@@ -379,6 +382,31 @@ def leaking(monkeypatch: pytest.MonkeyPatch, *alive: str) -> None:
     monkeypatch.setattr(look, "_read_kernel", lambda history, said: (frozenset(alive), linked))
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_an_address_whose_pod_is_gone_is_released_from_anywhere(
+    back: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(look, "PATIENCE", {})
+
+    async def pod(store: MemoryStore, name: str) -> None:
+        made = await store.create(Pod(metadata=Meta(name=name, namespace="default"), spec=PodSpec(node_name="node-1")))
+        await store.update_status(msgspec.structs.replace(made, status=PodStatus(phase="Running")))
+
+    async def work(store: MemoryStore) -> int:
+        await pod(store, "p1")
+        before = await found_now(store)
+        assert [(f.kind, f.address) for f in before.findings] == [("PodGone", "10.244.0.1")]
+        if back:
+            await pod(store, "p0")
+        return await release.release_report(store, SystemClock(), before, here=None, yes=True)
+
+    there = annotated("", "10.244.0.1", "10.244.0.2")
+    assert on_store(work, pool(), NODE, there, owner=obedient) == int(back)
+    captured = capsys.readouterr()
+    assert ("10.244.0.1 released" in captured.out) is not back
+    assert ("PodGone is no longer so" in captured.err) is back
+
+
 def test_a_reports_leaked_addresses_are_released_if_they_leak_still(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -398,7 +426,7 @@ def test_a_reports_leaked_addresses_are_released_if_they_leak_still(
     assert on_store(work, pool(), NODE, there, owner=obedient) == 1
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
-        "10.244.0.1 of pod default/p0 (underlay/c0/eth0) on node-1: neither link nor route",
+        "10.244.0.1 on node-1: pod default/p0 (underlay/c0/eth0) has it, and there is neither a link nor a route",
         "10.244.0.1 released",
     ]
     assert captured.err.splitlines() == [
@@ -431,7 +459,8 @@ def test_the_kinds_that_are_leaks_are_kinds() -> None:
     orphan = findings(View("2026-11-24T12:00:00Z", (dead,), nodes=frozenset()))
     assert release.LEAKED_BLOCK in [f.kind for f in orphan]
     local = Local("node-9", Writer(boot_id="b" * 36, start=2), {}, frozenset(), frozenset())
-    assert release.LEAKED_ADDRESS in [f.kind for f in findings(View("", (dead,), local=local))]
+    assert release.LEAKED_HERE in [f.kind for f in findings(View("", (dead,), local=local))]
+    assert set(release.LEAKED_ADDRESSES) <= set(KINDS)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
