@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from cni import netns
 from lab.kube.audit import POLICY, AuditLog
 from lab.kube.build import Programs
@@ -118,6 +120,18 @@ class Cluster:
         space, _, name = _ORPHAN.rpartition("/")
         self.request("POST", space, {"metadata": {"name": name, "ownerReferences": [owner]}})
         self.wait_for("kube-controller-manager", self._controllers_are_at_work)
+
+    @contextmanager
+    def more_controllers(self, controllers: Sequence[str], *flags: str) -> Iterator[None]:
+        """A second controller-manager beside the first, which runs these."""
+        ports = msgspec.structs.replace(self._plane.ports, controllers=next(_ports))
+        plane = msgspec.structs.replace(self._plane, ports=ports)
+        name = "more-controllers"
+        self._spawn(name, *plane.controller_manager(controllers), *flags)
+        try:
+            yield
+        finally:
+            self.kill(name)
 
     def kill(self, name: str) -> None:
         """SIGKILL to ``etcd``, ``kube-apiserver`` or ``kube-controller-manager``: on SIGTERM an API server with an open
