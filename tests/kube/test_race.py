@@ -146,8 +146,10 @@ class Runner:
         if not self.store.dead:
             self.deaths["any moment"] += 1
         self.store.dead = True
-        assert self.rig._running is not None
-        tasks = (*self._calls, self.rig._running)
+        running = self.rig._running
+        if running is None:
+            return  # between two lives
+        tasks = (*self._calls, running)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
