@@ -24,7 +24,7 @@ from cni.marks import LINK_MAC
 from cni.netlink import Netlink, NetlinkError
 from cni.reaper import ReaperError
 from cni.spec import Call, Refusal
-from ipam.errors import Deleted, IPAMError, JournalError, WrongPool
+from ipam.errors import Deleted, Exhausted, IPAMError, JournalError, WrongPool
 from ipam.model import Attachment, Lease, Request
 from ipam.node import NodeIPAM
 from store.base import Store
@@ -201,7 +201,11 @@ class Verbs:
         request = Request(attachment, pod=call.pod, pod_uid=call.pod_uid)
         if known or self._choose is None:
             return await self._ipam.take(request)
-        choice = await self._choose(call)
+        try:
+            choice = await self._choose(call)
+        except Refusal as e:
+            self._ipam.tell_no_address(request, e)
+            raise
         request = msgspec.structs.replace(request, pools=choice.pools, addresses=choice.addresses)
         try:
             self._ipam.check_family(choice.pools4, 4)
@@ -210,7 +214,10 @@ class Verbs:
         except IPAMError as e:
             if not choice.said:
                 raise
-            raise type(e)(f"pod {call.pod}: {choice.said}: {e}") from e
+            refused = type(e)(f"pod {call.pod}: {choice.said}: {e}")
+            if isinstance(e, WrongPool | Exhausted):
+                self._ipam.tell_no_address(request, refused)
+            raise refused from e
 
     def _want(self, call: Call, lease: Lease) -> podnet.Wiring:
         mtu = call.config.mtu or self._uplink_mtu()

@@ -171,9 +171,13 @@ class NodeIPAM:
             outcome = self._take_now(request)
             return outcome if isinstance(outcome, Lease) else await self._wait_and_take(request, outcome)
         except (Exhausted, NotReady, WrongPool) as e:
-            if request.pod:
-                self._tell(News("NoAddress", "HandOut", str(e), request.pod, request.pod_uid))
+            self.tell_no_address(request, e)
             raise
+
+    def tell_no_address(self, request: Request, why: Exception) -> None:
+        """Tells the pod why it gets no address, as ``take`` does: for who refuses it before that, or knows more."""
+        if request.pod:
+            self._tell(News("NoAddress", "HandOut", str(why), request.pod, request.pod_uid))
 
     def bind(self, attachment: Attachment, index: int) -> Lease:
         """Notes the host veth's index, after the link exists. Deleted if the attachment has no lease. JournalError."""

@@ -13,7 +13,7 @@ import pytest
 from ipam.model import CONDITIONS
 from lab.net import Net
 from store.clock import SystemClock
-from store.model import IPReservation, IPReservationSpec, KubeEvent, Meta, ObjectReference
+from store.model import IPReservation, IPReservationSpec, KubeEvent, Meta, Namespace, ObjectReference
 from store.open import open_store
 from tests.conftest import eventually
 from tests.netns.plugin import NODE, POOL4, POOL6, Answer, Plugin
@@ -100,6 +100,31 @@ def test_a_pod_that_gets_no_address_hears_why_and_so_does_its_node(node: Plugin)
     assert (said["PoolExhausted"].type, said["PoolExhausted"].reporting_instance) == ("Warning", NODE)
     assert scrape(node)['underlay_ipam_condition{type="PoolExhausted"}'] == 1
     assert scrape(node)["underlay_events_written_total"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ('["none"]', "annotation underlay.network/ipv4pools of pod shop/web-0: "),
+        ("none", "write a JSON list of texts"),
+        ('["pool-1"]', "annotation underlay.network/ipv4pools of pod shop/web-0: "),
+    ],
+)
+def test_a_pod_that_chooses_what_it_cannot_have_hears_which_annotation_says_so(
+    net: Net, tmp_path: Path, shim_c: Path, monkeypatch: pytest.MonkeyPatch, wish: str, words: str
+) -> None:
+    monkeypatch.setenv("UNDERLAY_PODS_MAY_CHOOSE", "yes")
+    plugin = Plugin(net, tmp_path, shim_c)
+    net.add("pod-1")
+    plugin.create(Namespace(metadata=Meta(name="shop")))
+    plugin.start()
+    annotations = {"io.kubernetes.cri.pod-annotations": {"underlay.network/ipv4pools": wish}}
+    pod = "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0;K8S_POD_UID=u-7"
+    refused = plugin.call("ADD", "c1", "pod-1", conf=plugin.conf(runtimeConfig=annotations), CNI_ARGS=pod)
+    assert refused.json["code"] == 7
+    (said,) = eventually(lambda: events(plugin).values())
+    assert (said.reason, said.type) == ("NoAddress", "Warning")
+    assert words in said.note
 
 
 def test_the_socket_goes_with_the_server_and_a_killed_ones_is_taken_over(node: Plugin) -> None:
