@@ -1,6 +1,8 @@
 """underlay-cni with ipam's times shortened, which ends itself by SIGKILL when it first passes a step.
 
 faulty_cni.py STEP|none FLAGS...
+
+While the file that UNDERLAY_TEST_INTERRUPTED names is there, every dump of the kernel says that it was interrupted.
 """
 
 from __future__ import annotations
@@ -8,15 +10,31 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from cni import daemon
+from cni import daemon, netlink
 from ipam.model import Settings
 
 FAST = Settings(sweep=0.2, unwired=0.4, rest=1.0, blackhole_limit=0.3, batch=0.05)
 
 
+def interrupt(flag: Path) -> None:
+    """Adds to every end of a dump what the kernel says there when its tables changed meanwhile."""
+    receive = netlink.Netlink._receive
+
+    def interrupted(self: netlink.Netlink) -> Iterator[tuple[int, int, bytes, int]]:
+        for kind, sequence, body, flags in receive(self):
+            more = netlink.NLM_F_DUMP_INTR if kind == netlink._DONE and flag.exists() else 0
+            yield kind, sequence, body, flags | more
+
+    netlink.Netlink._receive = interrupted  # type: ignore[method-assign]
+
+
 def main() -> None:
     fatal = sys.argv[1]
+    if flag := os.environ.get("UNDERLAY_TEST_INTERRUPTED"):
+        interrupt(Path(flag))
 
     def step(name: str) -> None:
         if name == fatal:

@@ -54,6 +54,8 @@ class Plugin:
         self.store = self.people = f"sqlite:{folder / 'store.db'}"
         (folder / "boot_id").write_text("boot-1\n")
         self.log = folder / "cni.log"
+        #: While it is there, every dump that the server asks for is interrupted.
+        self.interrupted = folder / "interrupted"
         self.program = ROOT / "tests/netns/faulty_cni.py"
         net.add(NODE)
         for i, cidr in enumerate(pools):
@@ -61,11 +63,11 @@ class Plugin:
 
     # -- the server ------------------------------------------------------------------------------------------------
 
-    def spawn(self, step: str = "none") -> subprocess.Popen[bytes]:
+    def spawn(self, step: str = "none", *, where: str = NODE) -> subprocess.Popen[bytes]:
         flags = ["--node", NODE, "--store", self.store, "--run", self.run, "--boot-id", self.folder / "boot_id"]
         program = [sys.executable, self.program, step, *flags]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return self.net.spawn(NODE, [str(a) for a in program], log=self.log, cwd=ROOT, env=env)
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "UNDERLAY_TEST_INTERRUPTED": str(self.interrupted)}
+        return self.net.spawn(where, [str(a) for a in program], log=self.log, cwd=ROOT, env=env)
 
     def start(self, step: str = "none") -> subprocess.Popen[bytes]:
         """Returns when it serves and hands out."""

@@ -125,6 +125,12 @@ def test_an_interrupted_dump_is_repeated_and_never_used(inside: Netlink) -> None
     assert caught.value.number == errno.EINTR
 
 
+@pytest.mark.parametrize("ask", ["links", "pod_routes", "blackholes"])
+def test_a_view_that_was_interrupted_is_none(inside: Netlink, ask: str) -> None:
+    with Interrupted(1000) as netlink, pytest.raises(KernelUnavailable, match="interrupted"):
+        getattr(NetlinkView(netlink), ask)()
+
+
 def test_the_kernel_view(inside: Netlink) -> None:
     view = NetlinkView(inside)
     assert view.netns() == Path("/proc/thread-self/ns/net").stat().st_ino
