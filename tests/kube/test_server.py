@@ -154,6 +154,38 @@ def test_with_the_api_server_away_every_free_address_is_handed_out_and_then_told
     assert times[1] < 2 * times[0] + 50
 
 
+def test_journal_mirror_and_api_server_lost_at_once_leave_what_lives_alone(node: Real) -> None:
+    """The journal is deleted, the mirror is behind by half of the pods, and the API server is away at the start."""
+    pods = [node.add()[0] for _ in range(4)]
+    eventually(lambda: len(node.allocated()) == 8)
+    node.cluster.kill(API)
+    pods += [node.add()[0] for _ in range(4)]
+    living = node.routes()
+    assert len(living) == 16
+    node.server.kill()
+    node.server.wait()
+    next(node.run.glob("journal-*")).unlink()
+    node.server = node.spawn()
+    eventually(node.answers)
+    _, refused, _ = node.add()
+    assert (refused.code, refused.json["code"]) == (1, 11)
+
+    node.cluster.start_apiserver()
+    eventually(lambda: node.call("STATUS", conf=node.conf("1.1.0")).code == 0, limit=30)
+    given: set[str] = set()
+    for _ in range(ADDRESSES):
+        given |= addresses(node.add()[1])
+    assert not given & living
+    assert node.routes() == given | living
+    eventually(lambda: node.allocated() == given | living, limit=30)
+    # Each pod that was forgotten has its own addresses when the runtime asks again, and can be deleted.
+    for name in pods:
+        assert addresses(node.call("ADD", name, name)) < living
+        node.delete(name)
+    eventually(lambda: node.allocated() == given, limit=30)
+    assert node.check() == []
+
+
 def test_an_api_server_that_is_killed_under_way_is_not_noticed_by_pods(node: Real) -> None:
     pods: dict[str, set[str]] = {}
     slowest = 0.0
