@@ -337,8 +337,9 @@ class _Reader:
         self, value: Any, key: str, fields: Sequence[str], resource: type[Resource], where: str, path: str
     ) -> None:
         general = re.sub(r"\[\d+\]", "[]", path)
-        if general in LEFT_OUT.get(resource, ()) or general in LEFT_OUT[Resource]:
-            self._note(f"{where}: {path} is left out: it means nothing here")
+        meaningless = LEFT_OUT.get(resource, {}).get(general) or LEFT_OUT[Resource].get(general)
+        if meaningless is not None:
+            self._note(f"{where}: {path} is left out: {meaningless}")
             return
         unserved = UNSERVED.get(resource, {}).get(general) or UNSERVED[Resource].get(general)
         if unserved is None:

@@ -44,19 +44,23 @@ FOREIGN_KINDS: Mapping[str, str] = {
     "Tier": "network policies are not ours: kube-network-policies runs beside Underlay",
 }
 
-#: Fields that say nothing to us whatever they hold; those under ``Resource`` are in every kind.
-LEFT_OUT: Mapping[type[Resource], frozenset[str]] = {
-    Resource: frozenset(
-        {
+_MEANINGLESS = "it means nothing here"
+
+#: Fields that say nothing to us whatever they hold, and why; those under ``Resource`` are in every kind.
+LEFT_OUT: Mapping[type[Resource], Mapping[str, str]] = {
+    Resource: dict.fromkeys(
+        (
             "metadata.managedFields",
             "metadata.selfLink",
             "metadata.deletionGracePeriodSeconds",
             "metadata.ownerReferences[].controller",
-        }
+        ),
+        _MEANINGLESS,
     ),
-    BGPConfiguration: frozenset({"spec.logSeverityScreen"}),
-    Node: frozenset(
-        {
+    IPPool: {"status": "it is what another IPAM says of the pool: see underlayctl ipam show"},
+    BGPConfiguration: {"spec.logSeverityScreen": "how much the daemons log is said to each of them (UNDERLAY_LOG)"},
+    Node: dict.fromkeys(
+        (
             *(f"spec.{f}" for f in ("podCIDR", "providerID", "taints", "configSource", "externalID")),
             *(
                 f"status.{f}"
@@ -76,7 +80,8 @@ LEFT_OUT: Mapping[type[Resource], frozenset[str]] = {
                     "volumesInUse",
                 )
             ),
-        }
+        ),
+        _MEANINGLESS,
     ),
 }
 

@@ -1,0 +1,185 @@
+"""Calico's files: each field of its v3 kinds is served, left out with a line that says why, or refused with one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import msgspec
+import pytest
+
+from store.errors import Invalid
+from store.files import load
+from store.foreign import FOREIGN_KINDS, LEFT_OUT, UNSERVED
+from store.model import BGPConfiguration, BGPPeer, IPAMConfiguration, IPPool, IPReservation, Resource
+
+Verdict = Literal["served", "left out", "refused"]
+
+SERVED: Verdict = "served"
+LEFT: Verdict = "left out"
+REFUSED: Verdict = "refused"
+
+#: What a file of the kind has at least.
+NEEDED: dict[type[Resource], dict[str, Any]] = {
+    IPPool: {"cidr": "10.244.0.0/16"},
+    IPReservation: {},
+    IPAMConfiguration: {},
+    BGPConfiguration: {},
+    BGPPeer: {"peerIP": "10.0.0.1", "asNumber": 65001},
+}
+#: By kind and field, values and what becomes of each. Source: the references of these kinds in Calico's documentation
+#: (v3.32), "nat-outgoing" and "ipip" its API's type IPPoolSpec.
+FIELDS: dict[type[Resource], dict[str, list[tuple[Any, Verdict]]]] = {
+    IPPool: {
+        "cidr": [("10.245.0.0/16", SERVED)],
+        "blockSize": [(28, SERVED), (12, REFUSED)],
+        "nodeSelector": [("rack == 'a'", SERVED), ("rack = a", REFUSED)],
+        "disabled": [(True, SERVED), (False, SERVED)],
+        "disableBGPExport": [(True, SERVED)],
+        "assignmentMode": [("Automatic", SERVED), ("Manual", SERVED), ("Sometimes", REFUSED)],
+        "allowedUses": [(["Workload"], SERVED), (["Workload", "Tunnel"], LEFT), (["LoadBalancer"], REFUSED)],
+        "ipipMode": [("Never", SERVED), ("Always", REFUSED), ("CrossSubnet", REFUSED)],
+        "vxlanMode": [("Never", SERVED), ("Always", REFUSED), ("CrossSubnet", REFUSED)],
+        "natOutgoing": [(False, SERVED), (True, REFUSED)],
+        "namespaceSelector": [("all()", LEFT), ("", LEFT), ("team == 'a'", REFUSED)],
+        "ipip": [({"enabled": False}, LEFT), ({"enabled": True, "mode": "always"}, REFUSED)],
+        "nat-outgoing": [(False, LEFT), (True, REFUSED)],
+    },
+    IPReservation: {"reservedCIDRs": [(["10.244.0.0/28", "10.244.1.1"], SERVED), (["10.244.0.1/28"], REFUSED)]},
+    IPAMConfiguration: {
+        "strictAffinity": [(True, SERVED), (False, REFUSED)],
+        "maxBlocksPerHost": [(4, SERVED), (0, SERVED), (-1, REFUSED)],
+        "autoAllocateBlocks": [(True, LEFT), (False, REFUSED)],
+        "kubeVirtVMAddressPersistence": [("Disabled", LEFT), ("Enabled", REFUSED)],
+    },
+    BGPConfiguration: {
+        "asNumber": [(64513, SERVED), ("64513.1", REFUSED), (0, REFUSED)],
+        "nodeToNodeMeshEnabled": [(False, SERVED), (True, SERVED)],
+        "logSeverityScreen": [("Debug", LEFT)],
+        "serviceClusterIPs": [([], LEFT), ([{"cidr": "10.96.0.0/12"}], REFUSED)],
+        "serviceExternalIPs": [([], LEFT), ([{"cidr": "192.0.2.0/24"}], REFUSED)],
+        "serviceLoadBalancerIPs": [([], LEFT), ([{"cidr": "192.0.2.0/24"}], REFUSED)],
+        "serviceLoadBalancerAggregation": [("Enabled", LEFT), ("Disabled", REFUSED)],
+        "communities": [([], LEFT), ([{"name": "a", "value": "65001:1"}], REFUSED)],
+        "prefixAdvertisements": [([], LEFT), ([{"cidr": "10.244.0.0/16", "communities": ["65001:1"]}], REFUSED)],
+        "listenPort": [(179, LEFT), (1179, REFUSED)],
+        "bindMode": [("NodeIP", LEFT), ("None", LEFT)],
+        "nodeMeshPassword": [({"secretKeyRef": {"name": "a", "key": "b"}}, REFUSED)],
+        "nodeMeshMaxRestartTime": [("120s", LEFT), ("60s", REFUSED)],
+        "ignoredInterfaces": [([], LEFT), (["tunl0"], REFUSED)],
+        "localWorkloadPeeringIPV4": [("", LEFT), ("169.254.0.1", REFUSED)],
+        "localWorkloadPeeringIPV6": [("", LEFT), ("fe80::1", REFUSED)],
+        "programClusterRoutes": [("Enabled", LEFT), ("Disabled", REFUSED)],
+    },
+    BGPPeer: {
+        "peerIP": [("10.0.0.2:1179", SERVED), ("tor", REFUSED)],
+        "asNumber": [(65002, SERVED), ("1.10", REFUSED)],
+        "node": [("node-1", SERVED)],
+        "nodeSelector": [("rack == 'a'", SERVED)],
+        "numAllowedLocalASNumbers": [(1, SERVED), (11, REFUSED)],
+        "maxRestartTime": [("60s", SERVED), ("1d", REFUSED)],
+        "password": [({"secretKeyRef": {"name": "a", "key": "b"}}, REFUSED)],
+        "filters": [([], LEFT), (["deny"], REFUSED)],
+        "peerSelector": [("", LEFT), ("rr == 'a'", REFUSED)],
+        "localWorkloadSelector": [("", LEFT), ("all()", REFUSED)],
+        "keepOriginalNextHop": [(False, LEFT), (True, REFUSED)],
+        "nextHopMode": [("Auto", LEFT), ("Self", LEFT), ("Keep", REFUSED)],
+        "sourceAddress": [("UseNodeIP", LEFT), ("None", REFUSED)],
+        "reachableBy": [("", LEFT), ("10.0.0.254", REFUSED)],
+        "ttlSecurity": [(0, LEFT), (1, REFUSED)],
+        "keepaliveTime": [("30s", REFUSED)],
+        "localASNumber": [(65000, REFUSED)],
+        "reversePeering": [("Auto", LEFT), ("Manual", REFUSED)],
+        "failureDetectionMode": [("None", LEFT), ("BFDIfDirectlyConnected", REFUSED)],
+    },
+}
+EACH = [
+    pytest.param(kind, field, value, verdict, id=f"{kind.kind()} {field} {json.dumps(value)}")
+    for kind, fields in FIELDS.items()
+    for field, cases in fields.items()
+    for value, verdict in cases
+]
+
+
+def read(kind: type[Resource], **spec: Any) -> tuple[Any, list[str], list[tuple[str, str]]]:
+    """The object of such a file (None if it is refused), the notes, and the refusals as (path, remedy)."""
+    wire = {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": kind.kind(),
+        "metadata": {"name": "default"},
+        "spec": {**NEEDED[kind], **spec},
+    }
+    notes: list[str] = []
+    try:
+        (obj,) = load(json.dumps(wire), note=notes.append)
+    except Invalid as e:
+        return None, notes, [(p.field.partition(": ")[2], p.remedy) for p in e.problems]
+    return obj, notes, []
+
+
+@pytest.mark.parametrize(("kind", "field", "value", "verdict"), EACH)
+def test_each_field_of_calico_has_its_line(kind: type[Resource], field: str, value: Any, verdict: Verdict) -> None:
+    obj, notes, refusals = read(kind, **{field: value})
+    if verdict == "served":
+        assert (notes, refusals) == ([], [])
+        assert json.loads(msgspec.json.encode(_value(obj, field))) == value
+    elif verdict == "left out":
+        assert refusals == []
+        (note,) = notes
+        # Which document, which field, and why it may be left out.
+        assert note.startswith(f"document 1 ({kind.kind()} default): spec.{field}")
+        assert len(note.rpartition(": ")[2]) > 10
+    else:
+        assert notes == []
+        assert refusals
+        for path, remedy in refusals:
+            assert path.partition("[")[0] == f"spec.{field}"
+            assert len(remedy) > 10
+            assert "there is no such field" not in remedy
+
+
+def _value(obj: Any, name: str) -> Any:
+    (field,) = (f for f in msgspec.structs.fields(obj.spec) if f.encode_name == name)
+    return getattr(obj.spec, field.name)
+
+
+def test_the_table_has_every_field_that_something_is_said_of_and_no_other() -> None:
+    for kind, fields in FIELDS.items():
+        said = {f"spec.{name}" for name in fields}
+        spec = next(f.type for f in msgspec.structs.fields(kind) if f.name == "spec")
+        served = {f"spec.{f.encode_name}" for f in msgspec.structs.fields(spec)}
+        foreign = {p for p in (*LEFT_OUT.get(kind, ()), *UNSERVED.get(kind, ())) if p.startswith("spec.")}
+        assert said <= served | foreign
+        assert foreign <= said
+        ours = {"usePodCIDRs", "importCIDRs", "holdTime", "maxPrefixes", "defaultRoute"}
+        assert served <= said | {f"spec.{name}" for name in ours}, "a new field: Calico's, or ours?"
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_field_that_nobody_knows_is_refused_never_dropped(kind: type[Resource]) -> None:
+    obj, _, refusals = read(kind, brandNew=1)
+    assert obj is None
+    assert [(path, "there is no such field" in remedy) for path, remedy in refusals] == [("spec.brandNew", True)]
+
+
+def test_what_calico_says_of_a_pool_is_left_out() -> None:
+    notes: list[str] = []
+    text = {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": "IPPool",
+        "metadata": {"name": "p"},
+        "spec": {"cidr": "10.244.0.0/16"},
+        "status": {"conditions": [{"type": "Allocatable", "status": "True"}]},
+    }
+    assert len(load(json.dumps(text), note=notes.append)) == 1
+    assert ["status is left out" in note for note in notes] == [True]
+
+
+@pytest.mark.parametrize("kind", FOREIGN_KINDS)
+def test_a_kind_of_theirs_is_refused_with_what_to_do(kind: str) -> None:
+    text = {"apiVersion": "projectcalico.org/v3", "kind": kind, "metadata": {"name": "default"}, "spec": {}}
+    with pytest.raises(Invalid) as caught:
+        load(json.dumps(text))
+    (problem,) = caught.value.problems
+    assert problem.remedy == FOREIGN_KINDS[kind]
+    assert "did you mean" not in problem.remedy
