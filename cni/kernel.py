@@ -73,21 +73,25 @@ class NetlinkView:
             destination = values.get(rtnl.RTA_DST, _ANY[family])
             if int.from_bytes(destination, "big") >> shift == first >> shift:
                 found.append((f"{ipaddress.ip_address(destination)}/{length}", protocol, values))
-        return tuple(ForeignRoute(p, *self._hop(values), protocol) for p, protocol, values in found)
+        names: dict[int, str] = {}
+        return tuple(ForeignRoute(p, *self._hop(values, names), protocol) for p, protocol, values in found)
 
-    def _hop(self, values: Mapping[int, bytes]) -> tuple[str, str]:
-        """Gateway and device of a route, the first of several; "" for what it has not."""
-        index, gateway = values.get(rtnl.RTA_OIF), values.get(rtnl.RTA_GATEWAY)
+    def _hop(self, values: Mapping[int, bytes], names: dict[int, str]) -> tuple[str, str]:
+        """Gateway and device of a route, the first of several; "" for what it has not. ``names`` are of links already
+        asked for."""
+        device, gateway = values.get(rtnl.RTA_OIF), values.get(rtnl.RTA_GATEWAY)
+        index = rtnl.U32.unpack(device)[0] if device else 0
         hops = values.get(rtnl.RTA_MULTIPATH)
         if hops:
-            length, _, _, number = rtnl.MULTIPATH.unpack_from(hops)
-            index = rtnl.U32.pack(number)
+            length, _, _, index = rtnl.MULTIPATH.unpack_from(hops)
             gateway = attributes(hops[:length], rtnl.MULTIPATH.size).get(rtnl.RTA_GATEWAY)
-        try:
-            link = rtnl.find_index(self._netlink, rtnl.U32.unpack(index)[0]) if index else None
-        except NetlinkError:
-            link = None  # it has a name for people only
-        return str(ipaddress.ip_address(gateway)) if gateway else "", link.name if link else ""
+        if index and index not in names:
+            try:
+                link = rtnl.find_index(self._netlink, index)
+            except NetlinkError:
+                link = None  # the name is for people only
+            names[index] = link.name if link else ""
+        return str(ipaddress.ip_address(gateway)) if gateway else "", names.get(index, "")
 
     def _routes(
         self, protocol: int, kind: int
