@@ -118,6 +118,7 @@ class Life(World):
         self.clock = Shifted()
         self.pods: dict[str, tuple[Rig, Lease]] = {}
         self.cables: dict[str, tuple[Cable, Cable]] = {}
+        self.heard: dict[str, set[str]] = {}  # node -> reasons of the Events that its server had made
         self.silent: set[str] = set()  # nodes that announce nothing and hear nothing
         self._tasks.append(asyncio.create_task(self._fabric()))
 
@@ -125,6 +126,8 @@ class Life(World):
         cables = Cable(self.store(CNI, name)), Cable(self.store(AGENT, name))
         self.cables[name] = cables
         rig = Rig(self._folder, node=name, store=cables[0], clock=self.clock, settings=settings)  # type: ignore[arg-type]
+        heard = self.heard.setdefault(name, set())
+        rig.tell = lambda news: heard.add(news.reason)
         self.rigs.append(rig)
         self.agents[name] = seen = Informer(cables[1], IPAMBlock, CLOCK, {"spec.node": name})
         self._tasks.append(asyncio.create_task(seen.run()))
@@ -281,6 +284,7 @@ def test_what_people_delete_under_live_pods(installed: Installed, tmp_path: Path
             return two.phases()[other] is Phase.MARKED
 
         await life.until(other_marked)
+        assert "BlockMarked" in life.heard["node-1"] & life.heard["node-2"]
         lease = await life.add(two, "other-block")
         assert ip_address(lease.addresses[0]) not in ip_network(other)
         await life.until(life.owned)
@@ -358,6 +362,7 @@ def test_etcd_put_back_from_an_hour_ago(installed: Installed, tmp_path: Path) ->
             if await life.owned():
                 break
         await life.until(life.owned)
+        assert "BlockRestored" in life.heard["node-1"]
         assert conditions(one) == conditions(two) == {}
         await life.add(one, "after1")
         await life.add(two, "after2")
@@ -391,6 +396,7 @@ def test_a_second_cluster_on_the_same_pool(installed: Installed, tmp_path: Path)
             await life.add(rig, f"ours{i}")
         assert "another cluster" in conditions(rig)["ForeignRoute"]
         assert "via stranger" in conditions(rig)["ForeignRoute"]
+        assert "ForeignRoute" in life.heard["node-1"]
         found = await life.findings()
         assert any("ForeignRoute" in f["what"] for f in found["ConditionHolds"])
         # And the first cluster hears of the second as soon as it grows.
@@ -458,6 +464,7 @@ def test_a_node_that_is_cut_off_and_whose_node_is_deleted(
             while "BlockLost" not in conditions(two):
                 await life.pass_time(20)
         assert left in conditions(two)["BlockLost"]
+        assert {"BlockLost", "AddressLost"} <= life.heard["node-2"]
         assert left in two.ipam.problem(lease.attachment)  # what CHECK says
         with pytest.raises(IPAMError):
             await two.add("no-more")
