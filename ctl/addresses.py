@@ -271,7 +271,12 @@ def notes(block: BlockUse) -> list[str]:
     lines = []
     if "no-node" in block.state:
         lines.append(f"block {block.cidr} is of nobody: there is no node/{block.node}; see: underlayctl ipam check")
-    if block.deleting:
+    if block.deleting and "no-node" in block.state:
+        lines.append(
+            f"block {block.cidr} is marked for deletion since {block.deleting}: a node that needs it frees it, 10 min "
+            f"after it saw {block.node} gone; at once: underlayctl ipam release --block {block.cidr}"
+        )
+    elif block.deleting:
         lines.append(
             f"block {block.cidr} is marked for deletion since {block.deleting}: nothing more is handed out of it, and "
             f"it goes with its last pod"

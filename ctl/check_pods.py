@@ -67,8 +67,9 @@ def _allocations(place: Place, pods: dict[str, Pod]) -> Iterator[Finding]:
                 a.address,
                 (node,),
                 f"{holder(a)} has it, and {why}",
-                f"{node} releases it by itself within a minute of its link's end; if it stays: underlayctl ipam "
-                f"release --ip {a.address}, which {node} carries out if nothing uses it",
+                f"a DEL that got lost, or a sandbox that outlived its pod: {node} releases it within a minute of its "
+                f"link's end, or when asked (underlayctl ipam release --ip {a.address}); if it keeps it, remove the "
+                f"sandbox there (crictl rmp -f {a.container})",
             )
         elif pod is not None and a.interface == _PRIMARY:
             theirs = {n for n in _addresses(pod) if n.version == at.version}

@@ -753,7 +753,9 @@ def test_an_address_of_a_block_that_is_not_well_says_so() -> None:
     assert lines[0] == "10.244.0.1 is held by pod default/p0 on node node-9 since 2026-11-24T12:00:00Z (1h0m)"
     assert any("asked to release 10.244.0.1, and has not done it yet" in line for line in lines)
     assert any("is of nobody: there is no node/node-9" in line for line in lines)
-    assert any(f"marked for deletion since {NOW}" in line for line in lines)
+    assert any(f"marked for deletion since {NOW}: a node that needs it frees it" in line for line in lines)
+    returned = msgspec.structs.replace(marked, spec=msgspec.structs.replace(marked.spec, node="node-1"))
+    assert any(f"since {NOW}: nothing more is handed out of it" in line for line in said("10.244.0.1", returned))
     refused = "did not release 10.244.0.2 when it was last asked: its link is there"
     assert any(refused in line for line in said("10.244.0.2", marked))
     silent = IPAMBlock(metadata=Meta(name="b"), spec=IPAMBlockSpec(cidr="10.244.0.0/26", pool="p", node="node-1"))
