@@ -12,7 +12,7 @@ import asyncio
 import os
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -37,7 +37,7 @@ from tests.ipam_fakes import Rig, link_name
 from tests.ipam_fakes import pool as a_pool
 
 NODES, BLOCKS = 64, 32
-ROUNDS = int(os.environ.get("UNDERLAY_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("UNDERLAY_ROUNDS", "2"))
 SEED = int(os.environ.get("UNDERLAY_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 32)
 #: Nodes that are killed in a round.
 KILLS = 16
@@ -232,10 +232,14 @@ class Race:
 
     async def _whole(self) -> None:
         """While the pods live. What is on its way between a server and the store is waited for."""
-        async with asyncio.timeout(GO):
-            while problem := await self._problem():
-                await asyncio.sleep(0.2)
-                self._check_alive(problem)
+        await self._until_none(self._problem)
+
+    async def _until_none(self, look: Callable[[], Awaitable[str]]) -> None:
+        end = CLOCK.monotonic() + GO
+        while problem := await look():
+            self._check_alive(problem)
+            assert CLOCK.monotonic() < end, f"after {GO:g} s: {problem}"
+            await asyncio.sleep(0.1)
 
     async def _problem(self) -> str:
         blocks = {b.spec.cidr: b for b in (await self.people.list(IPAMBlock)).items}
@@ -278,10 +282,11 @@ class Race:
                 runner.rig.ipam.give_back(lease.attachment)
         self.held.clear()
         self.leases.clear()
-        async with asyncio.timeout(GO):
-            while blocks := (await self.people.list(IPAMBlock)).items:
-                self._check_alive(f"{[(b.spec.cidr, b.spec.node) for b in blocks]} are not free yet")
-                await asyncio.sleep(0.1)
+        await self._until_none(self._taken)
+
+    async def _taken(self) -> str:
+        blocks = (await self.people.list(IPAMBlock)).items
+        return ", ".join(f"{b.spec.cidr} of {b.spec.node} is not free" for b in blocks)
 
     def _check_alive(self, why: str) -> None:
         for runner in self.runners:
