@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -357,10 +358,12 @@ def test_a_nodes_own_limit_stands_above_the_clusters(tmp_path: Path) -> None:
 
 
 class WithoutConfigurations(MemoryStore):
-    """As an API server on which one kind cannot be followed."""
+    """As an API server on which one kind cannot be followed any more."""
+
+    away = False
 
     async def watch(self, kind: type[R], **how: Any) -> AsyncGenerator[Event[R], None]:
-        if kind is IPAMConfiguration:
+        if self.away and kind is IPAMConfiguration:
             raise Unavailable("no ipamconfigurations: apply manifests/crds")
         async for event in super().watch(kind, **how):
             yield event
@@ -369,8 +372,11 @@ class WithoutConfigurations(MemoryStore):
 def test_a_limit_that_cannot_be_followed_holds_up_no_pool(tmp_path: Path) -> None:
     async def main() -> None:
         clock = FakeClock()
-        rig = Rig(tmp_path, store=WithoutConfigurations(clock), clock=clock)
-        await rig.up()
+        store = WithoutConfigurations(clock)
+        rig = Rig(tmp_path, store=store, clock=clock)
+        await rig.up(run=False)
+        store.away = True
+        rig._running = asyncio.create_task(rig.ipam.run())
         await rig.create(pool("late", "10.1.0.0/24", 28))
         await rig.clock.advance(1)
         await waited(rig, rig.add(1))
