@@ -369,17 +369,21 @@ class WithoutConfigurations(MemoryStore):
             yield event
 
 
-def test_a_limit_that_cannot_be_followed_holds_up_no_pool(tmp_path: Path) -> None:
+def test_a_limit_that_cannot_be_followed_holds_as_it_was_and_holds_up_no_pool(tmp_path: Path) -> None:
     async def main() -> None:
         clock = FakeClock()
         store = WithoutConfigurations(clock)
         rig = Rig(tmp_path, store=store, clock=clock)
+        await store.create(limited(1))
         await rig.up(run=False)
         store.away = True
         rig._running = asyncio.create_task(rig.ipam.run())
         await rig.create(pool("late", "10.1.0.0/24", 28))
         await rig.clock.advance(1)
-        await waited(rig, rig.add(1))
+        for i in range(16):
+            await waited(rig, rig.add(i))
+        with pytest.raises(Exhausted, match="may have 1 "):
+            await waited(rig, rig.add("more"))
         await rig.down()
 
     play(main())
