@@ -396,9 +396,10 @@ def standing_blocks(snapshot: Snapshot, held: set[str]) -> set[str]:
 
 
 def fresh_blocks(cidrs: set[str], snapshot: Snapshot) -> set[str]:
-    """Those of these blocks without blackhole that no pod of ours lives in: newly claimed, or from before a boot, or
-    from a backup of the store."""
-    return cidrs - with_live_pods(cidrs, snapshot.kernel)
+    """Those of these blocks without blackhole that no pod of ours lives in and no peer was told of: newly claimed, or
+    from before a boot, or from a backup of the store."""
+    announced = {prefix for _, prefix in snapshot.speaker.sent}
+    return cidrs - announced - with_live_pods(cidrs, snapshot.kernel)
 
 
 def routed_elsewhere(fresh: set[str], selection: Selection, notes: Notes) -> set[str]:

@@ -323,16 +323,18 @@ def test_a_route_around_a_new_block_or_beside_it_is_nobody_s_claim() -> None:
     assert "ForeignRoute" not in types(wanted)
 
 
-@pytest.mark.parametrize("how", ["blackhole", "pod"])
+@pytest.mark.parametrize("how", ["blackhole", "pod", "announced"])
 def test_a_block_in_use_is_ours_whatever_a_peer_routes_to(how: str) -> None:
     """Also when somebody took its blackhole away."""
     pod = Route(prefix="10.244.1.9/32", protocol=PROTO_PODS, metric=32, nexthops=(NextHop("", 9),))
-    kernel, blocks = {
-        "blackhole": (kernel_of(OWN4), (block(OWN4),)),
-        "pod": (kernel_of(routes={pod.key: Installed(route=pod)}), (block(OWN4),)),
+    kernel, sent = {
+        "blackhole": (kernel_of(OWN4), frozenset()),
+        "pod": (kernel_of(routes={pod.key: Installed(route=pod)}), frozenset()),
+        "announced": (kernel_of(), frozenset({("10.0.1.0", OWN4)})),
     }[how]
+    speaker = SpeakerState(known=True, sent=sent)
     rib = rib_with({"10.0.1.0": ["10.244.1.0/27"]})
-    wanted = plan(snapshot(kernel=kernel, rib=rib, cluster=cluster(blocks=blocks)))
+    wanted = plan(snapshot(kernel=kernel, rib=rib, speaker=speaker, cluster=cluster(blocks=(block(OWN4),))))
     assert prefixes(wanted, PROTO_BLOCKS) == {OWN4}
     assert imported(wanted) == {}
     assert "tor-1-v4 announces 10.244.1.0/27" in message(wanted, "ForeignRoute")
