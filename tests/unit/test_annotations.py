@@ -139,6 +139,13 @@ def test_what_the_runtime_says_is_taken_and_the_watch_of_pods_not_asked(tmp_path
     run(tmp_path, test, pod(ipAddrs='["10.9.0.9"]'), namespace(ipv6pools='["gold6"]'))
 
 
+def test_a_pod_that_chooses_for_both_families_waits_for_no_namespace(tmp_path: Path) -> None:
+    async def test(front: Front) -> None:
+        assert (await front.choice(call())).pools == ("gold", "gold6")
+
+    run(tmp_path, test, pod(ipv4pools='["gold"]', ipv6pools='["gold6"]'))
+
+
 def test_who_is_no_pod_of_kubernetes_is_asked_nothing(tmp_path: Path) -> None:
     async def test(front: Front) -> None:
         assert await front.choice(call(name="")) == Choice()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipam.errors import Exhausted, WrongPool
-from ipam.ledger import Phase
+from ipam.ledger import Ledger, Phase
 from ipam.node import Request
 from ipam.pool import Pools, candidates
 from store.base import mutate
@@ -185,6 +185,9 @@ def test_a_block_that_is_no_podcidr_of_the_node_any_more_goes_once_it_is_empty(t
         await assign(rig, "10.244.8.0/24")
         await rig.clock.advance(60)
         assert set(await rig.own_blocks()) == {"10.244.3.0/24", "10.244.8.0/24"}
+        for _ in range(120):
+            await rig.clock.advance(0.1)
+            assert rig.phases()["10.244.3.0/24"] is Phase.READY, "nobody tries to give back what is in use"
         assert rig.ipam.lease(attachment(1)) == lease
         assert (await rig.add(2)).addresses[0].startswith("10.244.8.")
         rig.delete(1)
@@ -192,6 +195,18 @@ def test_a_block_that_is_no_podcidr_of_the_node_any_more_goes_once_it_is_empty(t
         assert await rig.own_blocks() == ["10.244.8.0/24"]
 
     run(tmp_path, test, node("10.244.3.0/24"), FOUR)
+
+
+def test_the_new_podcidr_is_claimed_on_demand_though_the_old_one_has_room(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        await waited(rig, rig.add(1, pools=("manual",)))
+        await assign(rig, "10.244.8.0/24")
+        await rig.clock.advance(1)
+        lease = await waited(rig, rig.add(2, pools=("manual",)))
+        assert lease.addresses[0].startswith("10.244.8.")
+
+    manual = pool("manual", "10.244.0.0/16", use_pod_cidrs=True, assignment_mode="Manual")
+    run(tmp_path, test, node("10.244.3.0/24"), manual)
 
 
 def test_a_podcidr_that_is_still_anothers_block_waits_for_it(tmp_path: Path) -> None:
@@ -305,6 +320,15 @@ def test_each_pool_has_the_podcidrs_inside_it_and_hands_out_their_first_addresse
             address = str(type(network.network_address)(int(network.network_address) + offset))
             inside = offset < min(BLOCK_LIMIT, network.num_addresses)
             assert pools.block_at(pools.all[name], address) == (cidr if inside else "")
+
+
+def test_the_ledger_knows_no_address_beyond_what_a_block_hands_out() -> None:
+    ledger = Ledger(rest=30.0, changed=lambda _: None)
+    cidr = "fd00:10:244:3::/64"
+    spec = IPAMBlockSpec(cidr=cidr, pool="six", node="node-1")
+    own = ledger.adopt(IPAMBlock(metadata=Meta(name=block_name(cidr)), spec=spec), Phase.READY, 0.0)
+    assert ledger.find("fd00:10:244:3::fff") == (own, BLOCK_LIMIT - 1)
+    assert ledger.find("fd00:10:244:3::1000") is None
 
 
 def test_what_one_podcidr_hands_out_is_no_single_address_pool() -> None:
