@@ -42,6 +42,8 @@ SEED = int(os.environ.get("UNDERLAY_SEED", "0")) or random.SystemRandom().randra
 #: Nodes that are killed in a round.
 KILLS = 16
 STEPS = ("journal-written", "block-created", "block-marked", "block-deleted", "mirrored")
+#: Those that come when a block is given back.
+LATE = ("block-marked", "block-deleted")
 #: Seconds of real time in which the blocks of a round are taken, and in which all of them are free again.
 COME, GO = 30.0, 60.0
 CLOCK = SystemClock()
@@ -156,7 +158,7 @@ class Runner:
         await self.rig.down()
 
     def check_alive(self) -> None:
-        if not self.store.dead:
+        if self.rig._running is not None and not self.store.dead:
             self.rig.check_alive()
 
 
@@ -191,12 +193,18 @@ class Race:
         async with asyncio.timeout(3 * COME), asyncio.TaskGroup() as group:
             for runner in order:
                 group.create_task(self._add(runner, f"{runner.name}-{number}"))
-                if (step := killed.get(runner.name)) is not None:
+                if (step := killed.get(runner.name)) is not None and step not in LATE:
                     group.create_task(self._die(runner, step, self.rng.randrange(BLOCKS), self.rng.random() / 10))
             group.create_task(self._end())
         self.won += len(self.leases)
         await self._whole()
-        await self._go()
+        self._over = False
+        async with asyncio.timeout(2 * GO), asyncio.TaskGroup() as group:
+            for runner in order:
+                if (step := killed.get(runner.name)) in LATE:
+                    group.create_task(self._die(runner, str(step), 0, self.rng.random() / 10))
+            await self._go()
+            self._over = True
 
     async def _end(self) -> None:
         """The race is over when no block is left."""
