@@ -34,13 +34,13 @@ class Foreign:
         self.found: dict[str, str] = {}
 
     def problem(self, cidr: str) -> str:
-        """Why a block that the store has for us must not be used; empty if nothing leads there, or the kernel cannot be
-        read whole: a block is looked at again before its first address."""
+        """Why a block that the store has for us must not be used; empty if nothing leads there. Where the kernel cannot
+        be read whole, what was known before: a block is looked at again before its first address."""
         try:
             return self.look(cidr)
         except KernelUnavailable as e:
             log.warning("block %s is not looked at for foreign routes: %s", cidr, e)
-            return ""
+            return self.found.get(cidr, "")
 
     def look(self, cidr: str) -> str:
         """The same. KernelUnavailable."""

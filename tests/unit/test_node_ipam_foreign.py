@@ -71,6 +71,13 @@ def test_a_block_that_a_foreign_route_leads_to_is_given_back_and_the_next_one_us
         await rig.clock.advance(1)
         block = await rig.store.get(IPAMBlock, block_name(used))
         assert [c.type for c in block.status.conditions] == ["ForeignRoute"]
+        rig.kernel.broken = True
+        rig.kernel.foreign.clear()
+        await rig.clock.advance(65)
+        assert said(rig), "nothing can be known while the kernel cannot be read"
+        rig.kernel.broken = False
+        await rig.clock.advance(35)
+        assert not said(rig)
         await rig.down()
 
     play(main())
