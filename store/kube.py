@@ -57,6 +57,7 @@ class KubeStore:
     def __init__(
         self, access: Access, clock: Clock, *, rng: random.Random | None = None, limits: Limits | None = None
     ) -> None:
+        self._clock = clock
         self._rng = rng or random.Random()
         self._http = Http(access, clock, self._rng, limits or Limits())
 
@@ -76,7 +77,8 @@ class KubeStore:
     async def list(self, kind: type[R], *, where: Mapping[str, str] | None = None) -> Listing[R]:
         check_where(kind, where)
         path, selection = _selection(kind, where)
-        query = selection | {"limit": str(PAGE)}
+        # What is selected is little. In pages, an API server before 1.34 reads all of a kind from etcd to find it.
+        query = selection or {"limit": str(PAGE)}
         items: list[R] = []
         while True:
             try:
@@ -101,7 +103,7 @@ class KubeStore:
         path, selection = _selection(kind, where)
         if since:
             version = since
-            await self._check_version(kind, version, path, selection)
+            await self._check_version(kind, version, where)
         else:
             present = await self.list(kind, where=where)
             version = present.version
@@ -109,15 +111,16 @@ class KubeStore:
                 yield Event("added", obj, "")
             yield Event("synced", None, version)
         backoff = self._http.backoff()
-        resumed = False
+        sure = True
         while True:
             fault: StoreError | None = None
             quiet, put_off = True, 0
             try:
-                if resumed:
+                if not sure:
                     # A watch from a version that is not there yet says nothing, for ever: after a restore of etcd, say.
-                    await self._check_version(kind, version, path, selection)
-                async with self._http.lines(path, selection | self._watching(version)) as lines:
+                    await self._check_version(kind, version, where)
+                seconds, end = self._span()
+                async with self._http.lines(path, selection | _watching(version, seconds)) as lines:
                     async for line in lines:
                         event, version = self._read(kind, line, version)
                         quiet = False
@@ -135,7 +138,9 @@ class KubeStore:
                 backoff.reset()
             if (fault is not None or quiet) and not await backoff.pause(put_off):
                 raise fault or Unavailable(f"API server {self._http.server}: its watches end as soon as they begin")
-            resumed = True
+            # One that was served for all its time was served by one that knows the version. Nobody who went back in
+            # time lets a watch go on.
+            sure = fault is None and self._clock.monotonic() >= end
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -234,14 +239,11 @@ class KubeStore:
 
     # -- versions and events --------------------------------------------------------------------------------------
 
-    def _watching(self, version: str) -> dict[str, str]:
-        return {
-            "watch": "true",
-            "allowWatchBookmarks": "true",
-            "resourceVersion": version,
-            # Spread, so that a cluster's watches do not end together.
-            "timeoutSeconds": str(max(1, round(self._http.limits.watch * self._rng.uniform(1.0, 1.5)))),
-        }
+    def _span(self) -> tuple[int, float]:
+        """How many seconds a watch is asked for that begins now, and from when on (monotonic) its end is that of its
+        time. Spread, so that a cluster's watches do not end together."""
+        seconds = max(1, round(self._http.limits.watch * self._rng.uniform(1.0, 1.5)))
+        return seconds, self._clock.monotonic() + seconds
 
     def _read(self, kind: type[R], line: bytes, version: str) -> tuple[Event[R] | None, str]:
         """The event of a line (None for a bookmark) and where the watch is after it. ``Expired``, ``Unavailable``."""
@@ -266,11 +268,14 @@ class KubeStore:
                 return Event("deleted", obj, version), version
         raise Unavailable(f"API server {self._http.server}: a watch said {news.type}, which is nothing known")
 
-    async def _check_version(self, kind: type[Resource], version: str, path: str, selection: Mapping[str, str]) -> None:
+    async def _check_version(self, kind: type[Resource], version: str, where: Mapping[str, str] | None) -> None:
         """``Expired`` if the API server has not come to that version yet. Versions are numbers that grow (Kubernetes,
         "Resource versions", comparable since 1.35, and numbers of etcd's writes before)."""
         present = version
         if version.isascii() and version.isdigit():
+            # Any object will do, and a name may be all that we have a right to. Other selections would have to be
+            # searched for.
+            path, selection = _selection(kind, {k: v for k, v in (where or {}).items() if k.startswith("metadata.")})
             try:
                 answer = await self._http.call("GET", path, query={**selection, "limit": "1"})
             except Refusal as e:
@@ -361,6 +366,15 @@ def _selection(kind: type[Resource], where: Mapping[str, str] | None) -> tuple[s
     escaped = ((field, re.sub(r"([\\,=])", r"\\\1", value)) for field, value in fields.items())
     selector = ",".join(f"{field}={value}" for field, value in escaped)
     return _path(kind, namespace), {"fieldSelector": selector} if selector else {}
+
+
+def _watching(version: str, seconds: int) -> dict[str, str]:
+    return {
+        "watch": "true",
+        "allowWatchBookmarks": "true",
+        "resourceVersion": version,
+        "timeoutSeconds": str(seconds),
+    }
 
 
 def _typed(obj: R) -> R:

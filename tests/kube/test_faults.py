@@ -23,7 +23,7 @@ from store.errors import Conflict, Expired, Invalid, NotFound, StoreError, Unava
 from store.kube import KubeStore
 from store.kubeaccess import Access, FixedToken, TokenFile, Tokens
 from store.kubehttp import Limits
-from store.model import IPPool, IPPoolSpec, Meta, Node
+from store.model import IPAMBlock, IPPool, IPPoolSpec, Meta, Node
 from tests.kube.fake_api import FakeApi, bookmark, error, hangs, line, page, pool, refuses, says, streams
 
 LIMITS = Limits(connect=0.5, request=0.6, silence=0.5, watch=60, patience=1.5)
@@ -159,6 +159,49 @@ def test_an_etcd_that_went_back_in_time_is_found_when_the_watch_resumes() -> Non
     run(api, test)
 
 
+def test_a_watch_that_was_served_for_all_its_time_goes_on_without_a_question() -> None:
+    """Or a node at rest would ask twice as much. One that ends before its time may be followed by another server's."""
+    limits = Limits(watch=0.5, silence=5)  # a second is the least that can be asked for
+    api = FakeApi(
+        page(5),
+        streams(bookmark(6), hold=1.2),
+        streams(bookmark(7), hold=0.5),
+        page(7),
+        streams(line("ADDED", pool("a", 8)), hold=5),
+    )
+
+    async def test(store: KubeStore) -> None:
+        async with aclosing(store.watch(IPPool)) as events:
+            assert await take(events, 2) == ["synced @5", "added a@8"]
+        assert versions(api) == ["5", "6", "7"]
+        assert all("timeoutSeconds=1" in asked for asked in api.asked if "watch=true" in asked)
+
+    run(api, test, limits=limits)
+
+
+def test_a_version_is_looked_at_without_searching_for_what_is_selected() -> None:
+    """But by name: a right to that one object may be all that there is."""
+    api = FakeApi(page(5), streams(bookmark(6), cut=True), page(6), streams(hold=5), page(9), page(9))
+
+    async def test(store: KubeStore) -> None:
+        async with aclosing(store.watch(IPAMBlock, where={"spec.node": "n"})) as events:
+            await anext(events)
+            waiting = asyncio.create_task(anext(events))
+            await api.came(4)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        assert ["spec.node" in asked for asked in api.asked] == [True, True, False, True]
+        async with aclosing(store.watch(Node, since="10", where={"metadata.name": "n"})) as named:
+            with pytest.raises(Expired):
+                await anext(named)
+        assert "metadata.name%3Dn" in api.asked[-1]
+        with pytest.raises(Expired):
+            await anext(store.watch(IPAMBlock, since="10", where={"spec.node": "n"}))
+        assert api.asked[-1].endswith("/ipamblocks?limit=1")
+
+    run(api, test)
+
+
 def test_a_watch_that_falls_silent_is_taken_up_anew() -> None:
     api = FakeApi(page(5), streams(bookmark(6), hold=60), page(6), streams(line("ADDED", pool("a", 7)), hold=5))
 
@@ -278,6 +321,17 @@ def test_pages_whose_state_was_forgotten_are_asked_for_again_in_one_piece() -> N
         listing = await store.list(IPPool)
         assert ([p.name for p in listing.items], listing.version) == (["b"], "9")
         assert "limit" not in api.asked[-1]
+
+    run(api, test)
+
+
+def test_what_is_selected_comes_in_one_piece() -> None:
+    """Kubernetes 1.31 reads a list with a limit from etcd, and all of the kind to find what is selected."""
+    api = FakeApi(page(5))
+
+    async def test(store: KubeStore) -> None:
+        await store.list(IPAMBlock, where={"spec.node": "n"})
+        assert "limit" not in api.asked[0]
 
     run(api, test)
 
