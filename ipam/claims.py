@@ -157,24 +157,22 @@ class Claims:
     def is_ours(self, obj: IPAMBlock) -> bool:
         return obj.spec.node == self.node
 
-    async def tie(self, blocks: Iterable[Own]) -> bool:
+    async def tie(self, blocks: Iterable[Own], uid: str) -> bool:
         """Gives each block what it lacks: our finalizer, its Node as owner (it is older than the Node of today, or was
-        claimed while there was none), and what it is within. False: try again later."""
+        claimed while there was none), and what it is within. ``uid`` is the Node's as it was seen last: where nothing
+        is lacking by that, the store is not asked. False: try again later."""
+        seen_owner = self._reference(uid)
+        lacking = [own for own in blocks if _tied(own.obj, seen_owner) != own.obj]
+        if not lacking:
+            return True
         owner, done = await self._owner(), True
-        for own in blocks:
-            meta = own.obj.metadata
-            others = tuple(r for r in meta.owner_references if r.kind != Node.kind())
-            wanted = msgspec.structs.replace(
-                meta,
-                finalizers=tuple(dict.fromkeys((*meta.finalizers, FINALIZER_OWNER))),
-                owner_references=(*others, *owner) if owner else meta.owner_references,
-            )
-            spec = msgspec.structs.replace(own.obj.spec, within=within_of(own.cidr))
-            if (wanted, spec) == (meta, own.obj.spec):
+        for own in lacking:
+            wanted = _tied(own.obj, owner)
+            if wanted == own.obj:
                 continue
             try:
                 async with asyncio.timeout(self._settings.store_limit):
-                    own.obj = await self._store.update(msgspec.structs.replace(own.obj, metadata=wanted, spec=spec))
+                    own.obj = await self._store.update(wanted)
             except NotFound:
                 continue  # the watch tells
             except Conflict:
@@ -384,7 +382,11 @@ class Claims:
                 node = await self._store.get(Node, self.node)
         except NotFound:
             return ()
-        return (OwnerReference(api_version=Node.API, kind=Node.kind(), name=node.name, uid=node.metadata.uid),)
+        return self._reference(node.metadata.uid)
+
+    def _reference(self, uid: str) -> tuple[OwnerReference, ...]:
+        """To our Node of that uid; none for ""."""
+        return (OwnerReference(api_version=Node.API, kind=Node.kind(), name=self.node, uid=uid),) if uid else ()
 
 
 def _problem(obj: IPAMBlock, pools: tuple[IPPool, ...], blocks: tuple[IPAMBlock, ...]) -> tuple[str, str]:
@@ -400,6 +402,19 @@ def _problem(obj: IPAMBlock, pools: tuple[IPPool, ...], blocks: tuple[IPAMBlock,
             other = f"block {block.spec.cidr} of node {block.spec.node}, pool {block.spec.pool}"
             return f"{other} overlaps it: delete that block once nothing uses it", block.spec.cidr
     return "", ""
+
+
+def _tied(obj: IPAMBlock, owner: tuple[OwnerReference, ...]) -> IPAMBlock:
+    """The block with our finalizer, what it is within, and ``owner`` (if any) for its Node."""
+    meta = obj.metadata
+    others = tuple(r for r in meta.owner_references if r.kind != Node.kind())
+    tied = msgspec.structs.replace(
+        meta,
+        finalizers=tuple(dict.fromkeys((*meta.finalizers, FINALIZER_OWNER))),
+        owner_references=(*others, *owner) if owner else meta.owner_references,
+    )
+    spec = msgspec.structs.replace(obj.spec, within=within_of(obj.spec.cidr))
+    return msgspec.structs.replace(obj, metadata=tied, spec=spec)
 
 
 def _at(template: IPAMBlock, cidr: str) -> IPAMBlock:

@@ -91,6 +91,8 @@ class Keeper:
         self.moved = Moved()
         #: The blocks are to be looked at for finalizer and owner.
         self.untied = True
+        #: Of our Node, as it was seen last; "" while there is none.
+        self.node_uid = ""
         #: Set when a newer server was met: nothing is claimed, released or deleted any more.
         self.stopped = False
 
@@ -525,7 +527,7 @@ class Keeper:
             self.untied = False  # what becomes known while we write counts for the next round
             blocks = [o for o in self._ledger.blocks.values() if o.phase in (Phase.NEW, Phase.READY)]
             try:
-                done = not blocks or await self._claims.tie(blocks)
+                done = not blocks or await self._claims.tie(blocks, self.node_uid)
             except (StoreError, TimeoutError):
                 self.untied = True
                 raise

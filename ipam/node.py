@@ -402,11 +402,10 @@ class NodeIPAM:
     async def _load(self) -> None:
         """Reads, uncached, what the store says of this node and its blocks. Superseded counts as loaded."""
         async with asyncio.timeout(self._settings.store_limit):
-            await self._watches.read()
-            listing = await self._store.list(IPAMBlock, where={"spec.node": self._node})
-        self._adopt_all(listing.items)
+            blocks = await self._watches.read()
+        self._adopt_all(blocks)
         if not self._keeper.stopped:
-            self._add_mirrored(listing.items)
+            self._add_mirrored(blocks)
             await self._restore_missing()
             self._why_not = ""
         self._loaded = True

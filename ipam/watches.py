@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from ipam.errors import in_words
 from ipam.keeper import Keeper
@@ -14,7 +15,7 @@ from ipam.model import Settings
 from ipam.pool import Pools
 from store.base import Store
 from store.clock import Clock
-from store.errors import NotFound, StoreError
+from store.errors import StoreError
 from store.informer import Informer
 from store.model import IPAMBlock, IPAMConfiguration, IPPool, IPReservation, Node
 
@@ -52,24 +53,31 @@ class Watches:
         self._configurations = Informer(store, IPAMConfiguration, clock, _DEFAULT, on_change=self._limit_moved)
         self._nodes = Informer(store, Node, clock, {"metadata.name": node}, on_change=self._wishes_moved)
         self._blocks = Informer(store, IPAMBlock, clock, {"spec.node": node}, on_change=self._blocks_moved)
-        self._uid = ""  # the Node's, as it was last
+        self._informers: tuple[Informer[Any], ...] = (
+            self._pools,
+            self._reservations,
+            self._configurations,
+            self._nodes,
+            self._blocks,
+        )
         self._seen: dict[str, str] = {}  # own blocks that the informer has shown: name -> uid
 
-    async def read(self) -> None:
-        """Reads the wishes once, uncached. StoreError."""
-        pools = await self._store.list(IPPool)
-        reservations = await self._store.list(IPReservation)
-        try:
-            node = await self._store.get(Node, self._node)
-        except NotFound:
-            node = None
-        self._limit((await self._store.list(IPAMConfiguration, where=_DEFAULT)).items)
-        self._wish(pools.items, reservations.items, node)
+    async def read(self) -> tuple[IPAMBlock, ...]:
+        """Reads the wishes and our blocks once, uncached; ``run`` goes on from there. StoreError."""
+        for informer in self._informers:
+            await informer.load()
+        self._limit_moved()
+        self._wishes_moved()
+        blocks = tuple(self._blocks.items.values())
+        self._seen = {obj.name: obj.metadata.uid for obj in blocks}
+        for obj in blocks:
+            self._show(obj)
+        return blocks
 
     async def run(self) -> None:
         """Follows the store until cancelled."""
         async with asyncio.TaskGroup() as group:
-            for informer in (self._pools, self._reservations, self._configurations, self._nodes, self._blocks):
+            for informer in self._informers:
                 group.create_task(informer.run())
             group.create_task(self._check_ownership())
 
@@ -77,10 +85,12 @@ class Watches:
         """Nothing is concluded before all three have the whole state."""
         if self._pools.synced and self._reservations.synced and self._nodes.synced:
             node = self._nodes.items.get(self._node)
-            uid = node.metadata.uid if node else ""
-            if uid and uid != self._uid:
-                self._uid, self._keeper.untied = uid, True
+            self._own_node(node.metadata.uid if node else "")
             self._wish(self._pools.items.values(), self._reservations.items.values(), node)
+
+    def _own_node(self, uid: str) -> None:
+        if uid != self._keeper.node_uid:
+            self._keeper.node_uid, self._keeper.untied = uid, True
 
     def _wish(self, pools: Iterable[IPPool], reservations: Iterable[IPReservation], node: Node | None) -> None:
         self._keeper.pools = Pools(pools, node.metadata.labels, node.spec.pod_cidrs) if node else Pools(pools)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from types import MappingProxyType
 from typing import Generic
@@ -47,6 +47,8 @@ class Informer(Generic[R]):
         self._synced = False
         self._error = ""
         self._generation = 0
+        #: A watch that has shown the whole state, and the version of that.
+        self._opened: tuple[AsyncGenerator[Event[R], None], str] | None = None
         #: The watch of now has told anything, and anything that came after the state that it began with.
         self._heard = self._followed = False
         self._moved = asyncio.Event()
@@ -78,6 +80,20 @@ class Informer(Generic[R]):
             await self._moved.wait()
         return self._generation
 
+    async def load(self) -> None:
+        """Reads the whole state, past every cache, into ``items``; nobody is told. ``run`` goes on from there without a
+        second reading. StoreError."""
+        items: dict[str, R] = {}
+        events = self._store.watch(self._kind, where=self._where)
+        async for event in events:
+            if event.object is None:
+                break
+            items[event.object.key] = event.object
+        self._items, self._synced, self._error = items, True, ""
+        before, self._opened = self._opened, (events, event.version)
+        if before is not None:
+            await before[0].aclose()
+
     async def run(self) -> None:
         """Follows the store until cancelled. Raises only what trying again cannot mend (``Invalid``: bad ``where``)."""
         version: str | None = None
@@ -102,8 +118,12 @@ class Informer(Generic[R]):
 
     async def _follow(self, version: str | None) -> str | None:
         """One watch, to its end; returns where the next one resumes."""
+        watch, self._opened = self._opened, None
+        if watch is None:
+            watch = self._store.watch(self._kind, since=version, where=self._where), version or ""
+        events, version = watch
         self._fresh, self._followed = None if version else {}, False
-        async with aclosing(self._store.watch(self._kind, since=version, where=self._where)) as events:
+        async with aclosing(events):
             async for event in events:
                 self._apply(event)
                 version = event.version or version

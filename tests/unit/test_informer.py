@@ -168,6 +168,41 @@ def test_an_empty_store_is_synced_too() -> None:
     asyncio.run(main())
 
 
+def test_what_was_loaded_is_followed_without_another_reading() -> None:
+    async def main() -> None:
+        store, told = Watched(), []
+        await store.create(pool(1))
+        informer = of(store, on_change=lambda: told.append(1))
+        await informer.load()
+        assert (set(informer.items), informer.synced, told) == ({"p1"}, True, [])
+        await store.create(pool(2))
+        await store.delete(IPPool, "p1")
+        async with running(informer):
+            await until(informer, {"p2"})
+        assert store.since == [None]
+
+    asyncio.run(main())
+
+
+def test_what_was_loaded_twice_is_followed_from_the_second_time() -> None:
+    async def main() -> None:
+        store = Watched()
+        informer = of(store)
+        await informer.load()
+        store.expire = 1
+        with pytest.raises(Expired):
+            await informer.load()
+        await store.create(pool(1))
+        await informer.load()
+        assert set(informer.items) == {"p1"}
+        async with running(informer):
+            await store.create(pool(2))
+            await until(informer, {"p1", "p2"})
+        assert store.since == [None] * 3
+
+    asyncio.run(main())
+
+
 def test_a_watch_that_ends_is_resumed_where_it_ended() -> None:
     async def main() -> None:
         store = Watched()
