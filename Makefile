@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 BIN := $(VENV)/bin
 # Folders of tests, in order: what is cheap to know first.
-TESTS := $(wildcard $(addprefix tests/,unit contract netns bgp kube e2e))
+TESTS := $(wildcard $(addprefix tests/,unit contract netns runtime bgp kube e2e))
 CODE := agent bench cni ctl ipam lab manifests store tests
 # Namespaces are root's to make; anybody is root in a user namespace of his own.
 AS_ROOT = $(shell unshare --mount --net --pid --fork true 2>/dev/null || echo unshare --user --map-root-user)

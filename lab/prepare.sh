@@ -17,6 +17,7 @@ need() { # need PACKAGE WHY CHECK...: the package is missing when the check fail
 has() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1"; }
 python_ok() { python3 -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'; }
 static_cc() { [ -x build/underlay-shim ] || has musl-gcc || { has gcc && [ -e "$(gcc -print-file-name=libc.a)" ]; }; }
+static_busybox() { [ -x /bin/busybox ] && ! ldd /bin/busybox; }
 
 need iproute2 "ip: namespaces, links, routes" has ip
 need python3-venv "Python 3.11 or newer with venv: the product itself" python_ok
@@ -28,8 +29,13 @@ lab) ;;
 test)
     need frr "FRR: the other router that BGP is tested against" test -x /usr/lib/frr/bgpd
     need iputils-ping "ping: what is lost while something is killed" has ping
+    need nftables "nft: what others do to the table of the source check" has nft
     need traceroute "traceroute: the way that packets take" has traceroute
     need openssl "openssl: the keys of a Kubernetes API server" has openssl
+    need containerd "containerd: the runtime that runs the plugin in earnest" has containerd
+    need runc "runc: what containerd starts containers with" has runc
+    need containernetworking-plugins "portmap, bandwidth, tuning: what is chained behind us" test -x /usr/lib/cni/portmap
+    need busybox-static "busybox without libraries: the image of those containers" static_busybox
     need ca-certificates "whom to trust where Go's modules come from" test -s "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}"
     ;;
 bench)
@@ -47,11 +53,11 @@ if ! has apt-get >/dev/null; then
 fi
 if [ "$(id -u)" != 0 ]; then
     echo "not root: type this, then 'make $goal' again" >&2
-    echo "  sudo sh -c 'apt-get update && $install && systemctl disable --now bird frr'" >&2
+    echo "  sudo sh -c 'apt-get update && $install && systemctl disable --now bird frr containerd'" >&2
     exit 1
 fi
 
-# bird2 and frr would start as services and take this machine's routes in hand. Nobody asked for that.
+# bird2, frr and containerd would start as services, and take this machine's routes in hand. Nobody asked for that.
 policy=/usr/sbin/policy-rc.d
 log=$(mktemp)
 undo() {
@@ -75,7 +81,7 @@ quietly $apt update
 # shellcheck disable=SC2086  # a list of words
 quietly $apt install -y --no-install-recommends $packages
 for package in $packages; do
-    case $package in bird2) services="$services bird" ;; frr) services="$services frr" ;; esac
+    case $package in bird2) services="$services bird" ;; frr | containerd) services="$services $package" ;; esac
 done
 for service in $services; do
     has systemctl >/dev/null || continue

@@ -184,6 +184,10 @@ class Plugin:
             found |= {route["dst"] for route in shown}
         return found
 
+    def routed(self) -> set[str]:
+        """Addresses of pods, as the kernel's routes have them."""
+        return {route.partition("/")[0] for route in self.routes()}
+
     def nothing_left(self) -> bool:
         assert not self.links()
         assert not self.routes()

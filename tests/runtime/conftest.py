@@ -1,0 +1,157 @@
+"""Real runtimes in namespaces of the test: what the tests of this folder share."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cni import install
+from ipam import journal
+from lab.net import Net
+from tests.conftest import eventually
+from tests.netns.plugin import NODE, Plugin
+from tests.runtime import image
+from tests.runtime.containerd import Containerd
+
+#: cgroup v1 has a folder a controller, v2 is one tree.
+CGROUPS = Path("/sys/fs/cgroup")
+_FAILED = pytest.StashKey[bool]()
+
+
+class Node:
+    """A node that runs pods: its CNI server (ipam's times shortened) and its containerd."""
+
+    def __init__(self, folder: Path, shim: Path, tar: Path) -> None:
+        self.plugin = Plugin(Net(folder), folder, shim)
+        self.plugin.start()
+        self.containerd = Containerd(self.plugin.net, NODE, folder / "containerd", self.plugin.run)
+        self.containerd.install(shim, self.plugin.run)
+        self.containerd.start()
+        self.containerd.load(tar)
+        self.containerd.ready()
+
+    def begin(self) -> None:
+        """As by default again, and no call noted yet."""
+        self.containerd.forget()
+        self.reconfigure()
+
+    def put(self, conflist: dict[str, Any]) -> None:
+        """Rewrites the conflist, as an installer does."""
+        shim = self.containerd.home / "witness"
+        install.install(shim, self.containerd.bin, self.containerd.conf, configuration=conflist)
+
+    def reconfigure(self, chain: Sequence[Mapping[str, Any]] = (), **more: Any) -> None:
+        """Rewrites the conflist and waits until containerd goes by it."""
+        wanted = install.conflist(chain=tuple(chain), **more)
+        self.put(wanted)
+        eventually(lambda: self.containerd.cri.network() == wanted)
+
+    def waits(self, container: str) -> bool:
+        """A shim has called for that container and has no answer yet."""
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                shim = environment.with_name("exe").readlink() == self.plugin.shim
+                if shim and f"CNI_CONTAINERID={container}\0".encode() in environment.read_bytes():
+                    return "unix_stream" in environment.with_name("wchan").read_text()
+        return False
+
+    def clean(self) -> bool:
+        """Nothing is left of any pod, anywhere."""
+        assert not self.containerd.cri.sandboxes()
+        assert not list((self.plugin.run / "queue").glob("*"))
+        assert not journal.read(next(self.plugin.run.glob("journal-*"))).leases
+        return self.plugin.nothing_left()
+
+    def logs(self) -> str:
+        logs = (self.plugin.log, self.containerd.log, self.containerd.home / "calls")
+        return "\n".join(f"--- {log}\n{log.read_text()[-6000:]}" for log in logs)
+
+    def close(self) -> None:
+        self.containerd.close()
+        self.plugin.net.close()
+
+
+class Nodes:
+    """One node for many tests, and another one after a test that failed."""
+
+    def __init__(self, folders: pytest.TempPathFactory, shim: Path) -> None:
+        self._folders, self._shim = folders, shim
+        self.tar = folders.mktemp("image") / "busybox.tar"
+        image.write(self.tar, Path("/bin/busybox"))
+        self.node: Node | None = None
+
+    def get(self) -> Node:
+        if self.node is None:
+            self.node = Node(self._folders.mktemp("node"), self._shim, self.tar)
+        return self.node
+
+    def drop(self) -> None:
+        if self.node is not None:
+            self.node.close()
+            self.node = None
+
+
+@pytest.fixture(scope="session")
+def nodes(tmp_path_factory: pytest.TempPathFactory, shim_c: Path) -> Iterator[Nodes]:
+    made = Nodes(tmp_path_factory, shim_c)
+    try:
+        yield made
+    finally:
+        made.drop()
+
+
+@functools.cache
+def _missing() -> str:
+    """Why containerd cannot run here; "" if it can."""
+    programs = ("containerd", "ctr", "runc", "/bin/busybox", "/usr/lib/cni/loopback", "/usr/lib/cni/portmap")
+    if absent := [program for program in programs if not shutil.which(program)]:
+        return f"no {', '.join(absent)} on this machine: 'sh lab/prepare.sh test' says what to install"
+    if Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"]:
+        return "containers need root's own user namespace: run as root"
+    folder = CGROUPS / "pids" if (CGROUPS / "pids").is_dir() else CGROUPS
+    try:
+        (folder / f"underlay-test-{os.getpid()}").mkdir()
+        (folder / f"underlay-test-{os.getpid()}").rmdir()
+    except OSError as e:
+        return f"containers need cgroups, and none can be made: {e}"
+    return ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips here and not in the fixture: pytest says one line for all tests that are skipped in one place."""
+    if {"node", "nodes"} & set(getattr(item, "fixturenames", ())) and (why := _missing()):
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI skips nothing: {why}", pytrace=False)
+        pytest.skip(why)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[_FAILED] = report.failed or item.stash.get(_FAILED, False)
+    return report
+
+
+@pytest.fixture
+def node(nodes: Nodes, request: pytest.FixtureRequest) -> Iterator[Node]:
+    """A node without pods, which must be left as it was."""
+    made = nodes.get()
+    made.begin()
+    yield made
+    try:
+        made.clean()
+        failed = request.node.stash[_FAILED]
+    except BaseException:
+        failed = True
+        raise
+    finally:
+        if failed:
+            print(made.logs())
+            nodes.drop()
