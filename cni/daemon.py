@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from cni import podnet, server, verbs
+from cni import podnet, server, sources, verbs
 from cni.endpoint import Address, AddressError, Endpoint, parse_address
 from cni.errors import CNIError, first_of
 from cni.kernel import NetlinkView
@@ -62,6 +62,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
     log: str = "INFO"
     pods_may_choose: bool = False
+    source_check: bool = True
     #: None: as the IPAMConfiguration says.
     max_blocks: int | None = None
     metrics: Address | None = None
@@ -119,6 +120,11 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         default=environment.get("UNDERLAY_PODS_MAY_CHOOSE", "no"),
         help="yes: a pod's annotations, and its namespace's, choose its pools and addresses (UNDERLAY_PODS_MAY_CHOOSE)",
     )
+    parser.add_argument(
+        "--source-check",
+        default=environment.get("UNDERLAY_SOURCE_CHECK", "on"),
+        help="on: what a pod sends from an address that is not its own is dropped (UNDERLAY_SOURCE_CHECK)",
+    )
     values = parser.parse_args(argv)
     for name in ("node", "store"):
         if not getattr(values, name):
@@ -138,6 +144,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         boot_id=boot_id,
         log=level,
         pods_may_choose=_yes("--pods-may-choose", values.pods_may_choose),
+        source_check=_on("--source-check", values.source_check),
         max_blocks=int(values.max_blocks) if values.max_blocks else None,
         metrics=_metrics(values.metrics),
     )
@@ -154,6 +161,12 @@ def _yes(flag: str, text: str) -> bool:
     if text.lower() not in ("yes", "no", ""):
         raise StartError(f"{flag} {text}: write yes or no")
     return text.lower() == "yes"
+
+
+def _on(flag: str, text: str) -> bool:
+    if text.lower() not in ("on", "off", ""):
+        raise StartError(f"{flag} {text}: write on or off")
+    return text.lower() != "off"
 
 
 async def serve(
@@ -237,6 +250,7 @@ async def _run(
         step=step,
         tell=tell,
     )
+    check = _source_check(options, clock, tell)
     calls = Calls()
     annotations = _annotations(options, store, clock)
     handler = verbs.Verbs(
@@ -253,13 +267,15 @@ async def _run(
     front = server.Server(directory=options.run, carry_out=handler.carry_out, step=step, observe=calls.observe)
 
     def page() -> bytes:
-        return render((*calls.families(), *families(_state(ipam, store, recorder))))
+        return render((*calls.families(), *families(_state(ipam, store, recorder, check))))
 
     parts: list[Runs] = [ipam, handler, queue, recorder]
     if options.metrics:
         parts.append(Endpoint(options.metrics, page, CONTENT_TYPE, clock))
     if annotations:
         parts.append(annotations)
+    if check:
+        parts.append(check)
     await ipam.start()
     await queue.drain()
     async with asyncio.TaskGroup() as group:
@@ -272,12 +288,24 @@ async def _run(
                 task.cancel()
 
 
-def _state(ipam: NodeIPAM, store: CountedStore, recorder: Recorder) -> State:
+def _source_check(options: Options, clock: Clock, tell: Callable[[News], None]) -> sources.SourceCheck | None:
+    """The check, in place unless the kernel refuses it; where it is switched off, none, and its table is gone."""
+    if not options.source_check:
+        sources.remove()
+        return None
+    check = sources.SourceCheck(clock, tell)
+    check.look()
+    return check
+
+
+def _state(ipam: NodeIPAM, store: CountedStore, recorder: Recorder, check: sources.SourceCheck | None) -> State:
     return State(
         blocks=ipam.blocks(),
         conditions=frozenset(condition.type for condition in ipam.conditions()),
         figures=ipam.figures(),
         ready=not ipam.refusal(),
+        source_check=check is not None and check.in_place,
+        source_check_drops=check.drops() if check else 0,
         store_requests=store.requests,
         store_failures=store.failures,
         events_written=recorder.written,

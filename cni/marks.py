@@ -32,3 +32,7 @@ LINK_PREFIX: Final = "ul"
 LINK_MAC: Final = "ee:ee:ee:ee:ee:ee"
 #: The pod's IPv4 gateway: never assigned anywhere, answered by a permanent neighbour entry.
 GATEWAY4: Final = "169.254.1.1"
+#: nftables table (family inet) that drops what pods send from addresses that are not theirs; written by the CNI server.
+NFT_TABLE: Final = "underlay"
+#: Where its chain stands at prerouting: nft's ``raw``, before connection tracking.
+NFT_PRIORITY: Final = -300

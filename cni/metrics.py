@@ -56,6 +56,8 @@ class State(msgspec.Struct, frozen=True):
     conditions: frozenset[str]
     figures: Figures
     ready: bool
+    source_check: bool
+    source_check_drops: int
     store_requests: Mapping[str, int]
     store_failures: Mapping[str, int]
     events_written: int
@@ -65,6 +67,15 @@ class State(msgspec.Struct, frozen=True):
 def families(state: State) -> Iterable[Family]:
     """The families of a scrape, but for ``Calls``'."""
     yield _one("underlay_cni_ready", "gauge", "1 if new addresses are handed out.", state.ready)
+    yield _one(
+        "underlay_cni_source_check", "gauge", "1 while the kernel drops what is not from its pod.", state.source_check
+    )
+    yield _one(
+        "underlay_cni_source_check_drops_total",
+        "counter",
+        "Packets that pods sent from addresses that are not theirs.",
+        state.source_check_drops,
+    )
     yield Family(
         "underlay_ipam_addresses",
         "gauge",

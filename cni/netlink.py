@@ -32,6 +32,9 @@ NLM_F_DUMP: Final = 0x300
 NLM_F_CREATE: Final = 0x400
 NLM_F_APPEND: Final = 0x800
 
+_BATCH_BEGIN: Final = 16  # NFNL_MSG_BATCH_BEGIN
+_BATCH_END: Final = 17
+
 _ERROR: Final = 2
 _DONE: Final = 3
 _CAPPED: Final = 0x100  # NLM_F_CAPPED: the refused request is not echoed after its header
@@ -46,6 +49,7 @@ _EXT_ACK: Final = 11
 _STRICT_CHECK: Final = 12
 
 _HEADER: Final = struct.Struct("=IHHII")
+_NFGENMSG: Final = struct.Struct(">BBH")  # family, version, resource id
 _ATTR: Final = struct.Struct("=HH")
 _U32: Final = struct.Struct("=I")
 _I32: Final = struct.Struct("=i")
@@ -187,6 +191,24 @@ class Netlink:
                 refusals[sequence - first] = error
             results += refusals
         return results
+
+    def transaction(self, subsystem: int, messages: Sequence[Message]) -> None:
+        """Sends requests to a subsystem of nfnetlink (NETLINK_NETFILTER), of which all are carried out at once, or none
+        (nfnetlink_rcv_batch, net/netfilter/nfnetlink.c). Raises the first refusal."""
+        envelope = _NFGENMSG.pack(0, 0, subsystem)
+        # Not every kernel acknowledges the end of a batch; a request in it is, once the batch was carried out.
+        *others, last = messages
+        inner = (*others, last._replace(flags=last.flags | NLM_F_ACK))
+        first = self._sequence + 1
+        self._send((Message(_BATCH_BEGIN, envelope), *inner, Message(_BATCH_END, envelope)), 0)
+        for kind, sequence, body, flags in self._receive():
+            if kind != _ERROR or sequence < first:
+                continue
+            error = _refusal(body, flags)
+            if error is not None:
+                raise error
+            if sequence == self._sequence - 1:
+                return
 
     def make(self, message: Message) -> Message | None:
         """Carries out a request and returns the object as the kernel made it (NLM_F_ECHO); None if this kernel does not

@@ -40,3 +40,12 @@ def test_metrics_are_told_nowhere_unless_an_address_is_given(boot: list[str]) ->
     )
     with pytest.raises(StartError, match=r"--metrics 9464: .*127\.0\.0\.1:9464"):
         parse([*boot, "--metrics", "9464"], {})
+
+
+def test_the_source_check_is_on_unless_it_is_switched_off(boot: list[str]) -> None:
+    assert parse(boot, {}).source_check
+    assert parse(boot, {"UNDERLAY_SOURCE_CHECK": ""}).source_check
+    assert not parse(boot, {"UNDERLAY_SOURCE_CHECK": "off"}).source_check
+    assert parse([*boot, "--source-check", "ON"], {"UNDERLAY_SOURCE_CHECK": "off"}).source_check
+    with pytest.raises(StartError, match="--source-check no: write on or off"):
+        parse([*boot, "--source-check", "no"], {})
