@@ -185,6 +185,7 @@ class Keeper:
             for want in wants:
                 await self._serve(want)
             for cidr in tuple(self._claims.pending):
+                self.untied = True  # it may be of an older release
                 with contextlib.suppress(Exhausted):  # which has been logged, and the block given back
                     await self._claims.settle(cidr)
             await self._claim_ahead()
