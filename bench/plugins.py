@@ -18,9 +18,9 @@ from pathlib import Path
 
 import msgspec
 
-from bench.spawn import timed
+from bench.spawn import Call, timed
 from bench.stats import Times
-from cni import install, netns
+from cni import install
 from lab.net import Net
 from store.clock import SystemClock
 from store.model import IPPool, IPPoolSpec, Meta, Node, NodeAddress, NodeStatus
@@ -56,13 +56,18 @@ class Plugin:
 
     def run(self, command: str, pod: str) -> float:
         """Seconds that one ADD or DEL of this pod took."""
+        with self._net.inside(self._home):
+            return timed(self._argv, self._environment(command, pod), stdin=self._config, stdout=self._out)
+
+    def start(self, command: str, pod: str) -> Call:
+        """The same beside others."""
+        out = self._out.with_name(f"{pod}.{command}.json")
+        with self._net.inside(self._home):
+            return Call(self._argv, self._environment(command, pod), stdin=self._config, stdout=out)
+
+    def _environment(self, command: str, pod: str) -> dict[str, str]:
         call = {"CNI_COMMAND": command, "CNI_CONTAINERID": pod, "CNI_NETNS": str(self._net.path(pod))}
-        fd = os.open(self._net.path(self._home), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with netns.inside(fd):
-                return timed(self._argv, {**self._env, **call}, stdin=self._config, stdout=self._out)
-        finally:
-            os.close(fd)
+        return {**self._env, **call}
 
 
 def figures(folder: Path, say: Callable[[str], None], *, rounds: int = ROUNDS) -> dict[str, float]:

@@ -6,6 +6,7 @@ starts it.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -18,15 +19,52 @@ class SpawnError(Exception):
 
 def timed(argv: Sequence[str], environment: Mapping[str, str], *, stdin: Path, stdout: Path) -> float:
     """Seconds from the start of ``argv`` to its end. Raises SpawnError unless it ends with 0."""
+    begin = time.perf_counter()
+    pid = _start(argv, environment, stdin, stdout)
+    _, status = os.waitpid(pid, 0)
+    seconds = time.perf_counter() - begin
+    _check(argv, status, stdout)
+    return seconds
+
+
+class Call:
+    """A program that runs beside others."""
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], *, stdin: Path, stdout: Path) -> None:
+        self._argv = argv
+        self._stdout = stdout
+        self._pid = _start(argv, environment, stdin, stdout)
+        self._descriptor = os.pidfd_open(self._pid)
+
+    async def ended(self) -> float:
+        """When it ended (monotonic); to be waited for once. Raises SpawnError unless it ended with 0."""
+        descriptor = self._descriptor
+        loop = asyncio.get_running_loop()
+        at: asyncio.Future[float] = loop.create_future()
+
+        def readable() -> None:
+            loop.remove_reader(descriptor)
+            at.set_result(time.monotonic())
+
+        loop.add_reader(descriptor, readable)
+        try:
+            return await at
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+            _, status = os.waitpid(self._pid, 0)  # noqa: ASYNC222 - it has ended
+            _check(self._argv, status, self._stdout)
+
+
+def _start(argv: Sequence[str], environment: Mapping[str, str], stdin: Path, stdout: Path) -> int:
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.fspath(stdin), os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, os.fspath(stdout), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
     ]
-    begin = time.perf_counter()
-    pid = os.posix_spawn(argv[0], list(argv), dict(environment), file_actions=actions)
-    _, status = os.waitpid(pid, 0)
-    seconds = time.perf_counter() - begin
+    return os.posix_spawn(argv[0], list(argv), dict(environment), file_actions=actions)
+
+
+def _check(argv: Sequence[str], status: int, stdout: Path) -> None:
     code = os.waitstatus_to_exitcode(status)
     if code != 0:
         raise SpawnError(f"{' '.join(argv)} ended with {code}: {stdout.read_text().strip()}")
-    return seconds

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from bench import rack
-from bench.spawn import SpawnError, timed
+from bench import process, rack, scale
+from bench.spawn import Call, SpawnError, timed
 from bench.stats import Times, percentile
+from lab.kube.audit import Asked
+from store.model import Allocation, IPAMBlock, IPAMBlockSpec, IPAMBlockStatus, Meta, block_name
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,76 @@ def test_memory_is_read_from_smaps() -> None:
     )
     assert rack.kib(text, "Rss") == 2048
     assert rack.kib(text, "Private_Clean|Private_Dirty") == 12
+
+
+def test_programs_that_run_beside_each_other_are_timed_each(tmp_path: Path) -> None:
+    null = Path(os.devnull)
+
+    async def main() -> None:
+        began = time.monotonic()
+        slow = Call(["/bin/sleep", "0.3"], {}, stdin=null, stdout=tmp_path / "slow")
+        quick = Call(["/bin/true"], {}, stdin=null, stdout=tmp_path / "quick")
+        bad = Call(["/bin/sh", "-c", "echo why; exit 3"], {}, stdin=null, stdout=tmp_path / "bad")
+        ends = await asyncio.gather(slow.ended(), quick.ended())
+        assert ends[1] < ends[0]
+        assert ends[0] - began >= 0.3
+        with pytest.raises(SpawnError, match="ended with 3: why"):
+            await bad.ended()
+
+    asyncio.run(main())
+
+
+def test_a_programs_name_does_not_move_its_times() -> None:
+    fields = ["S", "1", "1", "1", "0", "-1", "4194304", "9", "0", "0", "0", "250", "50", "0", "0"]
+    assert process._ticks(f"4711 (a b) c) {' '.join(fields)}") == 300
+
+
+# -- addresses of many nodes ----------------------------------------------------------------------------------------
+
+
+def block(cidr: str, node: str, **held: str) -> IPAMBlock:
+    """``held``: container -> address."""
+    allocations = tuple(
+        Allocation(address=address, network="n", container=f"{node}-{pod}", interface="eth0")
+        for pod, address in held.items()
+    )
+    spec = IPAMBlockSpec(cidr=cidr, pool="pods", node=node)
+    return IPAMBlock(metadata=Meta(name=block_name(cidr)), spec=spec, status=IPAMBlockStatus(allocations=allocations))
+
+
+GIVEN = {"10.0.0.1": "a-0", "10.0.0.65": "b-0"}
+ONE, OTHER = block("10.0.0.0/26", "a", **{"0": "10.0.0.1"}), block("10.0.0.64/26", "b", **{"0": "10.0.0.65"})
+
+
+def test_what_was_given_once_and_is_so_in_the_store_is_right() -> None:
+    assert scale.check([OTHER, ONE], dict(GIVEN)) == 0
+
+
+@pytest.mark.parametrize(
+    ("blocks", "given"),
+    [
+        ([ONE], GIVEN),  # b-0 is in no block
+        ([ONE, OTHER], {"10.0.0.1": "a-0"}),  # one too many in the store
+        ([ONE, OTHER], {"10.0.0.1": "a-0", "10.0.0.65": "a-1"}),  # another pod has it
+        ([ONE, OTHER, block("10.0.0.0/24", "c")], GIVEN),  # overlaps
+        ([ONE, OTHER, block("10.0.1.0/26", "a", **{"0": "10.0.0.1"})], GIVEN),  # twice, once in a wrong block
+        ([ONE, block("10.0.0.64/26", "c", **{"0": "10.0.0.65"})], GIVEN),  # of a node that has not given it
+    ],
+)
+def test_what_is_not_so_is_counted(blocks: list[IPAMBlock], given: dict[str, str]) -> None:
+    assert scale.check(blocks, dict(given)) > 0
+
+
+def test_the_figures_of_a_stage_are_by_node() -> None:
+    def asked(verb: str, code: int = 200) -> Asked:
+        return Asked("u", "a", verb, "ipamblocks", "", "", code, 0.0)
+
+    requests = (asked("list"), asked("create", 409), asked("create", 201), asked("update", 500))
+    growth = scale.Growth(
+        nodes=2, pods=40, seconds=3.0, requests=requests, api_cpu=0.5, etcd_cpu=0.1, api_mb=300.0
+    ).figures("nodes2")
+    assert growth["scale.nodes2.requests_per_node"] == 2
+    assert growth["scale.nodes2.writes_per_node"] == 1.5
+    assert growth["scale.nodes2.conflicts"] == 1
+    assert growth["scale.nodes2.refused"] == 1
+    assert growth["scale.nodes2.api_cpu_ms_per_node"] == 250
