@@ -1,9 +1,10 @@
 r"""What travels between shim and server: protocol 1.
 
 Request: ``ULC1``, u32le length of the environment, u32le length of the configuration, then the environment as
-``KEY=VALUE\0``... and the configuration as it is. The pod's network namespace comes as a descriptor (SCM_RIGHTS) with
-the first byte. Answer: ``ULR1``, u32le exit code, u32le length, then what the shim prints. A queued DEL is a request in
-a file.
+``KEY=VALUE\0``... and the configuration as it is. The environment is the runtime's, as far as it begins with ``CNI_``,
+and ``UNDERLAY_ASKED``: when the shim was started, in nanoseconds of CLOCK_MONOTONIC. The pod's network namespace comes
+as a descriptor (SCM_RIGHTS) with the first byte. Answer: ``ULR1``, u32le exit code, u32le length, then what the shim
+prints. A queued DEL is a request in a file.
 """
 
 from __future__ import annotations

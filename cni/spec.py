@@ -12,14 +12,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType, field
 
 from cni.errors import CNIError
+from cni.marks import LINK_MAC
 
 #: The versions that we speak. CHECK came with 0.4.0, STATUS and GC with 1.1.0.
 VERSIONS: Final = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
@@ -54,8 +56,9 @@ _NAME_LIMIT: Final = 255
 _INTERFACE_LIMIT: Final = 15
 _TRUE: Final = frozenset({"1", "true"})
 _ARGS_WE_KNOW: Final = frozenset(
-    {"K8S_POD_NAMESPACE", "K8S_POD_NAME", "K8S_POD_INFRA_CONTAINER_ID", "K8S_POD_UID", "IgnoreUnknown"}
+    {"K8S_POD_NAMESPACE", "K8S_POD_NAME", "K8S_POD_INFRA_CONTAINER_ID", "K8S_POD_UID", "IgnoreUnknown", "IP", "MAC"}
 )
+_MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
 
 
 class Refusal(CNIError):
@@ -80,9 +83,12 @@ class Attached(msgspec.Struct, frozen=True):
 
 
 class Runtime(msgspec.Struct, frozen=True):
-    """What the runtime adds for a capability; ``annotations`` are the pod's, None where it does not say."""
+    """What the runtime adds for a capability (CONVENTIONS.md, "Dynamic Plugin specific fields"); ``annotations`` are
+    the pod's. None where it does not say."""
 
     annotations: dict[str, str] | None = field(default=None, name="io.kubernetes.cri.pod-annotations")
+    ips: tuple[str, ...] | None = None
+    mac: str | None = None
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -113,7 +119,9 @@ class _Bare(msgspec.Struct, frozen=True):
 
 class Call(msgspec.Struct, frozen=True):
     """A well-formed call. ``netns`` is the path as given, "" if none; ``pod`` is ``namespace/name`` where the runtime
-    said so, ``pod_uid`` the Pod's uid likewise."""
+    said so, ``pod_uid`` the Pod's uid likewise. ``addresses`` and ``mac`` are those that the runtime wants the pod to
+    have, if any: in canonical text, one address of a family at most. ``asked`` is when the shim was started (seconds,
+    monotonic), if it says so."""
 
     command: str
     config: Config
@@ -122,6 +130,9 @@ class Call(msgspec.Struct, frozen=True):
     netns: str = ""
     pod: str = ""
     pod_uid: str = ""
+    addresses: tuple[str, ...] = ()
+    mac: str = ""
+    asked: float | None = None
 
 
 def parse(environment: Mapping[str, str], text: bytes) -> Call:
@@ -150,7 +161,9 @@ def parse(environment: Mapping[str, str], text: bytes) -> Call:
 
     arguments = _arguments(environment.get("CNI_ARGS", ""), lenient=command == "DEL")
     pod = "/".join(filter(None, (arguments.get("K8S_POD_NAMESPACE"), arguments.get("K8S_POD_NAME"))))
-    return Call(command, config, container, interface, netns, pod, arguments.get("K8S_POD_UID", ""))
+    addresses, mac = _wanted(config.runtime, arguments) if command == "ADD" else ((), "")
+    uid, asked = arguments.get("K8S_POD_UID", ""), _asked(environment.get("UNDERLAY_ASKED", ""))
+    return Call(command, config, container, interface, netns, pod, uid, addresses, mac, asked)
 
 
 def version_of(text: bytes) -> str:
@@ -237,9 +250,64 @@ def _arguments(text: str, *, lenient: bool) -> dict[str, str]:
     return found
 
 
+def _wanted(runtime: Runtime, arguments: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
+    """Addresses and MAC that the pod is to have, empty if the runtime leaves it to us. ``runtimeConfig`` goes before
+    ``CNI_ARGS``."""
+    try:
+        if runtime.ips:
+            addresses = _addresses(runtime.ips, "runtimeConfig.ips")
+        else:
+            addresses = _addresses(filter(None, arguments.get("IP", "").split(",")), "CNI_ARGS: IP")
+        if runtime.mac:
+            mac = _unicast(runtime.mac, "runtimeConfig.mac")
+        else:
+            mac = _unicast(arguments.get("MAC", ""), "CNI_ARGS: MAC")
+    except ValueError as e:
+        if str(e).startswith("CNI_ARGS"):
+            raise Refusal(INVALID_ENVIRONMENT, "invalid CNI_ARGS", str(e)) from e
+        raise Refusal(INVALID_CONFIG, "invalid network configuration", str(e)) from e
+    return addresses, mac
+
+
+def _addresses(texts: Iterable[str], where: str) -> tuple[str, ...]:
+    """A prefix length may follow, as for plugins that have a subnet; ours are a /32 and a /128. ValueError."""
+    found: dict[int, str] = {}
+    for text in texts:
+        try:
+            ip = ipaddress.ip_interface(text).ip
+        except ValueError:
+            raise ValueError(f"{where}: {_shown(text)} is no IP address: write one, as 10.244.0.7 or fd00::7") from None
+        if ip.version in found:
+            raise ValueError(f"{where}: {_shown(text)} is a second IPv{ip.version} address: one of a family at most")
+        found[ip.version] = str(ip)
+    return tuple(found.values())
+
+
+def _unicast(text: str, where: str) -> str:
+    """The MAC in small letters. ValueError unless an interface can have it (is_valid_ether_addr of the kernel)."""
+    mac = text.lower()
+    if not mac:
+        return ""
+    if not _MAC.fullmatch(mac):
+        raise ValueError(f"{where}: {_shown(text)} is no MAC address: write six bytes, as 02:00:00:00:00:07")
+    if int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
+        raise ValueError(f"{where}: {mac} is no unicast address: its first byte must be even, and not all may be 0")
+    if mac == LINK_MAC:
+        raise ValueError(f"{where}: {mac} is the MAC of every pod's gateway: take another")
+    return mac
+
+
+def _asked(text: str) -> float | None:
+    """Nanoseconds as the shim writes them; None for a shim that does not."""
+    return int(text) / 1e9 if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
 def _environment(name: str, value: str, rule: str) -> Refusal:
-    shown = value if len(value) <= 80 else value[:80] + "..."
-    return Refusal(INVALID_ENVIRONMENT, f"invalid {name}", f"{name}: {shown!r}: {rule}")
+    return Refusal(INVALID_ENVIRONMENT, f"invalid {name}", f"{name}: {_shown(value)}: {rule}")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:80] + "...")
 
 
 # -- the answer ----------------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from cni import look, podnet, rtnl, spec
+from cni.choice import Choice
 from cni.errors import CNIError
 from cni.marks import LINK_MAC
 from cni.netlink import Netlink, NetlinkError
@@ -31,9 +32,6 @@ from store.base import Store
 from store.clock import Clock
 from store.errors import NotFound, StoreError
 from store.model import BGPNodeStatus
-
-if TYPE_CHECKING:
-    from cni.choice import Choice
 
 log = logging.getLogger(__name__)
 
@@ -198,11 +196,11 @@ class Verbs:
         )
 
     async def _take(self, call: Call, attachment: Attachment, *, known: bool) -> Lease:
-        request = Request(attachment, pod=call.pod, pod_uid=call.pod_uid)
-        if known or self._choose is None:
+        request = Request(attachment, pod=call.pod, pod_uid=call.pod_uid, asked=call.asked)
+        if known or not (self._choose or call.addresses):
             return await self._ipam.take(request)
         try:
-            choice = await self._choose(call)
+            choice = await self._wanted(call)
         except Refusal as e:
             self._ipam.tell_no_address(request, e)
             raise
@@ -214,10 +212,16 @@ class Verbs:
         except IPAMError as e:
             if not choice.said:
                 raise
-            refused = type(e)(f"pod {call.pod}: {choice.said}: {e}")
+            refused = type(e)(": ".join(filter(None, (call.pod and f"pod {call.pod}", choice.said, str(e)))))
             if isinstance(e, WrongPool | Exhausted):
                 self._ipam.tell_no_address(request, refused)
             raise refused from e
+
+    async def _wanted(self, call: Call) -> Choice:
+        """The runtime's word goes before the pod's."""
+        if call.addresses:
+            return Choice(addresses=call.addresses, said="addresses that the runtime asks for")
+        return await self._choose(call) if self._choose else Choice()
 
     def _want(self, call: Call, lease: Lease) -> podnet.Wiring:
         mtu = call.config.mtu or self._uplink_mtu()
@@ -227,7 +231,7 @@ class Verbs:
         return podnet.Wiring(
             node_end=podnet.link_name(call.container, call.interface),
             pod_end=call.interface,
-            mac=podnet.pod_mac(call.container, call.interface),
+            mac=call.mac or podnet.pod_mac(call.container, call.interface),
             addresses=lease.addresses,
             mtu=mtu,
         )
@@ -277,7 +281,8 @@ class Verbs:
 
     def _del(self, call: Call) -> None:
         # After the network was renamed, DEL comes with the new name; the sandbox's interface is the same.
-        self._release({_attachment(call), *(lease.attachment for lease in self._of_sandbox(call))})
+        attachments = {_attachment(call), *(lease.attachment for lease in self._of_sandbox(call))}
+        self._release(attachments, call.asked)
 
     async def _gc(self, call: Call) -> None:
         valid = call.config.valid
@@ -300,8 +305,9 @@ class Verbs:
         if failed:
             raise Refusal(spec.WIRING_FAILED, "GC could not release everything", "; ".join(failed))
 
-    def _release(self, attachments: Iterable[Attachment]) -> None:
-        """Takes one sandbox's interface out of the kernel, then gives back what its attachments had."""
+    def _release(self, attachments: Iterable[Attachment], asked: float | None = None) -> None:
+        """Takes one sandbox's interface out of the kernel, then gives back what its attachments had. ``asked``: of the
+        DEL; None for GC, which knows of everything that was asked for until now."""
         attachments = tuple(attachments)
         leases = tuple(lease for a in attachments if (lease := self._ipam.lease(a)) is not None)
         addresses = tuple(a for lease in leases for a in lease.addresses)
@@ -310,7 +316,7 @@ class Verbs:
         self._step("del-unwired")
         for a in attachments:
             try:
-                self._ipam.give_back(a)
+                self._ipam.give_back(a, asked=asked)
             except JournalError as e:
                 log.warning("%s is unwired, but that cannot be journalled; the sweep will find it: %s", a, e)
         self._step("del-journalled")

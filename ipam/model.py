@@ -9,6 +9,8 @@ import msgspec
 
 Family = Literal[4, 6]
 
+#: Who the Events of its server are from.
+CONTROLLER: Final = "underlay.network/cni"
 #: Every condition that NodeIPAM knows: each of its blocks says those that hold.
 CONDITIONS: Final = (
     "BlockLost",
@@ -36,7 +38,7 @@ class Request(msgspec.Struct, frozen=True):
     """What an ADD asks for. ``pools`` (names or CIDRs) and ``addresses`` are what the pod chose; empty: automatic.
 
     Pools are chosen per family: a family without a chosen pool stays automatic. ``addresses`` are given as they are,
-    one a family at most, and then nothing else is.
+    one a family at most, and then nothing else is. ``asked``: when the runtime asked (seconds, monotonic), if known.
     """
 
     attachment: Attachment
@@ -44,6 +46,7 @@ class Request(msgspec.Struct, frozen=True):
     pools: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
     pod_uid: str = ""
+    asked: float | None = None
 
 
 class Lease(msgspec.Struct, frozen=True):

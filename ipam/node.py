@@ -191,14 +191,15 @@ class NodeIPAM:
         self._taken.pop(attachment, None)
         return lease
 
-    def give_back(self, attachment: Attachment, *, deleted: bool = True) -> Lease | None:
-        """To be called when the link is gone. The addresses rest; a later ``take`` of the attachment is refused (also
-        when it had no lease: None), unless this is no DEL (``deleted`` False: an ADD failed, and may be tried again).
+    def give_back(self, attachment: Attachment, *, deleted: bool = True, asked: float | None = None) -> Lease | None:
+        """To be called when the link is gone. The addresses rest. A ``take`` of the attachment that was not asked for
+        after the DEL was (``asked``, as in Request; None: now) is refused from here on, also when there was no lease
+        (None), unless this is no DEL (``deleted`` False: an ADD failed, and may be tried again).
         JournalError: nothing is changed; the sweep will find what the DEL could not."""
         lease = self._ledger.leases.get(attachment)
-        if lease is None and (not deleted or self._was_deleted(attachment)):
+        if lease is None and (not deleted or self._was_deleted(attachment, asked)):
             return None
-        self._end(attachment, lease, swept=not deleted)
+        self._end(attachment, lease, swept=not deleted, asked=asked)
         return lease
 
     def lease(self, attachment: Attachment) -> Lease | None:
@@ -262,8 +263,8 @@ class NodeIPAM:
             return lease
         if self._why_not:
             raise NotReady(f"no new addresses: {self._why_not}")
-        if self._deleted and self._was_deleted(attachment):
-            raise Deleted(f"{attachment} was deleted before: a container id is not used twice")
+        if self._deleted and self._was_deleted(attachment, request.asked):
+            raise Deleted(f"{attachment}: its DEL came before this ADD, which is older; the runtime must ask again")
         now = self._clock.monotonic()
         # A live link of this attachment whose lease was lost keeps its addresses.
         inherited = ledger.strays_behind(self._link_name(attachment))
@@ -348,14 +349,14 @@ class NodeIPAM:
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
-    def _end(self, attachment: Attachment, lease: Lease | None, *, swept: bool) -> None:
+    def _end(self, attachment: Attachment, lease: Lease | None, *, swept: bool, asked: float | None = None) -> None:
         now = self._clock.monotonic()
         addresses = lease.addresses if lease else ()
         self._append(GivenBack(attachment, now, addresses, swept))
         self._ledger.remove(attachment, now)
         self._taken.pop(attachment, None)
         if not swept:
-            self._note_deleted(attachment, now)
+            self._note_deleted(attachment, now if asked is None else asked)
         if any(found and not found[0].block.used for found in map(self._ledger.find, addresses)):
             self._keeper.poke()
 
@@ -368,9 +369,12 @@ class NodeIPAM:
                 break
             del self._deleted[oldest]
 
-    def _was_deleted(self, attachment: Attachment) -> bool:
+    def _was_deleted(self, attachment: Attachment, asked: float | None) -> bool:
+        """Whether a DEL has overtaken what was asked for then (None: at some time before)."""
         at = self._deleted.get(attachment)
-        return at is not None and self._clock.monotonic() - at < self._settings.remember_deleted
+        if at is None or (asked is not None and asked > at):
+            return False
+        return self._clock.monotonic() - at < self._settings.remember_deleted
 
     # -- at start -----------------------------------------------------------------------------------------------------
 

@@ -119,19 +119,28 @@ static uint32_t get_u32(const unsigned char *at)
     return at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
 }
 
+/* Adds a variable to the request, which has that length; returns the new one. */
+static size_t put_variable(size_t length, const char *variable)
+{
+    size_t size = strlen(variable) + 1;
+    if (length + size > 12 + ENVIRONMENT_LIMIT)
+        fail(BAD_ENVIRONMENT, "the environment is too large", "the CNI_ variables have more than %d B",
+             ENVIRONMENT_LIMIT);
+    memcpy(request + length, variable, size);
+    return length + size;
+}
+
 static void build_request(void)
 {
-    size_t length = 12;
-    for (char **variable = environ; *variable; variable++) {
-        if (strncmp(*variable, "CNI_", 4) != 0)
-            continue;
-        size_t size = strlen(*variable) + 1;
-        if (length + size > 12 + ENVIRONMENT_LIMIT)
-            fail(BAD_ENVIRONMENT, "the environment is too large", "the CNI_ variables have more than %d B",
-                 ENVIRONMENT_LIMIT);
-        memcpy(request + length, *variable, size);
-        length += size;
-    }
+    /* By this the server tells an ADD that its DEL has overtaken from one that was asked for after it. */
+    char asked[48];
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    snprintf(asked, sizeof asked, "UNDERLAY_ASKED=%lld", (long long)now.tv_sec * 1000000000LL + now.tv_nsec);
+    size_t length = put_variable(12, asked);
+    for (char **variable = environ; *variable; variable++)
+        if (strncmp(*variable, "CNI_", 4) == 0)
+            length = put_variable(length, *variable);
     size_t environment_length = length - 12;
 
     config = request + length;

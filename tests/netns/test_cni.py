@@ -202,7 +202,35 @@ def test_del_twice_and_without_a_namespace(node: Plugin) -> None:
     ok(node.call("DEL", "c1", ""))
     ok(node.call("DEL", "c1"))
     eventually(node.nothing_left)
-    refused(node.call("ADD", "c1", "pod-1"), 104, "deleted")
+
+
+def test_an_add_after_its_del_on_the_living_namespace_is_a_new_one(node: Plugin) -> None:
+    """As podman's network reload and cnitool do."""
+    for _ in range(3):
+        result = ok(node.call("ADD", "c1", "pod-1")).json
+        ok(node.call("CHECK", "c1", "pod-1", node.conf(prevResult=result)))
+        ok(node.call("DEL", "c1", "pod-1"))
+    eventually(node.nothing_left)
+
+
+def test_an_add_that_its_del_overtakes_is_refused(plugin: Plugin) -> None:
+    """As when a runtime is killed while no server runs: its shim waits on, and the next one deletes the sandbox."""
+    add = plugin.popen("ADD", "c1", "pod-1")
+    eventually(lambda: shim_runs(add.pid))
+    os.kill(add.pid, signal.SIGSTOP)
+    ok(plugin.call("DEL", "c1", "pod-1"))
+    plugin.start()
+    os.kill(add.pid, signal.SIGCONT)
+    printed, _ = add.communicate(timeout=10)
+    answer = json.loads(printed)
+    assert (add.returncode, answer["code"]) == (1, 104), answer
+    eventually(plugin.nothing_left)
+    ok(plugin.call("ADD", "c1", "pod-1"))
+
+
+def shim_runs(pid: int) -> bool:
+    """It sleeps between two looks for a server, so it has noted when it was started."""
+    return "nanosleep" in Path(f"/proc/{pid}/wchan").read_text()
 
 
 def test_a_namespace_can_be_used_again_at_once(node: Plugin) -> None:
@@ -601,6 +629,40 @@ def test_install_waits_for_the_server_with_the_conflist(plugin: Plugin, tmp_path
     assert json.loads(conflist.read_text())["plugins"][0]["type"] == "underlay"
     plugin.shim = binary
     ok(plugin.call("ADD", "c1", "pod-1"))
+
+
+# -- what the runtime chooses ------------------------------------------------------------------------------------------
+
+
+def test_the_runtime_says_address_and_mac(node_c: Plugin) -> None:
+    """By capability, without a word of the pod; the pod sends from there and only from there."""
+    told = {"runtimeConfig": {"ips": ["10.244.0.77/16", "fd00:10:244::77"], "mac": "02:00:00:00:00:77"}}
+    added = ok(node_c.call("ADD", "c1", "pod-1", node_c.conf(**told)))
+    assert added.addresses == ["10.244.0.77/32", "fd00:10:244::77/128"]
+    assert added.json["interfaces"][1]["mac"] == "02:00:00:00:00:77"
+    (link,) = json.loads(node_c.net.run("pod-1", ["ip", "-j", "link", "show", "dev", "eth0"]).stdout)
+    assert link["address"] == "02:00:00:00:00:77"
+    assert ok(node_c.call("ADD", "c1", "pod-1", node_c.conf(**told))).json == added.json
+    ok(node_c.call("CHECK", "c1", "pod-1", node_c.conf(prevResult=added.json, **told)))
+    other = ok(node_c.call("ADD", "c2", "pod-2", CNI_ARGS="MAC=02:00:00:00:00:78;IP=10.244.0.78"))
+    assert other.addresses == ["10.244.0.78/32"], "all that the pod gets"
+    assert other.json["interfaces"][1]["mac"] == "02:00:00:00:00:78"
+    ping = node_c.net.run("pod-1", ["ping", "-c", "1", "-W", "1", "10.244.0.78"], check=False)
+    assert ping.returncode == 0, ping.stdout
+    ok(node_c.call("DEL", "c1", "pod-1", node_c.conf(**told)))
+    ok(node_c.call("DEL", "c2", "pod-2"))
+    eventually(node_c.nothing_left)
+
+
+def test_an_address_that_the_runtime_cannot_have_is_refused_with_the_reason(node_c: Plugin) -> None:
+    def ask(*ips: str) -> Answer:
+        return node_c.call("ADD", "c1", "pod-1", node_c.conf(runtimeConfig={"ips": ips}))
+
+    refused(ask("192.0.2.1"), 7, "192.0.2.1", "in no IPPool", "the runtime asks for")
+    ok(node_c.call("ADD", "c2", "pod-2", CNI_ARGS="IP=10.244.0.78"))
+    refused(ask("10.244.0.78"), 11, "10.244.0.78")
+    refused(node_c.call("ADD", "c1", "pod-1", node_c.conf(runtimeConfig={"mac": "01:00:5e:00:00:01"})), 7, "unicast")
+    assert node_c.links() == [podnet.link_name("c2", "eth0")]
 
 
 # -- pods that choose ---------------------------------------------------------------------------------------------

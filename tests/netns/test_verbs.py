@@ -61,7 +61,7 @@ class FakeIPAM:
     def leases(self) -> tuple[Lease, ...]:
         return tuple(self.held.values())
 
-    def give_back(self, attachment: Attachment, *, deleted: bool = True) -> Lease | None:
+    def give_back(self, attachment: Attachment, *, deleted: bool = True, asked: float | None = None) -> Lease | None:
         self._fail("give_back")
         if deleted:
             self.deleted.add(attachment)

@@ -246,6 +246,31 @@ def test_an_add_after_its_del_is_refused_also_by_the_next_server_but_not_for_eve
     run(tmp_path, test, V4)
 
 
+def test_an_add_that_was_asked_for_after_the_del_is_a_new_one(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        await rig.add(1, asked=rig.clock.monotonic())
+        await rig.clock.advance(1)
+        asked = rig.clock.monotonic()
+        rig.kernel.unwire(link_name(attachment(1)))
+        await rig.clock.advance(1)  # as one that waited in the queue
+        assert rig.ipam.give_back(attachment(1), asked=asked) is not None
+        for overtaken in (asked - 0.5, asked, None):
+            with pytest.raises(Deleted):
+                await rig.add(1, asked=overtaken)
+        await rig.add(1, asked=asked + 0.5)
+        # This ADD was asked for before a DEL again: the newer one counts, also when there is nothing to give back.
+        late = asked + 1
+        rig.delete(1)
+        assert rig.ipam.give_back(attachment(1), asked=asked + 2) is None
+        await rig.restart()
+        with pytest.raises(Deleted):
+            await rig.add(1, asked=late)
+        await rig.clock.advance(3)
+        await rig.add(1, asked=rig.clock.monotonic())
+
+    run(tmp_path, test, V4)
+
+
 def test_an_add_that_failed_may_be_tried_again(tmp_path: Path) -> None:
     async def test(rig: Rig) -> None:
         first = await rig.ipam.take(Request(attachment(1)))

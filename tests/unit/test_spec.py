@@ -48,6 +48,62 @@ def test_a_call_as_a_runtime_makes_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "asked"),
+    [("12500000000", 12.5), ("0", 0.0), ("", None), ("-1", None), ("1e9", None), ("\u0661", None), ("9" * 20, None)],
+)
+def test_when_it_was_asked_is_what_the_shim_says_or_unknown(text: str, asked: float | None) -> None:
+    assert parse({**ENV, "UNDERLAY_ASKED": text}, conf()).asked == asked
+    assert parse(ENV, conf()).asked is None
+
+
+def wanted(arguments: str = "", **runtime: Any) -> tuple[tuple[str, ...], str]:
+    call = parse({**ENV, "CNI_ARGS": arguments}, conf(runtimeConfig=runtime))
+    return call.addresses, call.mac
+
+
+def test_addresses_and_mac_come_from_the_arguments_or_the_runtimes_capabilities_which_win() -> None:
+    ips, mac = ["10.244.0.7/24", "FD00::07"], "02:AA:00:00:00:07"
+    assert wanted() == ((), "")
+    assert wanted("IP=;MAC=", ips=[], mac="") == ((), "")
+    assert wanted("IP=;MAC=", ips=None, mac=None) == ((), "")
+    assert wanted(f"MAC={mac};IP={','.join(ips)}") == (("10.244.0.7", "fd00::7"), mac.lower())
+    assert wanted("MAC=02:00:00:00:00:08;IP=10.0.0.1", ips=ips, mac=mac) == (("10.244.0.7", "fd00::7"), mac.lower())
+    assert wanted("MAC=02:00:00:00:00:08", ips=ips) == (("10.244.0.7", "fd00::7"), "02:00:00:00:00:08")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("mac", "01:00:5e:00:00:01", "unicast"),
+        ("mac", "ff:ff:ff:ff:ff:ff", "unicast"),
+        ("mac", "00:00:00:00:00:00", "unicast"),
+        ("mac", "ee:ee:ee:ee:ee:ee", "gateway"),
+        ("mac", "02:00:00:00:00", "six bytes"),
+        ("mac", "02:00:00:00:00:0g", "six bytes"),
+        ("mac", "02:00:00:00:00:07\n", "six bytes"),
+        ("mac", "020000000007", "six bytes"),
+        ("ips", "10.244.0.300", "no IP address"),
+        ("ips", "fe80::1%eth0", "no IP address"),
+        ("ips", "10.244.0.7,10.244.0.8", "second IPv4"),
+        ("ips", "fd00::1,fd00::2", "second IPv6"),
+    ],
+)
+def test_a_wrong_address_or_mac_is_refused_where_it_stands(key: str, value: str, word: str) -> None:
+    given: Any = value.split(",") if key == "ips" else value
+    found = refusal(ENV, conf(runtimeConfig={key: given}))
+    assert found.code == 7
+    assert f"runtimeConfig.{key}" in found.details
+    assert word in found.details
+    name = {"ips": "IP", "mac": "MAC"}[key]
+    arguments = {"CNI_ARGS": f"{name}={value};IgnoreUnknown=1"}
+    found = refusal({**ENV, **arguments}, conf())
+    assert found.code == 4
+    assert f"CNI_ARGS: {name}: " in found.details
+    assert word in found.details
+    assert parse({**ENV, **arguments, "CNI_COMMAND": "DEL"}, conf(runtimeConfig={key: 7})).command == "DEL"
+
+
+@pytest.mark.parametrize(
     "text", [b"", b"{", b"\xff\xfe", b'{"name": "\xff"}', b"[" * 200_000, b'{"name": 7', b"[1", b'{"a":' * 200_000]
 )
 def test_what_is_not_json_is_code_6(text: bytes) -> None:
@@ -71,6 +127,8 @@ def test_what_is_not_json_is_code_6(text: bytes) -> None:
         ({"name": "x" * 256}, "name"),
         ({"dns": []}, "dns"),
         ({"prevResult": "x"}, "prevResult"),
+        ({"runtimeConfig": {"ips": "10.244.0.7"}}, "runtimeConfig.ips"),
+        ({"runtimeConfig": {"mac": 7}}, "runtimeConfig.mac"),
         ({"cniVersion": 1}, "cniVersion"),
         ({"cni.dev/valid-attachments": [{"containerID": 1}]}, "cni.dev/valid-attachments[0].containerID"),
     ],
