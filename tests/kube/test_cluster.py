@@ -114,7 +114,8 @@ def test_the_garbage_collector_takes_a_block_with_its_node_and_only_marks_one_wi
     cluster.request("POST", BLOCKS, block(owner, "underlay.network/owner"))
     cluster.request("DELETE", f"{NODES}/node-1")
     path = f"{BLOCKS}/10-0-0-0-26"
-    assert eventually(lambda: "deletionTimestamp" in cluster.request("GET", path)["metadata"])
+    # Its collector may be looking for new kinds, which it does every 30 s, or come back from a test's restart.
+    assert eventually(lambda: "deletionTimestamp" in cluster.request("GET", path)["metadata"], limit=30)
     cluster.request("PATCH", path, {"metadata": {"finalizers": None}}, content_type="application/merge-patch+json")
     assert gone(cluster, path)
 
