@@ -27,7 +27,7 @@ from cni.queue import Queue
 from cni.reaper import Reaper
 from ipam.errors import IPAMError
 from ipam.journal import Journal
-from ipam.model import Attachment, News, Settings
+from ipam.model import CONTROLLER, Attachment, News, Settings
 from ipam.node import NodeIPAM
 from store.base import Store
 from store.clock import Clock, SystemClock
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from cni.annotations import Annotations
 
 log = logging.getLogger(__name__)
-
-#: Who Events are from.
-CONTROLLER = "underlay.network/cni"
 
 
 class StartError(CNIError):

@@ -1,8 +1,8 @@
 """``ipam check``: what is wrong with pools, blocks and addresses, from one look at all of them. Pure.
 
 Each rule is a function from the look to findings; ``ctl.check_node`` has those that compare the store with one node,
-``ctl.check_pods`` those that compare it with Kubernetes' pods. A rule that needs what could not be read says nothing:
-the caller says that it could not be read.
+``ctl.check_pods`` those that compare it with Kubernetes' pods, ``ctl.check_events`` those on what nodes say in Events.
+A rule that needs what could not be read says nothing: the caller says that it could not be read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from ctl.check_events import compare_events, condition_holds
 from ctl.check_node import compare_node
 from ctl.check_pods import compare_pods
 from ctl.finding import Finding, Kind, Place, Range, View, holder, number
@@ -199,15 +200,14 @@ def _conditions(view: View) -> Iterator[Finding]:
         for c in block.status.conditions
         if c.status == "True" and _lives(view, block)
     }
-    for node, kind, reason, message in said:
-        yield Finding(
-            "ConditionHolds",
-            f"node/{node}",
-            "",
-            (node,),
-            f"{kind} ({reason}): {message}",
-            f"do what the message says; {kind} is in docs/troubleshooting.md",
-        )
+    for words in said:
+        yield condition_holds(*words)
+
+
+def _events(view: View) -> Iterator[Finding]:
+    """The same of nodes that no block speaks for. Where one does, an Event may be of what is over by now."""
+    written = frozenset(block.spec.node for block in view.blocks if block.status.writer is not None)
+    yield from compare_events(view.events or (), written, view.nodes, view.now)
 
 
 # -- addresses ---------------------------------------------------------------------------------------------------------
@@ -347,6 +347,7 @@ _RULES = (
     _releases,
     _writers,
     _conditions,
+    _events,
     _allocations,
     _counts,
     _reserved_in_use,

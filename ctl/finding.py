@@ -13,7 +13,7 @@ from typing import Final, Literal, get_args
 import msgspec
 
 from ipam.model import Attachment
-from store.model import Allocation, IPAMBlock, IPPool, IPReservation, Pod, Writer
+from store.model import Allocation, IPAMBlock, IPPool, IPReservation, KubeEvent, Pod, Writer
 
 Kind = Literal[
     # pools and blocks
@@ -112,8 +112,9 @@ class View(msgspec.Struct, frozen=True):
     #: Names of the Nodes that there are.
     nodes: frozenset[str] | None = None
     local: Local | None = None
-    #: Read before the blocks.
+    #: Both read before the blocks: Kubernetes' pods, and what was said of Nodes.
     pods: tuple[Pod, ...] | None = None
+    events: tuple[KubeEvent, ...] | None = None
 
 
 class Range(msgspec.Struct, frozen=True):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from ctl.check import findings
+from ctl.check_events import is_condition
 from ctl.check_pods import is_told_of
 from ctl.failures import Usage
 from ctl.finding import PATIENCE, SETTLE, Finding, Local, View, attachment_of
@@ -20,11 +21,13 @@ from ipam.model import Attachment
 from store.base import Store
 from store.clock import Clock
 from store.errors import StoreError
-from store.model import IPAMBlock, IPPool, IPReservation, Node, Pod, R, Writer
+from store.model import IPAMBlock, IPPool, IPReservation, KubeEvent, Node, Pod, R, Writer
 
 #: Seconds for one list of one kind: a cluster of 5,000 nodes takes some.
 LIMIT: Final = 60.0
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+#: Where the Events of objects without a namespace are, as those of Nodes.
+_OF_NODES: Final = {"metadata.namespace": "default"}
 
 
 class Here(msgspec.Struct, frozen=True):
@@ -83,6 +86,7 @@ async def _look(store: Store, clock: Clock, here: Here | None) -> _Look:
     if not is_told_of(pods or ()):
         looked.clear()  # no kubelet tells of pods here: there is nothing to compare
         pods = None
+    events = await _list(store, KubeEvent, looked, unseen, where=_OF_NODES, which=is_condition)
     blocks = await _list(store, IPAMBlock, looked, unseen)
     if blocks is None:
         return _Look(None, (), (*unseen, "nothing else was looked at, as all of it is about blocks"))
@@ -92,14 +96,22 @@ async def _look(store: Store, clock: Clock, here: Here | None) -> _Look:
     nodes = await _list(store, Node, looked, unseen)
     local = _read_local(here, blocks, looked, unseen) if here else None
     names = None if nodes is None else frozenset(n.name for n in nodes)
-    view = View(clock.now(), blocks, pools, reservations, names, local, pods)
+    view = View(clock.now(), blocks, pools, reservations, names, local, pods, events)
     return _Look(view, tuple(looked), tuple(unseen))
 
 
-async def _list(store: Store, kind: type[R], looked: list[str], unseen: list[str]) -> tuple[R, ...] | None:
+async def _list(
+    store: Store,
+    kind: type[R],
+    looked: list[str],
+    unseen: list[str],
+    *,
+    where: Mapping[str, str] | None = None,
+    which: Callable[[R], bool] = lambda _: True,
+) -> tuple[R, ...] | None:
     try:
         async with asyncio.timeout(LIMIT):
-            found = (await store.list(kind)).items
+            found = tuple(obj for obj in (await store.list(kind, where=where)).items if which(obj))
     except (StoreError, TimeoutError) as e:
         unseen.append(f"{kind.PLURAL}: {str(e) or f'no answer within {LIMIT:g} s'}")
         return None

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 
 import pytest
 
+from ctl import look
 from ipam.errors import Exhausted
 from ipam.model import News, Request, Settings
 from lab.kube.cluster import Cluster
@@ -113,8 +114,11 @@ def test_in_a_namespace_that_is_gone_an_event_is_dropped_and_the_others_are_told
     play(story())
 
 
-def test_a_node_that_never_got_a_block_says_so_on_its_node_and_on_the_pod(installed: Installed, tmp_path: Path) -> None:
-    """All the way from the ADD: another node has the only block there is."""
+def test_a_node_that_never_got_a_block_says_so_on_its_node_and_on_the_pod(
+    installed: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All the way from the ADD: another node has the only block there is. ``ipam check`` finds it, until it is over."""
+    monkeypatch.setattr(look, "SETTLE", 0.1)
     cluster = installed.cluster
     cluster.request("POST", path("ippools"), pool("tiny", "10.9.0.0/28", 28))
     spec = {"cidr": "10.9.0.0/28", "pool": "tiny", "node": "node-2", "within": "10.9.0.0/20"}
@@ -125,6 +129,15 @@ def test_a_node_that_never_got_a_block_says_so_on_its_node_and_on_the_pod(instal
         "spec": spec,
     }
     cluster.request("POST", path("ipamblocks"), block)
+
+    async def said_of_node_1() -> list[str]:
+        people = KubeStore(from_kubeconfig([cluster.kubeconfig()]), SystemClock())
+        try:
+            report = await look.check(people, SystemClock(), nodes=("node-1",))
+        finally:
+            await people.close()
+        assert report.unseen == ()
+        return [finding.what for finding in report.findings if finding.kind == "ConditionHolds"]
 
     async def story() -> None:
         async with recorder(installed) as (events, store):
@@ -142,10 +155,16 @@ def test_a_node_that_never_got_a_block_says_so_on_its_node_and_on_the_pod(instal
                 assert link_name(attachment(1)) not in rig.kernel.live().values()
                 await soon(lambda: described(cluster, "Pod", "web-0", "u1", "default"))
                 await soon(lambda: described(cluster, "Node", "node-1", "node-1"))
+                (found,) = await said_of_node_1()
+                assert found.startswith("PoolExhausted (NoFreeBlock): ")
+                assert "tiny" in found
+                cluster.request("DELETE", path("ippools", "tiny"))
+                await rig.ipam._watches.read()
+                await rig.ipam._keeper.step()
+                await soon(lambda: len(described(cluster, "Node", "node-1", "node-1")) == 2)
+                assert await said_of_node_1() == []
             finally:
                 await rig.down()
-        (on_node,) = described(cluster, "Node", "node-1", "node-1")
-        assert "tiny" in on_node["message"]
         assert denial(cluster, "GET", path("ipamblocks", "10-9-0-0-28")) is None
 
     play(story())

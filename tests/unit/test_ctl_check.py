@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -18,13 +19,14 @@ from hypothesis import strategies as st
 
 from ctl import look
 from ctl.check import findings
+from ctl.check_events import FRESH
 from ctl.failures import Usage
 from ctl.finding import KINDS, PATIENCE, SETTLE, Finding, Local, View, attachment_of
 from ctl.look import Here, check
 from ctl.report import Report, read, write
 from ipam.errors import KernelUnavailable
 from ipam.journal import Bound, History, Journal, Opened, Taken
-from ipam.model import Attachment
+from ipam.model import CONTROLLER, Attachment
 from store.base import Listing
 from store.clock import SystemClock
 from store.errors import StoreError, Unavailable
@@ -33,6 +35,7 @@ from store.model import (
     ANNOTATION_RELEASE,
     Allocation,
     Condition,
+    EventSeries,
     IPAMBlock,
     IPAMBlockSpec,
     IPAMBlockStatus,
@@ -40,8 +43,10 @@ from store.model import (
     IPPoolSpec,
     IPReservation,
     IPReservationSpec,
+    KubeEvent,
     Meta,
     Node,
+    ObjectReference,
     Pod,
     PodIP,
     PodSpec,
@@ -95,7 +100,39 @@ def views(draw: st.DrawFn) -> View:
         nodes=frozenset(names),
         local=local_of("node-1", blocks),
         pods=(*pods, *harmless(pods[0])),
+        events=draw(st.permutations(over())),
     )
+
+
+def said(node: str, reason: str = "PoolExhausted", **parts: Any) -> KubeEvent:
+    """A server's word in an Event; ``name`` tells several apart."""
+    meta = Meta(name=parts.pop("name", f"{node}.1"), namespace="default")
+    about = ObjectReference(api_version="v1", kind="Node", name=node, uid=node)
+    words: dict[str, Any] = {
+        "event_time": at(-5),
+        "reporting_controller": CONTROLLER,
+        "reporting_instance": node,
+        "action": "NoFreeBlock",
+        "reason": reason,
+        "regarding": about,
+        "note": "no block is left",
+        "type": "Warning",
+    }
+    return KubeEvent(metadata=meta, **(words | parts))
+
+
+def at(seconds: float) -> str:
+    """A moment, from NOW on, as Events have it."""
+    moment = datetime.fromisoformat(NOW) + timedelta(seconds=seconds)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def over() -> list[KubeEvent]:
+    """Events that are no fault, of nodes with a block and of one that is gone."""
+    return [
+        said("node-1"),  # its blocks say all that holds
+        said("node-9"),  # there is no such node
+    ]
 
 
 def a_pod(name: str, node: str, *addresses: str, phase: str = "Running", host: bool = False, **meta: Any) -> Pod:
@@ -167,7 +204,8 @@ def test_a_view_without_fault_is_clean(view: View) -> None:
 
 @given(views())
 def test_what_could_not_be_read_makes_no_finding(view: View) -> None:
-    for part in ("pools", "reservations", "nodes", "local", "pods"):
+    for part in ("pools", "reservations", "nodes", "local", "pods", "events"):
+        view = changed(view, events=()) if part == "nodes" else view  # who is gone is not known then
         assert findings(changed(view, **{part: None})) == ()
 
 
@@ -320,6 +358,59 @@ def _a_condition_in_all_blocks_of_a_node(view: View, data: st.DataObject) -> Vie
     for block in [b for b in view.blocks if b.spec.node == node]:
         view = restatus(view, block, conditions=(c, other))
     return view
+
+
+def blockless(view: View, *events: KubeEvent) -> View:
+    """With a node-7 that has no block, and what was said of it."""
+    return changed(view, nodes=(view.nodes or frozenset()) | {"node-7"}, events=(*(view.events or ()), *events))
+
+
+@fault("ConditionHolds")
+def _a_node_without_a_block_says_so(view: View, data: st.DataObject) -> View:
+    return blockless(view, said("node-7", event_time=at(data.draw(st.sampled_from((-FRESH, -FRESH + 1, -1, 30))))))
+
+
+@fault("ConditionHolds")
+def _a_node_without_a_block_says_so_again_and_again(view: View, data: st.DataObject) -> View:
+    series = EventSeries(count=90, last_observed_time=at(-600))
+    return blockless(view, said("node-7", event_time=at(-54_000), series=series))
+
+
+@fault("ConditionHolds")
+def _it_was_over_and_holds_again(view: View, data: st.DataObject) -> View:
+    before = said("node-7", type="Normal", note="over: no block is left", name="n", event_time=at(-90))
+    return blockless(view, *data.draw(st.permutations((before, said("node-7", event_time=at(-60))))))
+
+
+@fault("ConditionHolds")
+def _only_the_last_words_of_a_condition_count(view: View, data: st.DataObject) -> View:
+    before = said("node-7", note="no block is left, and none was", name="n", event_time=at(-90))
+    return blockless(view, *data.draw(st.permutations((before, said("node-7")))))
+
+
+@fault("ConditionHolds")
+def _the_block_of_a_node_says_nothing_yet(view: View, data: st.DataObject) -> View:
+    block = changed(made("10.244.200.0/26", "node-7", []), status=IPAMBlockStatus())
+    block = changed(block, metadata=changed(block.metadata, creation_timestamp=NOW))
+    return changed(blockless(view, said("node-7")), blocks=(*view.blocks, block))
+
+
+@given(views())
+def test_what_is_no_word_of_a_condition_that_holds_makes_no_finding(view: View) -> None:
+    pod = ObjectReference(api_version="v1", kind="Pod", name="node-7", namespace="default", uid="u")
+    for event in (
+        said("node-7", event_time=at(-FRESH - 1)),
+        said("node-7", series=EventSeries(count=3, last_observed_time=at(-FRESH - 1)), event_time=at(-9000)),
+        said("node-7", type="Normal", note="over: no block is left"),
+        said("node-7", reason="BlockMarked"),
+        said("node-7", reporting_controller="kubelet"),
+        said("node-7", regarding=pod),
+        said("node-7", regarding=None),
+    ):
+        assert findings(blockless(view, event)) == ()
+    passed = said("node-7", event_time=at(-90)), said("node-7", type="Normal", name="n", event_time=at(-60))
+    for events in (passed, passed[::-1]):
+        assert findings(blockless(view, *events)) == ()
 
 
 @fault("AllocationOutsideBlock")
@@ -735,7 +826,7 @@ def test_nothing_wrong_is_one_look() -> None:
 
     report = asyncio.run(asyncio.wait_for(run(), 5))
     assert (report.findings, report.unseen, report.local) == ((), (), "")
-    assert report.looked == ("1 ipamblocks", "0 allocations", "1 ippools", "0 ipreservations", "1 nodes")
+    assert report.looked == ("0 events", "1 ipamblocks", "0 allocations", "1 ippools", "0 ipreservations", "1 nodes")
 
 
 def test_what_is_on_its_way_is_no_finding_and_what_stays_is() -> None:
@@ -867,6 +958,29 @@ def test_what_may_not_be_listed_is_said(
     assert [f.kind for f in report.findings] == ([] if hidden != (IPPool, IPReservation) else ["BlockOfNoNode"])
 
 
+def test_a_node_without_a_block_is_heard_by_its_events() -> None:
+    async def run() -> Report:
+        clock = FakeClock()
+        now = f"{clock.now().removesuffix('Z')}.000000Z"
+        pod = ObjectReference(api_version="v1", kind="Pod", name="p", namespace="default", uid="u")
+        store = await filled(MemoryStore(clock), POOL, NODE, made("10.244.64.0/26", "node-9", []))
+        for event in (
+            said("node-1", event_time=now),
+            said("node-1", event_time=now, name="node-1.2", reporting_controller="kubelet", note="of kubelet"),
+            said("node-1", event_time=now, name="p.1", regarding=pod),
+        ):
+            await store.create(event)
+        running = asyncio.create_task(check(store, clock, nodes=("node-1",)))
+        await clock.advance(SETTLE)
+        return await running
+
+    report = asyncio.run(asyncio.wait_for(run(), 5))
+    assert [(f.kind, f.object, f.what) for f in report.findings] == [
+        ("ConditionHolds", "node/node-1", "PoolExhausted (NoFreeBlock): no block is left")
+    ]
+    assert report.looked[0] == "1 events"
+
+
 def test_a_store_that_goes_away_between_two_looks_is_said() -> None:
     async def run() -> Report:
         clock = FakeClock()
@@ -879,7 +993,7 @@ def test_a_store_that_goes_away_between_two_looks_is_said() -> None:
 
     report = asyncio.run(asyncio.wait_for(run(), 5))
     assert report.findings == ()
-    assert report.unseen[:2] == ("pods: gone fishing", "ipamblocks: gone fishing")
+    assert report.unseen[:3] == ("pods: gone fishing", "events: gone fishing", "ipamblocks: gone fishing")
 
 
 def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -890,7 +1004,7 @@ def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(look, "LIMIT", 0.01)
     report = asyncio.run(check(Silent(SystemClock()), SystemClock()))
-    assert report.unseen[:2] == ("pods: no answer within 0.01 s", "ipamblocks: no answer within 0.01 s")
+    assert report.unseen[:2] == ("pods: no answer within 0.01 s", "events: no answer within 0.01 s")
 
 
 def test_a_node_that_nobody_knows_is_a_slip_of_the_pen() -> None:
@@ -1082,7 +1196,7 @@ def ctl(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 def test_a_clean_check_is_exit_0(ctl: Ctl) -> None:
     ctl.put(POOL, NODE, made("10.244.64.0/26", "node-1", [allocation("10.244.64.1", STRANGER)]))
     assert ctl.ok("ipam", "check") == (
-        "clean: looked at 1 ipamblocks, 1 allocations, 1 ippools, 0 ipreservations, 1 nodes\n"
+        "clean: looked at 0 events, 1 ipamblocks, 1 allocations, 1 ippools, 0 ipreservations, 1 nodes\n"
     )
     assert json.loads(ctl.ok("ipam", "check", "-o", "json"))["findings"] == []
 
