@@ -274,7 +274,8 @@ def _addresses(texts: Iterable[str], where: str) -> tuple[str, ...]:
     found: dict[int, str] = {}
     for text in texts:
         try:
-            ip = ipaddress.ip_interface(text).ip
+            # A zone is Python's to take, and no part of a pod's address.
+            ip = ipaddress.ip_interface(text.replace("%", "/%")).ip
         except ValueError:
             raise ValueError(f"{where}: {_shown(text)} is no IP address: write one, as 10.244.0.7 or fd00::7") from None
         if ip.version in found:
