@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -64,10 +63,12 @@ def net(tmp_path: Path) -> Iterator[Net]:
 @pytest.fixture(scope="session")
 def shim_c(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """shim.c, built as the Makefile does."""
-    program = tmp_path_factory.mktemp("shim") / "underlay"
-    compiler = shutil.which("musl-gcc") or "gcc"
-    flags = ["-static", "-Os", "-s", "-std=c11", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([compiler, *flags, "-o", program, _ROOT / "cni/shim/shim.c"], check=True)
+    return build_shim("gcc", tmp_path_factory.mktemp("shim") / "underlay")
+
+
+def build_shim(compiler: str, program: Path) -> Path:
+    source = _ROOT / "cni/shim"
+    subprocess.run([compiler, f"@{source}/flags", "-Werror", "-o", program, source / "shim.c"], check=True)
     return program
 
 
