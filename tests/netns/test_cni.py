@@ -622,12 +622,12 @@ def test_install_waits_for_the_server_with_the_conflist(plugin: Plugin, tmp_path
     assert (folders[0] / "underlay").exists()
     assert not list(folders[1].iterdir())
     plugin.start()
-    binary, conflist = install.install(plugin.shim, *folders, run=plugin.run)
-    stamp = conflist.stat().st_mtime_ns
+    done = install.install(plugin.shim, *folders, run=plugin.run)
+    stamp = done.conflist.stat().st_mtime_ns
     install.install(plugin.shim, *folders, run=plugin.run)
-    assert conflist.stat().st_mtime_ns == stamp
-    assert json.loads(conflist.read_text())["plugins"][0]["type"] == "underlay"
-    plugin.shim = binary
+    assert done.conflist.stat().st_mtime_ns == stamp
+    assert json.loads(done.conflist.read_text())["plugins"][0]["type"] == "underlay"
+    plugin.shim = done.binary
     ok(plugin.call("ADD", "c1", "pod-1"))
 
 
