@@ -54,13 +54,14 @@ def decode(data: bytes) -> Request:
     if len(data) < REQUEST.size or len(data) != REQUEST.size + body_length(data[: REQUEST.size]):
         raise MalformedMessage(f"a request of {len(data)} B is cut short, or has something after its end")
     length = REQUEST.unpack_from(data)[1]
-    variables = {}
+    variables: dict[str, str] = {}
     for pair in filter(None, data[REQUEST.size : REQUEST.size + length].split(b"\0")):
         key, equals, value = pair.partition(b"=")
         if not equals:
             raise MalformedMessage(f"{pair[:80]!r} in the environment is not KEY=VALUE")
         try:
-            variables[key.decode()] = value.decode()
+            # Of two the first counts, as for getenv(3) in the shim.
+            variables.setdefault(key.decode(), value.decode())
         except UnicodeDecodeError as e:
             raise MalformedMessage(f"{key[:80]!r} in the environment is not UTF-8: {e}") from e
     return Request(variables, data[REQUEST.size + length :])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,8 @@ FOLDER: Final = "queue"
 _SUFFIX: Final = ".del"
 #: Seconds between two looks: a shim may have written while the server was on its way up.
 _EVERY: Final = 3.0
+#: Seconds after which a file that a shim has begun is one that a killed shim left.
+_BEGUN: Final = 60.0
 
 
 class Queue:
@@ -42,6 +45,7 @@ class Queue:
     async def drain(self) -> None:
         """Carries out what is there, oldest first. A DEL that fails stays for the next look; what is no DEL is put
         aside with the suffix .bad."""
+        self._tidy()
         names = self._names()
         self._failing &= set(names)
         for name in names:
@@ -61,6 +65,12 @@ class Queue:
     def _names(self) -> list[str]:
         # Named by the shim's time, so their order is that of arrival.
         return sorted(p.name for p in self._folder.glob(f"*{_SUFFIX}"))
+
+    def _tidy(self) -> None:
+        for path in self._folder.glob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _BEGUN:
+                    path.unlink()
 
     def _read(self, name: str) -> Call | None:
         path = self._folder / name

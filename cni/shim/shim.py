@@ -142,7 +142,7 @@ def send(connection: socket.socket, request: bytes, pod_ns: int) -> None:
     try:
         sent = connection.sendmsg([request], ancillary)
         connection.sendall(request[sent:])
-    except BrokenPipeError:
+    except (BrokenPipeError, ConnectionResetError):
         return
 
 
@@ -162,22 +162,32 @@ def leave(run: str, request: bytes) -> str:
     path = f"{queue}/{time.time_ns():020d}-{os.getpid()}.del"
     temporary = f"{queue}/.{os.getpid()}.tmp"
     try:
-        for folder, mode in ((run, 0o755), (queue, 0o700)):
-            if not os.path.isdir(folder):  # noqa: PTH112
-                os.mkdir(folder, mode)  # noqa: PTH102
+        make_folder(run, 0o755)
+        make_folder(queue, 0o700)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         file = os.open(temporary, flags, 0o600)
         try:
-            written = 0
-            while written < len(request):
-                written += os.write(file, request[written:])
-        finally:
-            os.close(file)
-        os.rename(temporary, path)  # noqa: PTH104
+            try:
+                written = 0
+                while written < len(request):
+                    written += os.write(file, request[written:])
+            finally:
+                os.close(file)
+            os.rename(temporary, path)  # noqa: PTH104
+        except OSError:
+            os.unlink(temporary)  # noqa: PTH108
+            raise
     except OSError as e:
         details = f"{queue}: {e.strerror}; make room there or start underlay-cni"
         raise Failure(TRY_AGAIN, "no server, and DEL cannot be queued", details) from e
     return path
+
+
+def make_folder(path: str, mode: int) -> None:
+    try:
+        os.mkdir(path, mode)  # noqa: PTH102
+    except FileExistsError:
+        return
 
 
 def error(config: bytes, code: int, message: str, details: str) -> bytes:
@@ -185,7 +195,9 @@ def error(config: bytes, code: int, message: str, details: str) -> bytes:
 
     found = re.search(rb'"cniVersion"[\s:]*"([0-9.]{1,15})"', config)
     version = found[1].decode() if found else "1.1.0"
-    body = {"cniVersion": version, "code": code, "msg": message, "details": details}
+    # What is not ASCII may be anything: a path is bytes.
+    plain = os.fsencode(details).decode("ascii", "replace")
+    body = {"cniVersion": version, "code": code, "msg": message, "details": plain}
     return json.dumps(body).encode() + b"\n"
 
 
