@@ -131,6 +131,7 @@ class Life(World):
         self.rigs.append(rig)
         self.agents[name] = seen = Informer(cables[1], IPAMBlock, CLOCK, {"spec.node": name})
         self._tasks.append(asyncio.create_task(seen.run()))
+        self._hear()  # its sessions are up, as those of a node that joined a while ago
         await self.up(rig)
         return rig
 
@@ -140,16 +141,32 @@ class Life(World):
 
     async def _fabric(self) -> None:
         while True:
-            speaking = {rig.node: rig for rig in self.rigs if rig.node not in self.silent}
-            said = {name: rig.kernel.blackholes() for name, rig in speaking.items()}
-            for name, rig in speaking.items():
-                rig.kernel.foreign = {
-                    ForeignRoute(cidr, via=other, protocol=143)
-                    for other, cidrs in said.items()
-                    for cidr in cidrs
-                    if other != name and cidr not in rig.kernel.blackholes()
-                }
+            self._hear()
             await asyncio.sleep(0.05)
+
+    def _hear(self) -> None:
+        """Each node has a route to what another one announces."""
+        speaking = {rig.node: rig for rig in self.rigs if rig.node not in self.silent}
+        said = {name: rig.kernel.blackholes() for name, rig in speaking.items()}
+        for name, rig in speaking.items():
+            rig.kernel.foreign = {
+                ForeignRoute(cidr, via=other, protocol=143)
+                for other, cidrs in said.items()
+                for cidr in cidrs
+                if other != name and cidr not in rig.kernel.blackholes()
+            }
+
+    async def heard_of_all(self) -> None:
+        """Until no node is about to claim, and all have routes to what there is: two that claim one block of two stores
+        before either can hear of the other are beyond anybody's power."""
+
+        async def quiet() -> bool:
+            owns = [own for rig in self.rigs for own in rig.ipam._ledger.blocks.values()]
+            short = any(rig.ipam._keeper.is_short(name) for rig in self.rigs for name in rig.ipam._keeper.pools.ahead)
+            return not short and all(own.phase is Phase.READY for own in owns)
+
+        await self.until(quiet)
+        self._hear()
 
     # -- pods
 
@@ -390,6 +407,7 @@ def test_a_second_cluster_on_the_same_pool(installed: Installed, tmp_path: Path)
         stranger._agent = asyncio.create_task(stranger._agent_loop())
         for i in range(120):
             await life.add(stranger, f"theirs{i}")
+        await life.heard_of_all()
 
         rig = await life.node("node-1")
         for i in range(60):
@@ -400,6 +418,7 @@ def test_a_second_cluster_on_the_same_pool(installed: Installed, tmp_path: Path)
         found = await life.findings()
         assert any("ForeignRoute" in f["what"] for f in found["ConditionHolds"])
         # And the first cluster hears of the second as soon as it grows.
+        await life.heard_of_all()
         for i in range(40):
             await life.add(stranger, f"more{i}")
         life.undisturbed()

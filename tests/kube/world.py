@@ -121,19 +121,20 @@ class _Counted:
 
 
 async def _agent(rig: Rig, blocks: Informer[IPAMBlock]) -> None:
-    """A blackhole for each own block that is not on its way out, or has live pods. What was seen last stands while the
-    API server is away (R14)."""
+    """A blackhole for each own block that is not on its way out, or has live pods; for a new one only while no foreign
+    route leads into it (docs/decisions/0010). What was seen last stands while the API server is away (R14)."""
     while True:
         if blocks.synced:
             live = [ip_address(address) for address in rig.kernel.live()]
-            rig.kernel.set_blackholes(
-                {
-                    b.spec.cidr
-                    for b in blocks.items.values()
-                    if not (b.status.releasing or b.metadata.deletion_timestamp)
-                    or any(address in ip_network(b.spec.cidr) for address in live)
-                }
-            )
+            wanted = set()
+            for block in blocks.items.values():
+                cidr = block.spec.cidr
+                lives = any(address in ip_network(cidr) for address in live)
+                ends = block.status.releasing or bool(block.metadata.deletion_timestamp)
+                new = cidr not in rig.kernel.blackholes()
+                if lives or not (ends or (new and rig.kernel.foreign_routes(cidr))):
+                    wanted.add(cidr)
+            rig.kernel.set_blackholes(wanted)
         await asyncio.sleep(0.05)
 
 
