@@ -95,7 +95,8 @@ class Config(msgspec.Struct, frozen=True):
     """The request configuration (Section 3, "Deriving request configuration"), as far as we read it.
 
     ``mtu`` 0 means the uplinks'. ``valid`` is UNSET when the key is absent and None when it is null: neither is an
-    empty list. An empty list says that no attachment is valid; libcni writes null when it knows of none.
+    empty list. An empty list says that no attachment is valid; libcni writes null when it knows of none, and leaves the
+    key out when it was not told (cnitool).
     """
 
     version: str = field(default="0.1.0", name="cniVersion")
@@ -200,10 +201,6 @@ def _config(command: str, text: bytes) -> Config:
     if not _NAME.fullmatch(config.name) or len(config.name) > _NAME_LIMIT:
         rule = "must begin with a letter or digit and hold only letters, digits, '_', '.', '-'"
         raise Refusal(INVALID_CONFIG, "invalid network configuration", f"name: {config.name!r}: {rule}")
-    if command == "GC" and config.valid is UNSET:
-        # Section 2, "GC": the runtime "must provide" the key. Its absence says nothing about what is valid.
-        details = "cni.dev/valid-attachments: is missing; it must list the attachments that are still valid"
-        raise Refusal(INVALID_CONFIG, "invalid network configuration", details)
     if 0 < config.mtu < 68:
         details = f"mtu: {config.mtu}: IPv4 needs 68, IPv6 1280; leave it out to have the uplinks'"
         raise Refusal(INVALID_CONFIG, "invalid network configuration", details)

@@ -287,7 +287,8 @@ class Verbs:
     async def _gc(self, call: Call) -> None:
         valid = call.config.valid
         if not isinstance(valid, tuple):
-            # Null: libcni writes it when it knows of no attachment, which is not to say that none is valid.
+            # Null or absent: whoever knows of no attachment does not say that none is valid. It is no error either, as a
+            # plugin "should generally complete a GC action without error" (Section 2, "GC").
             log.info("GC of %s without a list of valid attachments: nothing is released", call.config.name)
             return
         network = call.config.name

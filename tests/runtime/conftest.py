@@ -6,18 +6,19 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import pytest
 
 from cni import install
 from ipam import journal
+from lab import gobuild
 from lab.net import Net
 from tests.conftest import eventually
 from tests.netns.plugin import NODE, Plugin
-from tests.runtime import image
+from tests.runtime import cnitool, image
 from tests.runtime.containerd import Containerd
 
 #: cgroup v1 has a folder a controller, v2 is one tree.
@@ -78,33 +79,60 @@ class Node:
         self.plugin.net.close()
 
 
-class Nodes:
-    """One node for many tests, and another one after a test that failed."""
+class Closes(Protocol):
+    def close(self) -> None: ...
 
-    def __init__(self, folders: pytest.TempPathFactory, shim: Path) -> None:
-        self._folders, self._shim = folders, shim
-        self.tar = folders.mktemp("image") / "busybox.tar"
-        image.write(self.tar, Path("/bin/busybox"))
-        self.node: Node | None = None
 
-    def get(self) -> Node:
-        if self.node is None:
-            self.node = Node(self._folders.mktemp("node"), self._shim, self.tar)
-        return self.node
+T = TypeVar("T", bound=Closes)
+
+
+class Shared(Generic[T]):
+    """One thing for many tests, and another one after a test that failed or did not leave it as it was."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: T | None = None
+
+    def get(self) -> T:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
     def drop(self) -> None:
-        if self.node is not None:
-            self.node.close()
-            self.node = None
+        if self._made is not None:
+            self._made.close()
+            self._made = None
+
+    @contextlib.contextmanager
+    def lend(self, test: pytest.Item, clean: Callable[[T], object], logs: Callable[[T], str]) -> Iterator[T]:
+        """For one test, at whose end ``clean`` must not raise."""
+        made = self.get()
+        yield made
+        failed = True
+        try:
+            failed = test.stash.get(_FAILED, False)
+            clean(made)
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            if failed:
+                print(logs(made))
+                self.drop()
 
 
 @pytest.fixture(scope="session")
-def nodes(tmp_path_factory: pytest.TempPathFactory, shim_c: Path) -> Iterator[Nodes]:
-    made = Nodes(tmp_path_factory, shim_c)
-    try:
-        yield made
-    finally:
-        made.drop()
+def busybox_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "busybox.tar"
+    image.write(path, Path("/bin/busybox"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def nodes(tmp_path_factory: pytest.TempPathFactory, shim_c: Path, busybox_tar: Path) -> Iterator[Shared[Node]]:
+    made = Shared(lambda: Node(tmp_path_factory.mktemp("node"), shim_c, busybox_tar))
+    yield made
+    made.drop()
 
 
 @functools.cache
@@ -124,9 +152,19 @@ def _missing() -> str:
     return ""
 
 
+def _no_cnitool() -> str:
+    folder = gobuild.cache(cnitool.module())
+    plugins = [kind for kind in ("portmap", "bandwidth", "tuning") if not Path("/usr/lib/cni", kind).exists()]
+    if plugins:
+        return f"no {', '.join(plugins)} in /usr/lib/cni: 'sh lab/prepare.sh test' says what to install"
+    return "" if folder.is_dir() else f"{folder} is not there: 'make cnitool' builds it"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips here and not in the fixture: pytest says one line for all tests that are skipped in one place."""
-    if {"node", "nodes"} & set(getattr(item, "fixturenames", ())) and (why := _missing()):
+    needed = getattr(item, "fixturenames", ())
+    why = ("busybox_tar" in needed and _missing()) or ("cnitool" in needed and _no_cnitool())
+    if why:
         if os.environ.get("CI") == "true":
             pytest.fail(f"CI skips nothing: {why}", pytrace=False)
         pytest.skip(why)
@@ -140,18 +178,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture
-def node(nodes: Nodes, request: pytest.FixtureRequest) -> Iterator[Node]:
+def node(nodes: Shared[Node], request: pytest.FixtureRequest) -> Iterator[Node]:
     """A node without pods, which must be left as it was."""
-    made = nodes.get()
-    made.begin()
-    yield made
-    try:
-        made.clean()
-        failed = request.node.stash[_FAILED]
-    except BaseException:
-        failed = True
-        raise
-    finally:
-        if failed:
-            print(made.logs())
-            nodes.drop()
+    with nodes.lend(request.node, Node.clean, Node.logs) as made:
+        made.begin()
+        yield made

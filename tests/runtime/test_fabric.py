@@ -22,7 +22,6 @@ from store.clock import SystemClock
 from store.model import IPAMBlock, Node
 from store.open import open_store
 from tests.conftest import eventually
-from tests.runtime.conftest import Nodes
 from tests.runtime.containerd import Containerd
 
 MAP = Topology.build(racks=2, nodes=1, pods=0, spines=1)
@@ -114,8 +113,8 @@ class Fabric:
 
 
 @pytest.fixture
-def fabric(nodes: Nodes, tmp_path: Path, shim_c: Path) -> Iterator[Fabric]:
-    made = Fabric(tmp_path, shim_c, nodes.tar)
+def fabric(busybox_tar: Path, tmp_path: Path, shim_c: Path) -> Iterator[Fabric]:
+    made = Fabric(tmp_path, shim_c, busybox_tar)
     try:
         yield made
     finally:

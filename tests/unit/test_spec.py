@@ -218,7 +218,7 @@ def test_del_is_read_leniently() -> None:
 
 def test_absent_null_and_empty_lists_of_valid_attachments_differ() -> None:
     gc = {"CNI_COMMAND": "GC"}
-    assert refusal(gc, conf()).code == 7
+    assert parse(gc, conf()).config.valid is UNSET
     assert parse(gc, conf(**{"cni.dev/valid-attachments": None})).config.valid is None
     assert parse(gc, conf(**{"cni.dev/valid-attachments": []})).config.valid == ()
     entry = {"containerID": "c1", "ifname": "eth0", "extra": 1}
