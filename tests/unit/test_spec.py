@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import UNSET
 
 from cni import spec
 from cni.spec import Address, Call, Config, Interface, Refusal, parse, version_of
