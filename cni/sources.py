@@ -72,7 +72,9 @@ class SourceCheck:
             self._missing(e)
             return
         if self._problem:
-            self._say("the source check is in place: a pod sends only from its own addresses", normal=True)
+            note = "the source check is in place: a pod sends only from its own addresses"
+            log.info("%s", note)
+            self._say(note, normal=True)
         self._problem = ""
         self.in_place = True
 

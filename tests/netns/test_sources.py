@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cni import nft, sources
-from cni.netlink import Netlink, NetlinkError
+from cni.netlink import NLM_F_CREATE, Netlink, NetlinkError
 from cni.podnet import GATEWAY4, GATEWAY6
 from ipam.model import News
 from lab.net import Net
@@ -202,6 +202,20 @@ def test_a_flushed_table_comes_back_while_the_server_runs(rack: Rack) -> None:
     assert "made anew" in rack.plugin.log.read_text()
 
 
+def test_pods_start_where_the_kernel_refuses_the_table_and_are_held_once_it_does_not(rack: Rack) -> None:
+    with rack.net.inside(NODE):
+        other = Netlink(sources.NETFILTER)
+    owned = ((nft.TABLE_NAME, nft.text("underlay")), (nft.TABLE_FLAGS, nft.u32(2)))  # NFT_TABLE_F_OWNER
+    other.transaction(nft.SUBSYSTEM, (nft.message(nft.NEWTABLE, owned, NLM_F_CREATE),))
+    rack.start()
+    assert rack.ping("pod-1", rack.pods[1][0])
+    said = "nftables table inet underlay: Operation not permitted (EPERM); pods can send from any address"
+    assert rack.plugin.log.read_text().count(said) == 1
+    other.close()
+    eventually(lambda: "fib saddr" in rack.table(), limit=2 * sources.INTERVAL + 1)
+    eventually(lambda: "the source check is in place" in rack.plugin.log.read_text())
+
+
 def test_switched_off_it_is_gone_and_on_again_it_holds_for_the_pods_that_are_there(
     rack: Rack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +325,8 @@ def test_it_is_the_table_that_nft_makes(inside: Netlink, net: Net) -> None:
         "flush chain inet underlay prerouting",
         "insert rule inet underlay prerouting accept",
         "flush chain inet underlay prerouting\nadd rule inet underlay prerouting counter drop",
+        "flush chain inet underlay prerouting\n"
+        "add rule inet underlay prerouting iifgroup 21836-21837 fib saddr . iif oif missing counter",
         "add table inet underlay { flags dormant; }",
         "chain inet underlay prerouting { policy drop; }",
     ],
@@ -340,8 +356,8 @@ def test_nothing_is_sent_when_nothing_has_changed(inside: Netlink, net: Net, mon
 
 
 def test_a_refused_transaction_changes_nothing_and_has_the_kernels_reason(inside: Netlink) -> None:
-    table = nft.message(nft.NEWTABLE, ((nft.TABLE_NAME, nft.text("t")),), 0x400)
-    rule = nft.message(nft.NEWRULE, ((nft.RULE_TABLE, nft.text("t")), (nft.RULE_CHAIN, nft.text("none"))), 0x400)
+    table = nft.message(nft.NEWTABLE, ((nft.TABLE_NAME, nft.text("t")),), NLM_F_CREATE)
+    rule = nft.message(nft.NEWRULE, ((nft.RULE_TABLE, nft.text("t")), (nft.RULE_CHAIN, nft.text("none"))), NLM_F_CREATE)
     with pytest.raises(NetlinkError, match="ENOENT"):
         inside.transaction(nft.SUBSYSTEM, (table, rule, table))
     with pytest.raises(NetlinkError, match="ENOENT"):
