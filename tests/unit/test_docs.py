@@ -271,7 +271,8 @@ def test_the_form_of_a_report_is_in_the_docs() -> None:
 def test_every_figure_of_the_bench_is_in_the_docs() -> None:
     text = (ROOT / "docs/bench.md").read_text()
     code = "".join(path.read_text() for path in (ROOT / "bench").glob("*.py"))
-    figures = set(re.findall(r'^ +"((?:cni|ptp|spawn|lab|ctl|memory)\.[a-z0-9_.]+)":', code, flags=re.MULTILINE))
-    assert "cni.add.p50.vs_ptp" in figures
+    named = r"(?:cni|ctl|ipam|lab|memory|ptp|scale|spawn)\.(?:[a-z0-9_.]|\{name\}|\{size\})+"
+    figures = {re.sub(r"\{name\}|nodes\{size\}", "nodesN", f) for f in re.findall(rf'f?"({named})"[:\]]', code)}
+    assert {"cni.add.p50.vs_ptp", "scale.nodesN.seconds", "scale.nodesN.duplicates"} <= figures
     for figure in figures:
         assert f"`{figure}`" in text
