@@ -39,17 +39,8 @@ def main() -> None:
         if name not in GROUPS:
             parser.error(f"there is no group {name}: {', '.join(GROUPS)}")
     enter_sandbox()
-    found: dict[str, float] = {}
-    failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="ulbench-") as folder:
-        for name in chosen:
-            try:
-                found |= GROUPS[name](Path(folder) / name, say)
-            except NotHere as e:
-                say(f"{name}: left out: {e}")
-            except Exception:
-                traceback.print_exc()
-                failed.append(name)
+        found, failed = measure({name: GROUPS[name] for name in chosen}, Path(folder), say)
     rows = [(name, f"{value:.3g}") for name, value in found.items()]
     print(
         tabulate(rows, headers=("figure", "value"), tablefmt="plain", disable_numparse=True, colalign=("left", "right"))
@@ -58,6 +49,23 @@ def main() -> None:
     RESULT.write_text(json.dumps(found, indent=2) + "\n")
     if failed:
         sys.exit(f"not measured: {', '.join(failed)}")
+
+
+def measure(
+    groups: Mapping[str, Group], folder: Path, say: Callable[[str], None]
+) -> tuple[dict[str, float], list[str]]:
+    """The figures, and the groups that failed; each has a folder of its own."""
+    found: dict[str, float] = {}
+    failed: list[str] = []
+    for name, group in groups.items():
+        try:
+            found |= group(folder / name, say)
+        except NotHere as e:
+            say(f"{name}: left out: {e}")
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+    return found, failed
 
 
 def say(text: str) -> None:

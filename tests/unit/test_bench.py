@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from bench import process, rack, scale
+from bench.__main__ import measure
 from bench.spawn import Call, SpawnError, timed
 from bench.stats import Times, percentile
 from lab.kube.audit import Asked
+from lab.kube.build import NotHere
 from store.model import Allocation, IPAMBlock, IPAMBlockSpec, IPAMBlockStatus, Meta, block_name
 
 
@@ -68,6 +70,19 @@ def test_programs_that_run_beside_each_other_are_timed_each(tmp_path: Path) -> N
 def test_a_programs_name_does_not_move_its_times() -> None:
     fields = ["S", "1", "1", "1", "0", "-1", "4194304", "9", "0", "0", "0", "250", "50", "0", "0"]
     assert process._ticks(f"4711 (a b) c) {' '.join(fields)}") == 300
+
+
+def test_a_group_whose_programs_are_missing_is_left_out_and_one_that_fails_is_not(tmp_path: Path) -> None:
+    def missing(folder: Path, say: object) -> dict[str, float]:
+        raise NotHere("no API server on this machine: type 'make apiserver'")
+
+    def broken(folder: Path, say: object) -> dict[str, float]:
+        raise ValueError
+
+    said: list[str] = []
+    groups = {"missing": missing, "broken": broken, "good": lambda folder, say: {"x": 1.0}}
+    assert measure(groups, tmp_path, said.append) == ({"x": 1.0}, ["broken"])
+    assert said == ["missing: left out: no API server on this machine: type 'make apiserver'"]
 
 
 # -- addresses of many nodes ----------------------------------------------------------------------------------------
