@@ -16,12 +16,8 @@ need() { # need PACKAGE WHY CHECK...: the package is missing when the check fail
 }
 has() { PATH="$PATH:/usr/sbin:/sbin" command -v "$1"; }
 python_ok() { python3 -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'; }
-<<<<<<< HEAD
-static_cc() { [ -x build/underlay-shim ] || has musl-gcc || { has gcc && [ -e "$(gcc -print-file-name=libc.a)" ]; }; }
-static_busybox() { [ -x /bin/busybox ] && ! ldd /bin/busybox; }
-=======
 shim_cc() { [ -x build/underlay-shim ] || has gcc; }
->>>>>>> 6a100a3 (wip)
+static_busybox() { [ -x /bin/busybox ] && ! ldd /bin/busybox; }
 
 need iproute2 "ip: namespaces, links, routes" has ip
 need python3-venv "Python 3.11 or newer with venv: the product itself" python_ok
