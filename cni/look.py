@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from cni import netns, rtnl
 from cni.marks import LINK_GROUP, LINK_MAC, PROTO_IMPORTS, PROTO_PODS
 from cni.netlink import Message, Netlink, NetlinkError, attr, attr_u32, attributes
-from cni.podnet import DEFAULT_MTU, Wiring
+from cni.podnet import DEFAULT_MTU, MOST_MTU, Wiring
 
 
 def problems(node: Netlink, pod_ns: int, want: Wiring, gateways: Sequence[str]) -> list[str]:
@@ -45,8 +45,9 @@ def uplink_mtu(node: Netlink) -> int:
     for message in node.dump(Message(rtnl.GETNEXTHOP, rtnl.NEXTHOP.pack(0, 0, 0, 0))):
         if message.body[2] == PROTO_IMPORTS and (oif := attributes(message.body, rtnl.NEXTHOP.size).get(rtnl.NHA_OIF)):
             indices.add(rtnl.U32.unpack(oif)[0])
-    found = [link.mtu for i in indices if (link := rtnl.find_index(node, i)) is not None]
-    return min(found, default=DEFAULT_MTU)
+    links = [link for i in indices if (link := rtnl.find_index(node, i)) is not None]
+    # The loopback's 65536 is more than a veth takes: what ends there is on its way to no uplink.
+    return min((link.mtu for link in links if link.mtu <= MOST_MTU), default=DEFAULT_MTU)
 
 
 def _pod_problems(pod: Netlink, link: rtnl.Link, want: Wiring, gateways: Sequence[str]) -> list[str]:

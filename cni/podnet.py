@@ -50,6 +50,8 @@ from cni.netlink import (
 GATEWAY6: Final = "fe80::ecee:eeff:feee:eeee"
 #: Without any uplink: Ethernet's.
 DEFAULT_MTU: Final = 1500
+#: ETH_MAX_MTU (include/uapi/linux/if_ether.h): a veth takes no more.
+MOST_MTU: Final = 65535
 #: IPv6 is off on a link with less (RFC 8200, section 5).
 LEAST_MTU6: Final = 1280
 

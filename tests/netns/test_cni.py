@@ -107,6 +107,12 @@ def test_add_repairs_what_was_broken(node_c: Plugin) -> None:
     ok(node_c.call("CHECK", "c1", "pod-1", node_c.conf(prevResult=first.json)))
 
 
+def test_a_route_that_ends_at_the_loopback_is_no_uplink(node_c: Plugin) -> None:
+    node_c.net.ip(NODE, ["route add default dev lo", "route add local ::/0 dev lo"])
+    interfaces = ok(node_c.call("ADD", "c1", "pod-1", node_c.conf("1.1.0"))).json["interfaces"]
+    assert [i["mtu"] for i in interfaces] == [1500, 1500]
+
+
 def test_the_mtu_is_the_uplinks_or_the_configurations(node_c: Plugin) -> None:
     node_c.net.add("tor-1")
     node_c.net.link(NODE, "up", "tor-1", "south", mtu=9000)
