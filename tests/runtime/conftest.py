@@ -19,18 +19,23 @@ from lab.net import Net
 from tests.conftest import eventually
 from tests.netns.plugin import NODE, Plugin
 from tests.runtime import cnitool, image
-from tests.runtime.containerd import Containerd
+from tests.runtime.containerd import Containerd, fetch
 
 #: cgroup v1 has a folder a controller, v2 is one tree.
 CGROUPS = Path("/sys/fs/cgroup")
+#: The reference plugins, as Debian has them.
+REFERENCE = Path("/usr/lib/cni")
 _FAILED = pytest.StashKey[bool]()
 
 
 class Node:
     """A node that runs pods: its CNI server (ipam's times shortened) and its containerd."""
 
+    addresses = ("198.51.100.1", "2001:db8:1::1")
+
     def __init__(self, folder: Path, shim: Path, tar: Path) -> None:
         self.plugin = Plugin(Net(folder), folder, shim)
+        self.plugin.net.address(NODE, "lo", [f"{a}/{128 if ':' in a else 32}" for a in self.addresses])
         self.plugin.start()
         self.containerd = Containerd(self.plugin.net, NODE, folder / "containerd", self.plugin.run)
         self.containerd.install(shim, self.plugin.run)
@@ -63,11 +68,26 @@ class Node:
                     return "unix_stream" in environment.with_name("wchan").read_text()
         return False
 
+    def kill_server(self) -> None:
+        """SIGKILL to the CNI server; the next one starts at once."""
+        self.plugin.server.kill()
+        self.plugin.server.wait(10)
+        self.plugin.server = self.plugin.spawn()
+
+    def fetch(self, address: str, port: int) -> str:
+        """What a web server answers to the node; "" if there is none."""
+        with self.plugin.net.inside(NODE):
+            return fetch(address, port)
+
+    def leases(self) -> int:
+        """How many attachments have addresses, as the journal says."""
+        return len(journal.read(next(self.plugin.run.glob("journal-*"))).leases)
+
     def clean(self) -> bool:
         """Nothing is left of any pod, anywhere."""
         assert not self.containerd.cri.sandboxes()
         assert not list((self.plugin.run / "queue").glob("*"))
-        assert not journal.read(next(self.plugin.run.glob("journal-*"))).leases
+        assert not self.leases()
         return self.plugin.nothing_left()
 
     def logs(self) -> str:
@@ -128,6 +148,12 @@ def busybox_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def reference() -> Path:
+    """The folder of the reference plugins."""
+    return REFERENCE
+
+
 @pytest.fixture(scope="session")
 def nodes(tmp_path_factory: pytest.TempPathFactory, shim_c: Path, busybox_tar: Path) -> Iterator[Shared[Node]]:
     made = Shared(lambda: Node(tmp_path_factory.mktemp("node"), shim_c, busybox_tar))
@@ -136,7 +162,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, shim_c: Path, busybox_tar: P
 
 
 @functools.cache
-def _missing() -> str:
+def _no_containers() -> str:
     """Why containerd cannot run here; "" if it can."""
     programs = ("containerd", "ctr", "runc", "/bin/busybox", "/usr/lib/cni/loopback", "/usr/lib/cni/portmap")
     if absent := [program for program in programs if not shutil.which(program)]:
@@ -152,19 +178,22 @@ def _missing() -> str:
     return ""
 
 
+def _no_plugins() -> str:
+    absent = [kind for kind in ("portmap", "bandwidth", "tuning") if not (REFERENCE / kind).exists()]
+    return f"no {', '.join(absent)} in {REFERENCE}: 'sh lab/prepare.sh test' says what to install" if absent else ""
+
+
 def _no_cnitool() -> str:
     folder = gobuild.cache(cnitool.module())
-    plugins = [kind for kind in ("portmap", "bandwidth", "tuning") if not Path("/usr/lib/cni", kind).exists()]
-    if plugins:
-        return f"no {', '.join(plugins)} in /usr/lib/cni: 'sh lab/prepare.sh test' says what to install"
-    return "" if folder.is_dir() else f"{folder} is not there: 'make cnitool' builds it"
+    return _no_plugins() or ("" if folder.is_dir() else f"{folder} is not there: 'make cnitool' builds it")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips here and not in the fixture: pytest says one line for all tests that are skipped in one place."""
-    needed = getattr(item, "fixturenames", ())
-    why = ("busybox_tar" in needed and _missing()) or ("cnitool" in needed and _no_cnitool())
-    if why:
+    needs = {"busybox_tar": _no_containers, "cnitool": _no_cnitool, "reference": _no_plugins}
+    for why in (look() for name, look in needs.items() if name in getattr(item, "fixturenames", ())):
+        if not why:
+            continue
         if os.environ.get("CI") == "true":
             pytest.fail(f"CI skips nothing: {why}", pytrace=False)
         pytest.skip(why)

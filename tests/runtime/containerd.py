@@ -12,7 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -99,13 +99,12 @@ class Containerd:
 
     # -- the plugin ------------------------------------------------------------------------------------------------
 
-    def install(self, shim: Path, run: Path, chain: Sequence[Mapping[str, Any]] = (), **more: Any) -> None:
-        """As a user's installer does, once the server answers."""
+    def install(self, shim: Path, run: Path) -> None:
+        """As a user's installer does, once the server answers; and what others have put there."""
         witness = self.home / "witness"
         witness.write_text(_WITNESS.format(calls=self._calls, hold=self.hold, shim=shim))
-        conflist = install.conflist(chain=tuple(chain), **more)
-        install.install(witness, self.bin, self.conf, run=run, configuration=conflist)
-        for plugin in ("loopback", *(str(each["type"]) for each in chain)):
+        install.install(witness, self.bin, self.conf, run=run)
+        for plugin in ("loopback", "portmap"):
             shutil.copy2(Path("/usr/lib/cni") / plugin, self.bin / plugin)
 
     def calls(self, container: str = "") -> list[tuple[str, str, bool]]:

@@ -9,7 +9,7 @@ import pytest
 
 from cni import install
 from tests.conftest import eventually
-from tests.runtime.conftest import Node
+from tests.runtime.conftest import Node, Shared
 from tests.runtime.cri import CRIError
 
 
@@ -178,3 +178,53 @@ def test_the_conflist_is_rewritten_under_load(node: Node) -> None:
     for sandbox in sandboxes:
         cri.remove(sandbox)
     eventually(node.clean)
+
+
+def test_the_server_is_killed_while_pods_start_and_while_they_stop(node: Node) -> None:
+    containerd, cri, plugin = node.containerd, node.containerd.cri, node.plugin
+    under_way = [containerd.begin(f"pod-{i}") for i in range(6)]
+    eventually(lambda: len(containerd.called("ADD")) >= 2)
+    node.kill_server()
+    sandboxes = [each.sandbox() for each in under_way]
+    assert {a for sandbox in sandboxes for a in cri.addresses(sandbox)} == plugin.routed()
+    assert len(plugin.routed()) == 12
+    stopping = [cri.begin("StopPodSandbox", {1: sandbox}) for sandbox in sandboxes]
+    eventually(lambda: len(containerd.called("DEL")) >= 2)
+    node.kill_server()
+    for each in stopping:
+        each.result()
+    for sandbox in sandboxes:
+        cri.remove(sandbox)
+    eventually(node.clean)
+
+
+def test_a_host_port_leads_to_the_pod_until_it_ends(node: Node) -> None:
+    containerd = node.containerd
+    node.reconfigure(({"type": "portmap", "capabilities": {"portMappings": True}},))
+    ports = {8080: 80}
+    server = containerd.run("server", ports=ports)
+    containerd.program(server, "server", "httpd", ["httpd", "-f", "-p", "80", "-h", "/www"])
+    for address in containerd.cri.addresses(server):  # the pod itself, before the node's port
+        eventually(lambda a=address: node.fetch(a, 80).endswith("hello\n"))
+    for address in node.addresses:
+        assert node.fetch(address, 8080).endswith("hello\n"), address
+    containerd.end(server)
+    for address in node.addresses:
+        assert node.fetch(address, 8080) == ""
+    eventually(node.clean)
+
+
+def test_pods_that_vanish_without_a_del_are_swept(nodes: Shared[Node]) -> None:
+    """As when somebody takes the runtime away with all its state."""
+    node = nodes.get()
+    try:
+        for n in range(3):
+            node.containerd.run(f"pod-{n}")
+        assert len(node.plugin.routed()) == 6
+        node.containerd.kill()
+        node.containerd.close()
+        eventually(node.plugin.nothing_left)
+        eventually(lambda: not node.leases())
+        assert not node.containerd.called("DEL")
+    finally:
+        nodes.drop()

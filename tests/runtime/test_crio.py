@@ -18,6 +18,7 @@ from cni import install
 from lab.net import Net
 from tests.conftest import eventually
 from tests.netns.plugin import NODE, Plugin
+from tests.runtime.conftest import REFERENCE
 
 CHAIN = ({"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}},)
 GC_LIMIT = 30
@@ -69,7 +70,7 @@ class CriO:
 
     def _begin(self, verb: str, plugin: dict[str, Any], more: dict[str, Any], pod: str) -> subprocess.Popen[bytes]:
         configuration = {"name": self.list["name"], "cniVersion": self.list["cniVersion"], **plugin, **more}
-        program = self.plugin.shim if plugin["type"] == install.PLUGIN else Path("/usr/lib/cni") / plugin["type"]
+        program = self.plugin.shim if plugin["type"] == install.PLUGIN else REFERENCE / plugin["type"]
         arguments = ["IgnoreUnknown=1", f"K8S_POD_NAME={pod}", "K8S_POD_NAMESPACE=default", "K8S_POD_UID=u"]
         random.shuffle(arguments)
         env = {**os.environ, "UNDERLAY_RUN": str(self.plugin.run), "CNI_COMMAND": verb, "CNI_PATH": "/opt/cni/bin"}
@@ -92,7 +93,7 @@ class CriO:
 
 
 @pytest.fixture
-def plugin(net: Net, tmp_path: Path, shim_c: Path) -> Plugin:
+def plugin(net: Net, tmp_path: Path, shim_c: Path, reference: Path) -> Plugin:
     made = Plugin(net, tmp_path, shim_c)
     made.start()
     return made

@@ -16,10 +16,9 @@ from store.model import BGPNodeStatus
 from tests.conftest import eventually
 from tests.netns.plugin import NODE, Plugin
 from tests.runtime.cnitool import Cnitool
-from tests.runtime.conftest import Shared
+from tests.runtime.conftest import REFERENCE, Shared
 from tests.runtime.containerd import fetch
 
-REFERENCE = Path("/usr/lib/cni")
 NODE4, NODE6 = "192.0.2.1", "2001:db8::1"
 CLIENT4, CLIENT6 = "192.0.2.2", "2001:db8::2"
 
