@@ -287,7 +287,7 @@ class Verbs:
     async def _gc(self, call: Call) -> None:
         valid = call.config.valid
         if not isinstance(valid, tuple):
-            # Null or absent: whoever knows of no attachment does not say that none is valid. It is no error either, as a
+            # Null or absent: whoever knows of no attachment does not say that none is valid. Nor is it an error: a
             # plugin "should generally complete a GC action without error" (Section 2, "GC").
             log.info("GC of %s without a list of valid attachments: nothing is released", call.config.name)
             return

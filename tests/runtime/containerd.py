@@ -12,11 +12,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from cni import install, netns
+from cni import netns
 from lab.net import Net
 from tests.conftest import eventually
 from tests.runtime import cri, image
@@ -103,7 +104,12 @@ class Containerd:
         """As a user's installer does, once the server answers; and what others have put there."""
         witness = self.home / "witness"
         witness.write_text(_WITNESS.format(calls=self._calls, hold=self.hold, shim=shim))
-        install.install(witness, self.bin, self.conf, run=run)
+        witness.chmod(0o755)
+        self.bin.mkdir()
+        self.conf.mkdir()
+        flags = {"--shim": witness, "--bin": self.bin, "--conf": self.conf, "--run": run}
+        argv = [sys.executable, "-m", "cni.installer", *(str(word) for pair in flags.items() for word in pair)]
+        self.net.run(self.name, argv)
         for plugin in ("loopback", "portmap"):
             shutil.copy2(Path("/usr/lib/cni") / plugin, self.bin / plugin)
 
