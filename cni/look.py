@@ -6,21 +6,24 @@ import errno
 import socket
 from collections.abc import Sequence
 
-from cni import netns, rtnl
+from cni import beside, netns, rtnl
 from cni.marks import LINK_GROUP, LINK_MAC, PROTO_IMPORTS, PROTO_PODS
 from cni.netlink import Message, Netlink, NetlinkError, attr, attr_u32, attributes
+<<<<<<< HEAD
 from cni.podnet import DEFAULT_MTU, MOST_MTU, Wiring
+=======
+from cni.podnet import DEFAULT_MTU, GATEWAY6, Wiring
+>>>>>>> 26e9ad0 (wip)
 
 
 def problems(node: Netlink, pod_ns: int, want: Wiring, gateways: Sequence[str]) -> list[str]:
     """What of the wiring is not as wanted, each in a sentence; empty if all is. ``gateways`` are those whose default
-    route must be in the pod. MTU and whatever else is there are not judged. Raises NetlinkError."""
-    found: list[str] = []
+    route must be in the pod. MTU, which later plugins may change, and whatever else is there are not judged. Raises
+    NetlinkError."""
     outer = rtnl.find(node, want.node_end)
-    if outer is None or outer.group != LINK_GROUP:
+    if outer is None:
         return [f"the node's end {want.node_end} is gone"]
-    if not outer.up:
-        found.append(f"the node's end {want.node_end} is down")
+    found = _node_problems(node, outer, want)
     with netns.inside(pod_ns), Netlink() as pod:
         inner = rtnl.find(pod, want.pod_end)
         if inner is None:
@@ -50,6 +53,33 @@ def uplink_mtu(node: Netlink) -> int:
     return min((link.mtu for link in links if link.mtu <= MOST_MTU), default=DEFAULT_MTU)
 
 
+def _node_problems(node: Netlink, link: rtnl.Link, want: Wiring) -> list[str]:
+    end = f"the node's end {want.node_end}"
+    found: list[str] = []
+    if link.group != LINK_GROUP:
+        found.append(f"{end} is in group {link.group}, not {LINK_GROUP}")
+    if not link.up:
+        found.append(f"{end} is down")
+    if link.mac != LINK_MAC:
+        found.append(f"{end} has the MAC {link.mac}, not {LINK_MAC}, which the pod sends to")
+    if any(":" not in a for a in want.addresses):
+        settings = {"forwarding": link.forwarding, "proxy_arp": link.proxy_arp}
+        found += [f"{end} has {name}=0" for name, on in settings.items() if not on]
+    if any(":" in a for a in want.addresses) and not _has_gateway6(node, link.index):
+        found.append(f"{end} lacks the address {GATEWAY6}")
+    return found
+
+
+def _has_gateway6(node: Netlink, index: int) -> bool:
+    head = rtnl.ADDR.pack(socket.AF_INET6, 0, 0, 0, index)
+    try:
+        return node.get(Message(rtnl.GETADDR, head + attr(rtnl.IFA_ADDRESS, rtnl.packed(GATEWAY6)))) is not None
+    except NetlinkError as e:
+        if e.number == errno.EADDRNOTAVAIL:
+            return False
+        raise
+
+
 def _pod_problems(pod: Netlink, link: rtnl.Link, want: Wiring, gateways: Sequence[str]) -> list[str]:
     found: list[str] = []
     if not link.up:
@@ -74,16 +104,35 @@ def _pod_problems(pod: Netlink, link: rtnl.Link, want: Wiring, gateways: Sequenc
         if index == link.index:
             neighbours[values.get(rtnl.NDA_DST)] = (state, values.get(rtnl.NDA_LLADDR))
     defaults = set()
+    on_link = set()
+    own = beside.TABLE_BASE + link.index
+    beside_another = False
     for family in (socket.AF_INET, socket.AF_INET6):
-        request = rtnl.ROUTE.pack(family, 0, 0, 0, rtnl.RT_TABLE_MAIN, 0, 0, 0, 0) + attr_u32(rtnl.RTA_OIF, link.index)
+        request = rtnl.ROUTE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0) + attr_u32(rtnl.RTA_OIF, link.index)
         for m in pod.dump(Message(rtnl.GETROUTE, request)):
+            values = attributes(m.body, rtnl.ROUTE.size)
+            table = rtnl.U32.unpack(values[rtnl.RTA_TABLE])[0] if rtnl.RTA_TABLE in values else m.body[4]
+            if table not in (rtnl.RT_TABLE_MAIN, own) or m.body[7] != rtnl.RTN_UNICAST:
+                continue
+            beside_another |= table == own
             if m.body[1] == 0:
-                defaults.add(attributes(m.body, rtnl.ROUTE.size).get(rtnl.RTA_GATEWAY))
+                defaults.add(values.get(rtnl.RTA_GATEWAY))
+            elif rtnl.RTA_GATEWAY not in values:
+                on_link.add(values.get(rtnl.RTA_DST))
+    if beside_another:
+        rules = beside.rules(pod)
+        found += [
+            f"the pod lacks the rule for what is sent from {a}"
+            for a in want.addresses
+            if (link.index, rtnl.packed(a)) not in rules
+        ]
     for g in gateways:
         if neighbours.get(rtnl.packed(g)) != (rtnl.NUD_PERMANENT, rtnl.mac_bytes(LINK_MAC)):
             found.append(f"the pod's {want.pod_end} lacks the permanent neighbour {g}")
         if rtnl.packed(g) not in defaults:
             found.append(f"the pod lacks the default route via {g}")
+        if ":" not in g and not beside_another and rtnl.packed(g) not in on_link:
+            found.append(f"the pod lacks the route to {g}")
     return found
 
 

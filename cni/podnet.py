@@ -22,7 +22,7 @@ from typing import Final
 
 import msgspec
 
-from cni import netns, rtnl
+from cni import beside, netns, rtnl
 from cni.errors import CNIError
 from cni.marks import (
     GATEWAY4,
@@ -57,6 +57,8 @@ LEAST_MTU6: Final = 1280
 
 _MAKE = NLM_F_CREATE | NLM_F_EXCL
 _PUT = NLM_F_CREATE | NLM_F_REPLACE
+#: There is such a route; the gateway is on another interface (fib_check_nh, net/ipv4/fib_semantics.c).
+_ROUTED_ELSEWHERE: Final = frozenset({errno.EEXIST, errno.ENETUNREACH})
 
 
 class WiringError(CNIError):
@@ -108,7 +110,8 @@ def wire(node: Netlink, pod_ns: int, want: Wiring) -> tuple[int, bool]:
         link = _make_pair(node, pod_ns, want)
         made = True
         with _netlink_of(pod_ns) as pod:
-            _apply(pod, pod_end(want, link.peer), want.pod_end, pod_ns)
+            if not _apply_first(pod, pod_end(want, link.peer), want.pod_end, pod_ns):
+                beside.wire(pod, link.peer, want.addresses, tuple(gateway(a) for a in want.addresses))
             if link.accept_ra > 1:
                 # Only with 2 does a router take advertisements: a pod could give the node a default route.
                 _zero(f"ipv6/conf/{want.node_end}/accept_ra")
@@ -290,14 +293,30 @@ def _netlink_of(pod_ns: int) -> Netlink:
 def _apply(netlink: Netlink, messages: Sequence[Message], interface: str, pod_ns: int | None = None) -> None:
     """As ``Netlink.apply``. Where IPv6 is off on the interface, which a runtime may have seen to, it is turned on
     (EACCES: inet6_rtm_newaddr, net/ipv6/addrconf.c) and what was refused is said again."""
+    for _, error in _refused(netlink, messages, interface, pod_ns):
+        raise error
+
+
+def _apply_first(pod: Netlink, messages: Sequence[Message], interface: str, pod_ns: int) -> bool:
+    """As ``_apply``; False if another interface has some of the routes already (the kernel has done all the rest)."""
+    alone = True
+    for message, error in _refused(pod, messages, interface, pod_ns):
+        if message.type != rtnl.NEWROUTE or error.number not in _ROUTED_ELSEWHERE:
+            raise error
+        alone = False
+    return alone
+
+
+def _refused(
+    netlink: Netlink, messages: Sequence[Message], interface: str, pod_ns: int | None
+) -> list[tuple[Message, NetlinkError]]:
     errors = netlink.batch(messages)
     if any(error is not None and error.number == errno.EACCES for error in errors):
         with netns.inside(pod_ns) if pod_ns is not None else nullcontext():
             _zero(f"ipv6/conf/{interface}/disable_ipv6")
-        errors = netlink.batch([m for m, error in zip(messages, errors, strict=True) if error is not None])
-    for error in errors:
-        if error is not None:
-            raise error
+        messages = [m for m, error in zip(messages, errors, strict=True) if error is not None]
+        errors = netlink.batch(messages)
+    return [(m, error) for m, error in zip(messages, errors, strict=True) if error is not None]
 
 
 def _zero(name: str) -> None:

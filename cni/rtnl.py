@@ -18,6 +18,7 @@ NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, GETADDR = 20, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWNEIGH, GETNEIGH = 28, 30
+NEWRULE, DELRULE, GETRULE = 32, 33, 34
 SETNEIGHTBL: Final = 67
 GETNEXTHOP: Final = 106
 
@@ -27,6 +28,7 @@ ROUTE: Final = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst_len, src_len, t
 NEIGH: Final = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
 NEIGHTBL: Final = struct.Struct("=Bxxx")  # ndtmsg: family
 NEXTHOP: Final = struct.Struct("=BBBxI")  # nhmsg: family, scope, protocol, flags
+RULE: Final = struct.Struct("=BBBBBxxBI")  # fib_rule_hdr: family, dst_len, src_len, tos, table, action, flags
 MULTIPATH: Final = struct.Struct("=HBBi")  # rtnexthop: length, flags, hops, index
 U32: Final = struct.Struct("=I")
 
@@ -37,8 +39,10 @@ IFLA_INFO_KIND, IFLA_INFO_DATA, VETH_INFO_PEER = 1, 2, 1
 IFLA_INET_CONF, CONF_FORWARDING, CONF_PROXY_ARP = 1, 1, 3
 IFLA_INET6_CONF, IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_NONE, DEVCONF_ACCEPT_RA = 2, 8, 1, 3
 IFA_ADDRESS, IFA_LOCAL, IFA_F_NODAD = 1, 2, 0x02
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH = 1, 4, 5, 6, 9
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE = 1, 4, 5, 6, 9, 15
 RT_TABLE_MAIN, RTPROT_BOOT, RTN_UNICAST, RTN_BLACKHOLE, RTM_F_FIB_MATCH = 254, 3, 1, 6, 0x2000
+RTNH_F_ONLINK: Final = 4
+FRA_SRC, FRA_PRIORITY, FRA_TABLE, FRA_PROTOCOL, FR_ACT_TO_TBL = 2, 6, 15, 21, 1
 SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 NDTA_NAME, NDTA_PARMS, NDTPA_IFINDEX, NDTPA_PROXY_DELAY = 1, 6, 1, 13
 NDA_DST, NDA_LLADDR, NDA_IFINDEX, NUD_STALE, NUD_PERMANENT = 1, 2, 8, 0x04, 0x80
@@ -55,8 +59,22 @@ class Link(msgspec.Struct, frozen=True):
     group: int
     peer: int
     up: bool
-    #: ``accept_ra`` of an interface with IPv6; 0 without.
-    accept_ra: int
+    #: Its settings by family, as the kernel packs them.
+    families: bytes
+
+    @property
+    def forwarding(self) -> bool:
+        """Of IPv4; so is ``proxy_arp``."""
+        return _devconf(self.families, socket.AF_INET, IFLA_INET_CONF, CONF_FORWARDING - 1) != 0
+
+    @property
+    def proxy_arp(self) -> bool:
+        return _devconf(self.families, socket.AF_INET, IFLA_INET_CONF, CONF_PROXY_ARP - 1) != 0
+
+    @property
+    def accept_ra(self) -> int:
+        """0 also for an interface without IPv6."""
+        return _devconf(self.families, socket.AF_INET6, IFLA_INET6_CONF, DEVCONF_ACCEPT_RA)
 
 
 def find(netlink: Netlink, name: str) -> Link | None:
@@ -86,7 +104,7 @@ def read_link(body: bytes) -> Link:
         group=_number(values.get(IFLA_GROUP)),
         peer=_number(values.get(IFLA_LINK)),
         up=bool(flags & IFF_UP),
-        accept_ra=_devconf6(values.get(IFLA_AF_SPEC, b""), DEVCONF_ACCEPT_RA),
+        families=values.get(IFLA_AF_SPEC, b""),
     )
 
 
@@ -112,9 +130,10 @@ def _get_link(netlink: Netlink, body: bytes) -> Link | None:
         raise
 
 
-def _devconf6(families: bytes, index: int) -> int:
-    """A setting out of IFLA_INET6_CONF (an array of DEVCONF_MAX numbers, include/uapi/linux/ipv6.h)."""
-    conf = attributes(attributes(families, 0).get(socket.AF_INET6, b""), 0).get(IFLA_INET6_CONF, b"")
+def _devconf(families: bytes, family: int, conf_of: int, index: int) -> int:
+    """A setting out of IFLA_INET_CONF or IFLA_INET6_CONF: arrays of numbers. IPv4's settings count from 1 and lie from
+    0 on (include/uapi/linux/ip.h), IPv6's count from 0 (ipv6.h)."""
+    conf = attributes(attributes(families, 0).get(family, b""), 0).get(conf_of, b"")
     return int(U32.unpack_from(conf, 4 * index)[0]) if len(conf) >= 4 * index + 4 else 0
 
 
