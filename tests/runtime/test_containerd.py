@@ -217,6 +217,7 @@ def test_a_host_port_leads_to_the_pod_until_it_ends(node: Node) -> None:
 def test_pods_that_vanish_without_a_del_are_swept(nodes: Shared[Node]) -> None:
     """As when somebody takes the runtime away with all its state."""
     node = nodes.get()
+    node.begin()
     try:
         for n in range(3):
             node.containerd.run(f"pod-{n}")
