@@ -9,11 +9,7 @@ from collections.abc import Sequence
 from cni import beside, netns, rtnl
 from cni.marks import LINK_GROUP, LINK_MAC, PROTO_IMPORTS, PROTO_PODS
 from cni.netlink import Message, Netlink, NetlinkError, attr, attr_u32, attributes
-<<<<<<< HEAD
-from cni.podnet import DEFAULT_MTU, MOST_MTU, Wiring
-=======
-from cni.podnet import DEFAULT_MTU, GATEWAY6, Wiring
->>>>>>> 26e9ad0 (wip)
+from cni.podnet import DEFAULT_MTU, GATEWAY6, MOST_MTU, Wiring
 
 
 def problems(node: Netlink, pod_ns: int, want: Wiring, gateways: Sequence[str]) -> list[str]:
