@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -275,6 +276,9 @@ async def _run(
         parts.append(check)
     await ipam.start()
     await queue.drain()
+    # What is there by now stays: a full collection then takes half a millisecond of a pod's time, and not ten.
+    gc.collect()
+    gc.freeze()
     async with asyncio.TaskGroup() as group:
         behind = tuple(group.create_task(part.run()) for part in parts)
         try:
