@@ -51,6 +51,9 @@ _STRICT_CHECK: Final = 12
 _HEADER: Final = struct.Struct("=IHHII")
 _NFGENMSG: Final = struct.Struct(">BBH")  # family, version, resource id
 _ATTR: Final = struct.Struct("=HH")
+_ATTR_U32: Final = struct.Struct("=HHI")
+#: By the last two bits of a length.
+_PADDING: Final = (b"", bytes(3), bytes(2), bytes(1))
 _U32: Final = struct.Struct("=I")
 _I32: Final = struct.Struct("=i")
 
@@ -94,11 +97,12 @@ class Message(NamedTuple):
 
 def attr(kind: int, value: bytes) -> bytes:
     """One attribute, padded."""
-    return _ATTR.pack(len(value) + 4, kind) + value + bytes(-len(value) % 4)
+    length = len(value)
+    return _ATTR.pack(length + 4, kind) + value + _PADDING[length & 3]
 
 
 def attr_u32(kind: int, value: int) -> bytes:
-    return attr(kind, _U32.pack(value))
+    return _ATTR_U32.pack(8, kind, value)
 
 
 def attr_text(kind: int, value: str) -> bytes:

@@ -60,6 +60,21 @@ _PUT = NLM_F_CREATE | NLM_F_REPLACE
 #: There is such a route; the gateway is on another interface (fib_check_nh, net/ipv4/fib_semantics.c).
 _ROUTED_ELSEWHERE: Final = frozenset({errno.EEXIST, errno.ENETUNREACH})
 
+# What is the same in every pod's messages.
+_ANY_LINK: Final = rtnl.LINK.pack(0, 0, 0, 0, 0)
+_NODE_MAC: Final = attr(rtnl.IFLA_ADDRESS, rtnl.mac_bytes(LINK_MAC))
+_GROUP: Final = attr_u32(rtnl.IFLA_GROUP, LINK_GROUP)
+_DOOM: Final = attr_u32(rtnl.IFLA_GROUP, LINK_GROUP_DOOMED)
+_ONE_QUEUE: Final = attr_u32(rtnl.IFLA_NUM_TX_QUEUES, 1) + attr_u32(rtnl.IFLA_NUM_RX_QUEUES, 1)
+_VETH: Final = attr_text(rtnl.IFLA_INFO_KIND, "veth")
+_FORWARD4: Final = nest(
+    socket.AF_INET,
+    nest(rtnl.IFLA_INET_CONF, attr_u32(rtnl.CONF_FORWARDING, 1), attr_u32(rtnl.CONF_PROXY_ARP, 1)),
+)
+# The kernel's own link-local address would spend a second in duplicate detection; ours does not.
+_NO_ADDRESS6: Final = nest(socket.AF_INET6, attr(rtnl.IFLA_INET6_ADDR_GEN_MODE, bytes((rtnl.ADDR_GEN_NONE,))))
+_NODE_END: Final = {False: attr(rtnl.IFLA_AF_SPEC, _FORWARD4), True: attr(rtnl.IFLA_AF_SPEC, _FORWARD4 + _NO_ADDRESS6)}
+
 
 class WiringError(CNIError):
     """The kernel refused a step of the wiring; nothing of it is left. The message names step, link and reason."""
@@ -135,25 +150,24 @@ def unwire(node: Netlink, node_end: str, addresses: Sequence[str]) -> bool:
 
     Returns whether there was a link. What is gone already is no error. Raises WiringError.
     """
-    link = rtnl.find(node, node_end)
-    messages = [Message(rtnl.DELROUTE, _host_route(a, link.index if link else 0)) for a in addresses]
-    if link is not None:
-        doom = attr_u32(rtnl.IFLA_GROUP, LINK_GROUP_DOOMED)
-        messages.append(Message(rtnl.NEWLINK, rtnl.LINK.pack(0, 0, link.index, 0, 0) + doom))
-    for error in node.batch(messages):
+    messages = [Message(rtnl.DELROUTE, _host_route(a, 0)) for a in addresses]
+    # Not NEWLINK: without a link of that name it would mean every link of the group (rtnl_newlink).
+    messages.append(Message(rtnl.SETLINK, _ANY_LINK + attr_text(rtnl.IFLA_IFNAME, node_end) + _DOOM))
+    errors = node.batch(messages)
+    for error in errors:
         if error is not None and error.number not in (errno.ESRCH, errno.ENODEV):
             raise WiringError(f"unwiring of {node_end}, {', '.join(addresses)}: {error}") from error
-    return link is not None
+    return errors[-1] is None
 
 
 def reap(node: Netlink) -> None:
     """Removes every doomed link; takes some 20 ms however many they are (RCU). Raises NetlinkError."""
-    _delete(node, rtnl.LINK.pack(0, 0, 0, 0, 0) + attr_u32(rtnl.IFLA_GROUP, LINK_GROUP_DOOMED))
+    _delete(node, _ANY_LINK + _DOOM)
 
 
 def remove(node: Netlink, node_end: str) -> None:
     """Removes one link, and with it everything on it, at once (20 ms). Gone already is no error. NetlinkError."""
-    _delete(node, rtnl.LINK.pack(0, 0, 0, 0, 0) + attr_text(rtnl.IFLA_IFNAME, node_end))
+    _delete(node, _ANY_LINK + attr_text(rtnl.IFLA_IFNAME, node_end))
 
 
 def _delete(node: Netlink, body: bytes) -> None:
@@ -191,24 +205,22 @@ def _make_again(node: Netlink, message: Message, want: Wiring) -> Message | None
 
 def pair(want: Wiring, pod_ns: int) -> bytes:
     """RTM_NEWLINK's body: both ends with name, MAC, MTU and one queue, the peer already in its namespace."""
-    none = rtnl.LINK.pack(0, 0, 0, 0, 0)
-    both = (
-        attr_u32(rtnl.IFLA_NUM_TX_QUEUES, 1) + attr_u32(rtnl.IFLA_NUM_RX_QUEUES, 1) + attr_u32(rtnl.IFLA_MTU, want.mtu)
-    )
+    both = _ONE_QUEUE + attr_u32(rtnl.IFLA_MTU, want.mtu)
     peer = (
-        attr_text(rtnl.IFLA_IFNAME, want.pod_end)
+        _ANY_LINK
+        + attr_text(rtnl.IFLA_IFNAME, want.pod_end)
         + attr(rtnl.IFLA_ADDRESS, rtnl.mac_bytes(want.mac))
         + both
         + attr_u32(rtnl.IFLA_NET_NS_FD, pod_ns)
     )
-    data = nest(rtnl.IFLA_INFO_DATA, attr(rtnl.VETH_INFO_PEER, none + peer))
+    data = attr(rtnl.IFLA_INFO_DATA, attr(rtnl.VETH_INFO_PEER, peer))
     return (
-        none
+        _ANY_LINK
         + attr_text(rtnl.IFLA_IFNAME, want.node_end)
-        + attr(rtnl.IFLA_ADDRESS, rtnl.mac_bytes(LINK_MAC))
+        + _NODE_MAC
         + both
-        + attr_u32(rtnl.IFLA_GROUP, LINK_GROUP)
-        + nest(rtnl.IFLA_LINKINFO, attr_text(rtnl.IFLA_INFO_KIND, "veth"), data)
+        + _GROUP
+        + attr(rtnl.IFLA_LINKINFO, _VETH + data)
     )
 
 
@@ -231,13 +243,7 @@ def pod_end(want: Wiring, index: int) -> list[Message]:
 def node_end(want: Wiring, index: int) -> list[Message]:
     """What is done on the node, to the veth of this index, which is still down."""
     six = any(":" in a for a in want.addresses)
-    conf = nest(rtnl.IFLA_INET_CONF, attr_u32(rtnl.CONF_FORWARDING, 1), attr_u32(rtnl.CONF_PROXY_ARP, 1))
-    families = nest(socket.AF_INET, conf)
-    if six:
-        # The kernel's own link-local address would spend a second in duplicate detection; ours does not.
-        mode = attr(rtnl.IFLA_INET6_ADDR_GEN_MODE, bytes((rtnl.ADDR_GEN_NONE,)))
-        families += nest(socket.AF_INET6, mode)
-    configure = rtnl.LINK.pack(0, 0, index, 0, 0) + attr(rtnl.IFLA_AF_SPEC, families)
+    configure = rtnl.LINK.pack(0, 0, index, 0, 0) + _NODE_END[six]
     messages = [Message(rtnl.NEWLINK, configure), _answer_at_once(index), _up(index)]
     if six:
         messages.append(_address(index, GATEWAY6, 64, rtnl.SCOPE_LINK))
