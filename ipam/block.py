@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from types import MappingProxyType
 from typing import Final, Generic, TypeVar
@@ -58,9 +59,9 @@ class Block(Generic[Owner]):
 
     def offset(self, address: str) -> int | None:
         """The address's offset; None outside of this block, or beyond ``size``. ValueError if it is no address."""
-        ip = ip_address(address)
-        offset = int(ip) - self._base
-        return offset if ip.version == self.network.version and 0 <= offset < self.size else None
+        version, number = parsed(address)
+        offset = number - self._base
+        return offset if version == self.network.version and 0 <= offset < self.size else None
 
     # -- taking and giving back ---------------------------------------------------------------------------------------
 
@@ -181,6 +182,14 @@ class Block(Generic[Owner]):
 def _position(ascending: list[int], value: int) -> int | None:
     i = bisect_left(ascending, value)
     return i if i < len(ascending) and ascending[i] == value else None
+
+
+@lru_cache(maxsize=4096)
+def parsed(address: str) -> tuple[int, int]:
+    """IP version and number. Each address is looked up many times from its taking to its end. ValueError if it is
+    none."""
+    ip = ip_address(address)
+    return ip.version, int(ip)
 
 
 def merge(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

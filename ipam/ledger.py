@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_network
 
-from ipam.block import Block, Held
+from ipam.block import Block, Held, parsed
 from ipam.model import Attachment, BlockView, Lease, News
 from ipam.pool import Count
 from store.model import Condition, IPAMBlock
@@ -117,10 +117,10 @@ class Ledger:
 
     def find(self, address: str) -> tuple[Own, int] | None:
         """The own block that hands out the address, and its offset there."""
-        ip = ip_address(address)
-        for shift in self._shifts[ip.version]:
-            own = self._index.get((ip.version, shift, int(ip) >> shift))
-            if own is not None and (offset := int(ip) & ((1 << shift) - 1)) < own.block.size:
+        version, number = parsed(address)
+        for shift in self._shifts[version]:
+            own = self._index.get((version, shift, number >> shift))
+            if own is not None and (offset := number & ((1 << shift) - 1)) < own.block.size:
                 return own, offset
         return None
 

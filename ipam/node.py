@@ -267,7 +267,7 @@ class NodeIPAM:
             raise Deleted(f"{attachment}: its DEL came before this ADD, which is older; the runtime must ask again")
         now = self._clock.monotonic()
         # A live link of this attachment whose lease was lost keeps its addresses.
-        inherited = ledger.strays_behind(self._link_name(attachment))
+        inherited = ledger.strays_behind(self._link_name(attachment)) if ledger.strays else ()
         addresses, missing = [], []
         for want in self._keeper.pools.wants(request):
             address = self._inherit(want, inherited) or self._place(want, now)
