@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import process, rack, scale
+from bench import ipam, process, rack, scale
 from bench.__main__ import measure
 from bench.spawn import Call, SpawnError, timed
 from bench.stats import Times, percentile
@@ -70,6 +70,10 @@ def test_programs_that_run_beside_each_other_are_timed_each(tmp_path: Path) -> N
 def test_a_programs_name_does_not_move_its_times() -> None:
     fields = ["S", "1", "1", "1", "0", "-1", "4194304", "9", "0", "0", "0", "250", "50", "0", "0"]
     assert process._ticks(f"4711 (a b) c) {' '.join(fields)}") == 300
+
+
+def test_pairs_are_compared_each_for_itself() -> None:
+    assert ipam.paired([1.0, 10.0, 90.0], [1.0, 5.0, 100.0]) == 1
 
 
 def test_a_group_whose_programs_are_missing_is_left_out_and_one_that_fails_is_not(tmp_path: Path) -> None:
