@@ -3,7 +3,7 @@
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help lab lab-down test lint bench docs shim apiserver cnitool need-lab need-test need-bench
+.PHONY: help lab lab-down test lint bench docs shim apiserver runtimes need-lab need-test need-bench
 .SHELLFLAGS := -euc
 MAKEFLAGS += --no-print-directory
 
@@ -25,7 +25,7 @@ lab: need-lab $(VENV)/.lab $(if $(findstring kube,$(ARGS)),$(VENV)/.kube) build/
 lab-down: need-lab $(VENV)/.lab ## takes the rack away
 	exec $(BIN)/underlay-lab down $(ARGS)
 
-test: need-test lint apiserver cnitool build/underlay-shim ## everything: lint, and all tests (TESTS=tests/kube ARGS="-k block")
+test: need-test lint apiserver runtimes build/underlay-shim ## everything: lint, and all tests (TESTS=tests/kube ARGS="-k block")
 	# In a user namespace everybody is called root: without this, one user's /tmp/pytest-of-root is in the others' way.
 	if [ "$$(id -u)" != 0 ]; then export PYTEST_DEBUG_TEMPROOT=/tmp/ul-$$(id -u); mkdir -p -m 700 "$$PYTEST_DEBUG_TEMPROOT"; fi
 	exec $(AS_ROOT) $(BIN)/python -m pytest -q $(TESTS) $(ARGS)
@@ -50,7 +50,8 @@ shim-arm64: build/underlay-shim-arm64 ## the same for arm64, where aarch64-linux
 apiserver: need-test $(VENV)/.test ## etcd, API server and controller-manager: built once, in about 4 minutes
 	exec $(BIN)/python lab/kube/build.py >/dev/null
 
-cnitool: need-test $(VENV)/.test
+runtimes: need-test $(VENV)/.test
+	$(BIN)/python -m tests.runtime.sid >/dev/null
 	exec $(BIN)/python -m tests.runtime.cnitool >/dev/null
 
 need-lab need-test need-bench: need-%: | build

@@ -18,11 +18,15 @@ from lab import gobuild
 from lab.net import Net
 from tests.conftest import eventually
 from tests.netns.plugin import NODE, Plugin
-from tests.runtime import cnitool, image
-from tests.runtime.containerd import Containerd, fetch
+from tests.runtime import cnitool, image, sid
+from tests.runtime.containerd import RELEASES, Containerd, Release, fetch
 
 #: cgroup v1 has a folder a controller, v2 is one tree.
 CGROUPS = Path("/sys/fs/cgroup")
+#: For a test that runs with each release; and for one that runs with containerd 2 alone.
+V2 = pytest.param("2", marks=pytest.mark.containerd_2)
+BOTH = pytest.mark.parametrize("node", ["1.6", V2], indirect=True)
+ONLY_V2 = pytest.mark.parametrize("node", [V2], indirect=True)
 #: The reference plugins, as Debian has them.
 REFERENCE = Path("/usr/lib/cni")
 _FAILED = pytest.StashKey[bool]()
@@ -33,11 +37,11 @@ class Node:
 
     addresses = ("198.51.100.1", "2001:db8:1::1")
 
-    def __init__(self, folder: Path, shim: Path, tar: Path) -> None:
+    def __init__(self, folder: Path, shim: Path, tar: Path, release: Release = RELEASES["1.6"]) -> None:
         self.plugin = Plugin(Net(folder), folder, shim)
         self.plugin.net.address(NODE, "lo", [f"{a}/{128 if ':' in a else 32}" for a in self.addresses])
         self.plugin.start()
-        self.containerd = Containerd(self.plugin.net, NODE, folder / "containerd", self.plugin.run)
+        self.containerd = Containerd(self.plugin.net, NODE, folder / "containerd", self.plugin.run, release)
         self.containerd.install(shim, self.plugin.run)
         self.containerd.start()
         self.containerd.load(tar)
@@ -155,10 +159,22 @@ def reference() -> Path:
 
 
 @pytest.fixture(scope="session")
-def nodes(tmp_path_factory: pytest.TempPathFactory, shim_c: Path, busybox_tar: Path) -> Iterator[Shared[Node]]:
-    made = Shared(lambda: Node(tmp_path_factory.mktemp("node"), shim_c, busybox_tar))
+def nodes(
+    tmp_path_factory: pytest.TempPathFactory, shim_c: Path, busybox_tar: Path
+) -> Iterator[dict[str, Shared[Node]]]:
+    """A node of each release of containerd."""
+
+    def make(release: Release) -> Node:
+        return Node(tmp_path_factory.mktemp("node"), shim_c, busybox_tar, release)
+
+    made = {name: Shared(functools.partial(make, release)) for name, release in RELEASES.items()}
     yield made
-    made.drop()
+    for each in made.values():
+        each.drop()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "containerd_2: runs containerd 2, where it can be had")
 
 
 @functools.cache
@@ -185,17 +201,28 @@ def _no_plugins() -> str:
 
 def _no_cnitool() -> str:
     folder = gobuild.cache(cnitool.module())
-    return _no_plugins() or ("" if folder.is_dir() else f"{folder} is not there: 'make cnitool' builds it")
+    return _no_plugins() or ("" if folder.is_dir() else f"{folder} is not there: 'make runtimes' builds it")
+
+
+def _no_containerd_2() -> str:
+    folder = sid.folder()
+    return (
+        ""
+        if folder.is_dir()
+        else f"no {folder}: 'make runtimes' fills it, as long as Debian's unstable has containerd 2"
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips here and not in the fixture: pytest says one line for all tests that are skipped in one place."""
+    asked = getattr(item, "fixturenames", ())
     needs = {"busybox_tar": _no_containers, "cnitool": _no_cnitool, "reference": _no_plugins}
-    for why in (look() for name, look in needs.items() if name in getattr(item, "fixturenames", ())):
-        if not why:
-            continue
+    if why := next((why for name, look in needs.items() if name in asked and (why := look())), ""):
         if os.environ.get("CI") == "true":
             pytest.fail(f"CI skips nothing: {why}", pytrace=False)
+        pytest.skip(why)
+    # What Debian's unstable has is not ours to promise, so this is skipped in CI, too.
+    if item.get_closest_marker("containerd_2") and (why := _no_containerd_2()):
         pytest.skip(why)
 
 
@@ -207,8 +234,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture
-def node(nodes: Shared[Node], request: pytest.FixtureRequest) -> Iterator[Node]:
-    """A node without pods, which must be left as it was."""
-    with nodes.lend(request.node, Node.clean, Node.logs) as made:
+def node(nodes: dict[str, Shared[Node]], request: pytest.FixtureRequest) -> Iterator[Node]:
+    """A node without pods, which must be left as it was; of the release that the test is parametrized with, or 1.6."""
+    with nodes[getattr(request, "param", "1.6")].lend(request.node, Node.clean, Node.logs) as made:
         made.begin()
         yield made

@@ -15,12 +15,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from cni import netns
 from lab.net import Net
 from tests.conftest import eventually
-from tests.runtime import cri, image
+from tests.runtime import cri, image, sid
 
 _CONFIG: Final = """
 version = 2
@@ -45,6 +45,44 @@ oom_score = 0
     bin_dir = "{bin}"
     conf_dir = "{conf}"
 """
+
+_CONFIG3: Final = """
+version = 3
+root = "{root}"
+state = "/run/containerd/state"
+[grpc]
+  address = "/run/containerd/containerd.sock"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{root}/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  disable_tcp_service = true
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{image}"
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  netns_mounts_under_state_dir = true
+  enable_unprivileged_ports = false
+  enable_unprivileged_icmp = false
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["{bin}"]
+    conf_dir = "{conf}"
+"""
+
+
+class Release(NamedTuple):
+    """A containerd and the plugins of its time: what is installed, or a folder that packages were unpacked in."""
+
+    root: Path
+    config: str
+    #: The newest conflist that it takes.
+    cni: str
+
+
+RELEASES: Final = {
+    "1.6": Release(Path("/"), _CONFIG, "1.0.0"),
+    "2": Release(sid.folder(), _CONFIG3, "1.1.0"),
+}
 
 _HOLDER: Final = """
 mount -t tmpfs run /run && mkdir /run/containerd /run/netns /run/underlay &&
@@ -76,7 +114,8 @@ class Starting:
 class Containerd:
     """``name`` is the member of ``net`` that it runs in, ``run`` the folder of that node's CNI server."""
 
-    def __init__(self, net: Net, name: str, home: Path, run: Path) -> None:
+    def __init__(self, net: Net, name: str, home: Path, run: Path, release: Release = RELEASES["1.6"]) -> None:
+        self.release = release
         self.net, self.name, self.home = net, name, home
         home.mkdir()
         self.bin, self.conf, self.root = home / "bin", home / "net.d", home / "root"
@@ -86,7 +125,7 @@ class Containerd:
         #: While it is there, ADDs do not get to our plugin.
         self.hold = home / "hold"
         self._cgroup = f"underlay-test-{os.getpid()}-{name}"
-        config = _CONFIG.format(root=self.root, image=image.NAME, bin=self.bin, conf=self.conf)
+        config = release.config.format(root=self.root, image=image.NAME, bin=self.bin, conf=self.conf)
         (home / "config.toml").write_text(config)
         up = home / "up"
         words = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -111,7 +150,7 @@ class Containerd:
         argv = [sys.executable, "-m", "cni.installer", *(str(word) for pair in flags.items() for word in pair)]
         self.net.run(self.name, argv)
         for plugin in ("loopback", "portmap"):
-            shutil.copy2(Path("/usr/lib/cni") / plugin, self.bin / plugin)
+            shutil.copy2(self.release.root / "usr/lib/cni" / plugin, self.bin / plugin)
 
     def calls(self, container: str = "") -> list[tuple[str, str, bool]]:
         """What the runtime called: verb, CNI_NETNS ("" if none), and whether that was there."""
@@ -134,12 +173,23 @@ class Containerd:
 
     def start(self) -> None:
         """Returns when the CRI answers."""
-        argv = ["containerd", "--config", str(self.home / "config.toml")]
-        self._process = self.net.spawn(self.name, self._inside(argv), log=self.log)
+        argv = [str(self._program("containerd")), "--config", str(self.home / "config.toml")]
+        # It looks for its shim there.
+        path = f"{self._program('containerd').parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+        self._process = self.net.spawn(self.name, self._inside(argv), log=self.log, env={**os.environ, "PATH": path})
         eventually(self._answers, limit=20)
 
     def load(self, tar: Path) -> None:
-        ctr = ["ctr", "-a", "/run/containerd/containerd.sock", "-n", "k8s.io", "images", "import", str(tar)]
+        ctr = [
+            str(self._program("ctr")),
+            "-a",
+            "/run/containerd/containerd.sock",
+            "-n",
+            "k8s.io",
+            "images",
+            "import",
+            str(tar),
+        ]
         self.net.run(self.name, self._inside(ctr))
 
     def ready(self) -> None:
@@ -215,6 +265,9 @@ class Containerd:
             return bool(self.cri.version())
         except (OSError, cri.CRIError):
             return False
+
+    def _program(self, name: str) -> Path:
+        return self.release.root / "usr/bin" / name
 
     def _inside(self, argv: Sequence[str]) -> list[str]:
         return ["nsenter", "--target", str(self._holder), "--mount", "--uts", "--pid", *argv]

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 import h2.config
 import h2.connection
+import h2.errors
 import h2.events
 
 #: An int is a varint, text and bytes have a length, a mapping is a message in a message, a list is repeated.
@@ -81,6 +82,8 @@ class Pending:
                         self._h2.acknowledge_received_data(event.flow_controlled_length, 1)
                     case h2.events.StreamEnded():
                         headers["ended"] = "yes"
+                    case h2.events.StreamReset(error_code=h2.errors.ErrorCodes.CANCEL):
+                        raise CRIError(4, "the deadline passed, says the runtime")
                     case h2.events.StreamReset() | h2.events.ConnectionTerminated():
                         raise CRIError(14, f"the runtime ended the call: {event}")
             self._socket.sendall(self._h2.data_to_send())

@@ -8,8 +8,10 @@ import signal
 import pytest
 
 from cni import install
+from store.model import BGPNodeStatus
 from tests.conftest import eventually
-from tests.runtime.conftest import Node, Shared
+from tests.netns.plugin import NODE
+from tests.runtime.conftest import BOTH, ONLY_V2, Node, Shared
 from tests.runtime.cri import CRIError
 
 
@@ -26,7 +28,11 @@ def ping(node: Node, sandbox: str, address: str) -> None:
     node.containerd.inside_pod(sandbox, ["ping", "-c", "1", "-W", "2", address])
 
 
-@pytest.mark.parametrize("version", ["0.3.1", "0.4.0", "1.0.0"])
+@pytest.mark.parametrize(
+    ("node", "version"),
+    [("1.6", "0.3.1"), ("1.6", "0.4.0"), ("1.6", "1.0.0"), pytest.param("2", "1.1.0", marks=pytest.mark.containerd_2)],
+    indirect=["node"],
+)
 def test_a_pod_from_its_begin_to_its_end(node: Node, version: str) -> None:
     containerd, cri = node.containerd, node.containerd.cri
     node.reconfigure(version=version)
@@ -79,6 +85,7 @@ def test_del_without_add(node: Node) -> None:
     eventually(node.clean)
 
 
+@BOTH
 def test_the_shim_is_killed_in_the_middle_of_add_when_the_deadline_passes(node: Node) -> None:
     containerd = node.containerd
     frozen(node)
@@ -106,6 +113,7 @@ def test_pods_outlive_a_containerd_that_is_killed(node: Node) -> None:
     eventually(node.clean)
 
 
+@BOTH
 @pytest.mark.parametrize("where", ["before the plugin", "in the server"])
 def test_containerd_is_killed_in_the_middle_of_add(node: Node, where: str) -> None:
     """The plugin goes on and finishes. The next containerd has the sandbox as not ready; kubelet ends it."""
@@ -133,6 +141,7 @@ def test_containerd_is_killed_in_the_middle_of_add(node: Node, where: str) -> No
     eventually(node.clean)
 
 
+@BOTH
 def test_the_server_is_away_for_a_while(node: Node) -> None:
     """As at an upgrade of the server: an ADD waits for it, a DEL does not."""
     containerd, cri, plugin = node.containerd, node.containerd.cri, node.plugin
@@ -150,6 +159,7 @@ def test_the_server_is_away_for_a_while(node: Node) -> None:
     eventually(node.clean)
 
 
+@BOTH
 def test_the_network_is_renamed_while_pods_live(node: Node) -> None:
     containerd = node.containerd
     one = containerd.run("one")
@@ -161,6 +171,7 @@ def test_the_network_is_renamed_while_pods_live(node: Node) -> None:
     eventually(node.clean)
 
 
+@BOTH
 def test_the_conflist_is_rewritten_under_load(node: Node) -> None:
     containerd, cri = node.containerd, node.containerd.cri
     lists = [install.conflist(mtu=mtu) for mtu in (1400, 1500)]
@@ -198,6 +209,7 @@ def test_the_server_is_killed_while_pods_start_and_while_they_stop(node: Node) -
     eventually(node.clean)
 
 
+@BOTH
 def test_a_host_port_leads_to_the_pod_until_it_ends(node: Node) -> None:
     containerd = node.containerd
     node.reconfigure(({"type": "portmap", "capabilities": {"portMappings": True}},))
@@ -214,9 +226,27 @@ def test_a_host_port_leads_to_the_pod_until_it_ends(node: Node) -> None:
     eventually(node.clean)
 
 
-def test_pods_that_vanish_without_a_del_are_swept(nodes: Shared[Node]) -> None:
+@ONLY_V2
+def test_a_status_that_fails_makes_the_node_not_ready_and_pods_start_all_the_same(node: Node) -> None:
+    """With CNI 1.1 containerd asks STATUS whenever kubelet asks for its own."""
+    containerd, cri, plugin = node.containerd, node.containerd.cri, node.plugin
+    node.reconfigure(version="1.1.0")
+    assert cri.network_ready() == ""
+    session = {"peer": "tor", "address": "192.0.2.9", "asNumber": 65001, "state": "Idle"}
+    plugin.status(BGPNodeStatus, NODE, {"sessions": [session]})
+    try:
+        assert "none of the 1 BGP sessions of node node-1 is up" in cri.network_ready()
+        containerd.end(containerd.run("one"))
+    finally:
+        plugin.status(BGPNodeStatus, NODE, {"sessions": []})
+    assert cri.network_ready() == ""
+    assert "STATUS" in {verb for verb, _, _ in containerd.calls()}
+    eventually(node.clean)
+
+
+def test_pods_that_vanish_without_a_del_are_swept(nodes: dict[str, Shared[Node]]) -> None:
     """As when somebody takes the runtime away with all its state."""
-    node = nodes.get()
+    node = nodes["1.6"].get()
     node.begin()
     try:
         for n in range(3):
@@ -228,4 +258,4 @@ def test_pods_that_vanish_without_a_del_are_swept(nodes: Shared[Node]) -> None:
         eventually(lambda: not node.leases())
         assert not node.containerd.called("DEL")
     finally:
-        nodes.drop()
+        nodes["1.6"].drop()
