@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from ipaddress import ip_address, ip_network
 
 import msgspec
 
+from ipam import lost
 from ipam.claims import Claims
 from ipam.errors import Exhausted, IPAMError, KernelUnavailable, NotReady, in_words
 from ipam.foreign import Foreign
@@ -78,12 +78,12 @@ class Keeper:
         self._wants: dict[Want, None] = {}
         self._verdicts: dict[Want, Verdict] = {}
         self._vanished: dict[str, None] = {}
-        self._lost: dict[str, str] = {}  # CIDR -> why and what lives in it
         self._lost_looked = 0.0
         self._returned: dict[str, IPAMBlock] = {}  # by CIDR: given back before, and in the store again
         self._refused: dict[str, _Refused] = {}  # by pool and CIDR
         self._away_until = 0.0
         self._pause = 0.0
+        self.lost = lost.Lost(ledger, clock)
         self.pools = Pools()
         self.reserved: tuple[str, ...] = ()
         #: Blocks that a node may have by the cluster's wish, those of single addresses left out; 0: no limit.
@@ -122,16 +122,6 @@ class Keeper:
             self._ledger.tell(News("BlockMarked", "Delete", f"{what}, and it goes once its last pod is gone"))
             own.enter(Phase.MARKED, self._clock.monotonic())
             self._news.set()
-
-    def lost(self, cidr: str, why: str) -> None:
-        """A block in which something of ours lives cannot be ours any more; ``why`` begins a sentence."""
-        self._lost[cidr] = f"{why}: delete the pods that use it here, or that other block"
-        self._say_lost()
-
-    def lost_at(self, address: str) -> str:
-        """Why the address is no longer this node's to use; empty if it is."""
-        ip = ip_address(address)
-        return next((why for cidr, why in self._lost.items() if ip in ip_network(cidr)), "")
 
     def found(self, obj: IPAMBlock) -> None:
         """The store shows a block of ours that we may not know: an answer to a create was lost. A marked one is ours as
@@ -431,8 +421,7 @@ class Keeper:
                     self._ledger.changed(own)
         for own in [o for o in self._ledger.blocks.values() if o.phase is Phase.LOST and not o.block.used]:
             self._ledger.drop(own)
-        for cidr in [c for c in self._lost if c not in self._ledger.blocks]:
-            self._regained(cidr)
+        self.lost.forget()
 
     def _not_needed(self, pool: str, ready: list[Own], now: float) -> list[Own]:
         if not self.pools.serves(pool):
@@ -479,6 +468,8 @@ class Keeper:
             self._vanished.update(
                 dict.fromkeys(o.cidr for o in self._ledger.blocks.values() if o.phase is Phase.LOST and o.block.used)
             )
+            if self.lost.without_block():
+                await self.house()
         for cidr in tuple(self._vanished):
             own = self._ledger.blocks.get(cidr)
             if own is not None:
@@ -491,37 +482,57 @@ class Keeper:
         if own.phase is Phase.DELETING or not own.block.used:
             self._ledger.drop(own)
             return
-        living = f"{own.block.used} addresses of it are in use here"
+        living = f"{own.block.used} addresses"
         try:
             obj = await self._claims.recreate(own.pool, own.cidr)
         except Invalid as e:
-            self._lose(own, f"block {own.cidr} was deleted, cannot be created again ({e}), and {living}")
+            self._lose(own, lost.refused(own.cidr, living, e))
             return
         if not self._claims.is_ours(obj):
-            self._lose(own, f"block {own.cidr} belongs to node {obj.spec.node} by now, and {living}")
+            self._lose(own, lost.of_other(obj, living))
             return
         log.warning("block %s was deleted while in use, and is there again", own.cidr)
         own.obj, own.written = obj, False
         own.enter(Phase.NEW, self._clock.monotonic())
         self.mark(own, obj)
-        self._regained(own.cidr)
+        self.lost.found(own.cidr)
         self._ledger.changed(own)
 
     def _lose(self, own: Own, why: str) -> None:
         if own.phase is not Phase.LOST:
-            log.error("%s", why)
             own.enter(Phase.LOST, self._clock.monotonic())
-        self.lost(own.cidr, why)
+        self.lost.add([own.cidr], why)
 
-    def _regained(self, cidr: str) -> None:
-        if self._lost.pop(cidr, None):
-            self._say_lost()
+    async def house(self) -> None:
+        """Creates the blocks again in which something of ours lives and which the store no longer has. Where none can
+        be, what lives there is lost."""
+        places: dict[tuple[str, str], dict[str, str]] = {}
+        for address, who in self._ledger.homeless().items():
+            pool = self.pools.of(address)
+            place = (pool.name, self.pools.block_at(pool, address)) if pool else ("", "")
+            places.setdefault(place, {})[address] = who
+        for (name, cidr), users in places.items():
+            if cidr:
+                await self._restore(name, cidr, lost.some(users))
+            elif name:
+                self.lost.add(users, lost.of_no_pod_cidr(lost.some(users), self.pools.pod_cidrs[name]))
+            else:
+                self.lost.add(users, lost.of_no_pool(lost.some(users)))
 
-    def _say_lost(self) -> None:
-        if self._lost:
-            self._say("BlockLost", "NotOurs", "; ".join(self._lost.values()))
+    async def _restore(self, pool: str, cidr: str, living: str) -> None:
+        try:
+            obj = await self._claims.recreate(pool, cidr)
+        except Invalid as e:
+            self.lost.add([cidr], lost.refused(cidr, living, e))
+            return
+        now = self._clock.monotonic()
+        if self._claims.is_ours(obj):
+            log.warning("block %s was gone from the store though %s live in it: created again", cidr, living)
+            self.mark(self._ledger.adopt(obj, Phase.NEW, now), obj)
+            self.lost.found(cidr)
         else:
-            self._ledger.unsay("BlockLost")
+            self._ledger.adopt(obj, Phase.LOST, now)
+            self.lost.add([cidr], lost.of_other(obj, living))
 
     async def _tie(self) -> None:
         if self.untied:

@@ -208,6 +208,12 @@ class Ledger:
         """Addresses that are routed to the link of this name."""
         return tuple(a for a, owner in self.strays.items() if owner.interface == link) if self.strays else ()
 
+    def homeless(self) -> dict[str, str]:
+        """Addresses in use that are in no own block, and who has each, for people."""
+        used = {a: lease.pod or str(lease.attachment) for lease in self.leases.values() for a in lease.addresses}
+        used |= {address: f"link {owner.interface}" for address, owner in self.strays.items()}
+        return {address: who for address, who in used.items() if self.find(address) is None}
+
     # -- conditions ---------------------------------------------------------------------------------------------------
 
     def say(self, condition: Condition) -> None:

@@ -6,7 +6,7 @@ The way of an ADD is ``take``, from memory, with one write to the journal; every
     keeper   how many blocks, and which            claims   makes one ours, or ends it
     mirror   memory into the blocks' status        sweep    what leaked
     watches  what people wish, and what they did to our blocks
-    releases what they want ended
+    releases what they want ended                  lost     what lives here and is not ours
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ipam.sweep import Sweep
 from ipam.watches import Watches
 from store.base import Store
 from store.clock import Clock
-from store.errors import Invalid, StoreError
+from store.errors import StoreError
 from store.model import FINALIZER_OWNER, Condition, IPAMBlock, Writer
 
 __all__ = ["Attachment", "BlockView", "KernelView", "Lease", "NodeIPAM", "Request", "Settings"]
@@ -222,7 +222,7 @@ class NodeIPAM:
     def problem(self, attachment: Attachment) -> str:
         """Why the attachment's addresses are no longer its own, though it has them (CHECK); empty if all is well."""
         lease = self._ledger.leases.get(attachment)
-        found = (self._keeper.lost_at(address) for address in (lease.addresses if lease else ()))
+        found = (self._keeper.lost.at(address) for address in (lease.addresses if lease else ()))
         return "; ".join(dict.fromkeys(why for why in found if why))
 
     # -- for STATUS and people ---------------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ class NodeIPAM:
         self._adopt_all(blocks)
         if not self._keeper.stopped:
             self._add_mirrored(blocks)
-            await self._restore_missing()
+            await self._keeper.house()
             self._why_not = ""
         self._loaded = True
 
@@ -445,33 +445,6 @@ class NodeIPAM:
         added = truth.add_mirrored(self._ledger, found, self._history, self._kernel.links(), self._link_name)
         if added:
             self._rewrite_journal()
-
-    async def _restore_missing(self) -> None:
-        """Blocks in which something of ours lives and which the store no longer has are created again (R5)."""
-        living = [a for lease in self._ledger.leases.values() for a in lease.addresses] + list(self._ledger.strays)
-        for address in living:
-            pool = self._keeper.pools.of(address)
-            if pool is None or self._ledger.find(address):
-                continue
-            cidr = self._keeper.pools.block_at(pool, address)
-            if not cidr:
-                log.error("%s is in use here, and in no block: it is of another podCIDR than this Node's", address)
-                continue
-            try:
-                obj = await self._claims.recreate(pool.name, cidr)
-            except Invalid as e:
-                self._keeper.lost(
-                    cidr, f"block {cidr} is gone and cannot be created again ({e}), and {address} of it is in use here"
-                )
-                continue
-            now = self._clock.monotonic()
-            if self._claims.is_ours(obj):
-                log.warning("block %s was gone from the store though %s lives in it: created again", cidr, address)
-                self._keeper.mark(self._ledger.adopt(obj, Phase.NEW, now), obj)
-            else:
-                own = self._ledger.adopt(obj, Phase.LOST, now)
-                what = f"{own.block.used} addresses of it are in use here"
-                self._keeper.lost(cidr, f"block {cidr} belongs to node {obj.spec.node} by now, and {what}")
 
     async def _load_at_last(self) -> None:
         pause = self._settings.backoff_min

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from ipam.ledger import Phase
-from store.errors import NotFound
+from store.errors import Invalid, NotFound, Problem
 from store.model import (
     FINALIZER_OWNER,
     IPAMBlock,
@@ -20,6 +20,7 @@ from store.model import (
     Meta,
     Node,
     OwnerReference,
+    R,
     block_name,
 )
 from tests.ipam_fakes import V4, Rig, attachment, play, pool, run, waited
@@ -294,6 +295,66 @@ def test_a_pool_made_again_with_another_size_disturbs_nobody(tmp_path: Path) -> 
         assert "cannot be created again" in rig.ipam.problem(attachment(1))
         other = await waited(rig, rig.add(2))
         assert other.addresses[0] not in _of(cidr)
+
+    run(tmp_path, test, SMALL, NODE)
+
+
+def test_what_lives_in_a_block_that_no_store_takes_any_more_is_said_until_it_is_taken_again(tmp_path: Path) -> None:
+    """Not only in the moment of the start: by a policy, say, that a block of another pool stands in the way of."""
+
+    async def test(rig: Rig) -> None:
+        lease = await rig.add(1)
+        cidr = await the_only(rig)
+        await rig.down()
+        await rig.wipe(cidr)
+        create, refusing = rig.memory.create, True
+
+        async def refuse(obj: R) -> R:
+            if isinstance(obj, IPAMBlock) and obj.spec.cidr == cidr and refusing:
+                raise Invalid(f"IPAMBlock {obj.name}", [Problem("spec.cidr", cidr, "it overlaps another")])
+            return await create(obj)
+
+        rig.memory.create = refuse  # type: ignore[method-assign]
+        await rig.up()
+        for _ in range(4):
+            condition = next(c for c in rig.ipam.conditions() if c.type == "BlockLost")
+            assert f"block {cidr} was deleted, cannot be created again" in condition.message
+            assert f"{lease.addresses[0]} (default/p1) of it live here: delete those pods" in condition.message
+            assert rig.ipam.problem(attachment(1)) == condition.message
+            await rig.clock.advance(10)
+        refusing = False
+        await rig.clock.advance(20)
+        assert rig.ipam.conditions() == ()
+        assert rig.ipam.problem(attachment(1)) == ""
+        assert (await rig.mirror())[lease.addresses[0]] == "c1"
+
+    run(tmp_path, test, SMALL, NODE)
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_what_lives_in_no_pool_is_said_until_there_is_one_or_it_is_gone(tmp_path: Path, back: bool) -> None:
+    async def test(rig: Rig) -> None:
+        leases = [await rig.add(i) for i in range(5)]
+        cidr = await the_only(rig)
+        await rig.down()
+        await rig.wipe(cidr)
+        await rig.store.delete(IPPool, "small")
+        await rig.up()
+        (condition,) = rig.ipam.conditions()
+        assert condition.type == "BlockLost"
+        named = ", ".join(f"{lease.addresses[0]} (default/p{i})" for i, lease in enumerate(leases[:3]))
+        assert condition.message.startswith(f"{named} and 2 more, in no IPPool, live here")
+        assert all("create that pool again" in rig.ipam.problem(attachment(i)) for i in range(5))
+        assert await rig.own_blocks() == []
+        if back:
+            await rig.store.create(SMALL)
+            await rig.clock.advance(20)
+            assert sorted(await rig.mirror()) == sorted(lease.addresses[0] for lease in leases)
+        else:
+            for i in range(5):
+                rig.delete(i)
+            await rig.clock.advance(10)
+        assert rig.ipam.conditions() == ()
 
     run(tmp_path, test, SMALL, NODE)
 

@@ -288,6 +288,35 @@ def test_a_restart_and_a_lost_block_find_what_lives_there(tmp_path: Path) -> Non
     run(tmp_path, test, node("10.244.3.0/24"), FOUR)
 
 
+def test_what_lives_in_a_podcidr_that_the_node_has_no_more_is_said_until_it_has_it_again(tmp_path: Path) -> None:
+    """The Node was made anew, and the block went with the old one while no server ran."""
+
+    async def test(rig: Rig) -> None:
+        lease = await rig.add(1)
+        await rig.clock.advance(1)
+        await rig.down()
+        await rig.wipe("10.244.3.0/24")
+        await assign(rig, "10.244.7.0/24")
+        await rig.up()
+        other = await waited(rig, rig.add(2))
+        assert other.addresses[0].startswith("10.244.7.")
+        for _ in range(4):
+            assert types(rig) == ["BlockLost"]
+            message = rig.ipam.conditions()[0].message
+            assert message.startswith(f"{lease.addresses[0]} (default/p1), in no podCIDR of this Node (10.244.7.0/24)")
+            assert rig.ipam.problem(attachment(1)) == message
+            assert rig.ipam.problem(attachment(2)) == ""
+            await rig.clock.advance(10)
+        (block,) = (await rig.store.list(IPAMBlock)).items
+        assert [c.type for c in block.status.conditions] == ["BlockLost"]
+        await assign(rig, "10.244.7.0/24", "10.244.3.0/24")
+        await rig.clock.advance(20)
+        assert types(rig) == []
+        assert set(await rig.mirror()) == {*lease.addresses, *other.addresses}
+
+    run(tmp_path, test, node("10.244.3.0/24"), FOUR)
+
+
 def test_beside_an_ordinary_pool_either_serves(tmp_path: Path) -> None:
     """Pools of one family are tried in their order, so a full podCIDR overflows into the other pool."""
 
