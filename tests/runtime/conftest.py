@@ -206,11 +206,7 @@ def _no_cnitool() -> str:
 
 def _no_containerd_2() -> str:
     folder = sid.folder()
-    return (
-        ""
-        if folder.is_dir()
-        else f"no {folder}: 'make runtimes' fills it, as long as Debian's unstable has containerd 2"
-    )
+    return "" if folder.is_dir() else f"no {folder}: 'make runtimes' fills it, if Debian's unstable has containerd 2"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

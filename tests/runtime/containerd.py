@@ -180,17 +180,8 @@ class Containerd:
         eventually(self._answers, limit=20)
 
     def load(self, tar: Path) -> None:
-        ctr = [
-            str(self._program("ctr")),
-            "-a",
-            "/run/containerd/containerd.sock",
-            "-n",
-            "k8s.io",
-            "images",
-            "import",
-            str(tar),
-        ]
-        self.net.run(self.name, self._inside(ctr))
+        ctr = [str(self._program("ctr")), "-a", "/run/containerd/containerd.sock", "-n", "k8s.io"]
+        self.net.run(self.name, self._inside([*ctr, "images", "import", str(tar)]))
 
     def ready(self) -> None:
         """Waits until it has taken up the conflist."""

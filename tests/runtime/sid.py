@@ -1,5 +1,5 @@
-"""containerd 2 and the reference plugins of its time, from Debian's unstable packages: unpacked in a folder of their own,
-never installed.
+"""containerd 2 and the reference plugins of its time, from Debian's unstable packages: unpacked in a folder, never
+installed.
 
 ``python -m tests.runtime.sid`` gets them, once, and prints the folder. Tests only look.
 """

@@ -81,7 +81,7 @@ def test_del_without_add(node: Node) -> None:
     (container,) = containerd.called("ADD")
     eventually(lambda: [verb for verb, _, _ in containerd.calls(container)] == ["ADD", "DEL"])
     containerd.hold.unlink()
-    containerd.end(containerd.run("one"))
+    containerd.end(containerd.run("two"))
     eventually(node.clean)
 
 
