@@ -14,12 +14,11 @@ import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
 from cni import look, podnet, rtnl, spec
-from cni.choice import Choice
 from cni.errors import CNIError
 from cni.marks import LINK_MAC
 from cni.netlink import Netlink, NetlinkError
@@ -32,6 +31,9 @@ from store.base import Store
 from store.clock import Clock
 from store.errors import NotFound, StoreError
 from store.model import BGPNodeStatus
+
+if TYPE_CHECKING:
+    from cni.choice import Choice
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +220,9 @@ class Verbs:
             raise refused from e
 
     async def _wanted(self, call: Call) -> Choice:
-        """The runtime's word goes before the pod's."""
+        """The runtime's word goes before the pod's. Loaded here only, as hardly any node needs it."""
+        from cni.choice import Choice
+
         if call.addresses:
             return Choice(addresses=call.addresses, said="addresses that the runtime asks for")
         return await self._choose(call) if self._choose else Choice()
