@@ -11,10 +11,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Address
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
+from agent import filters
 from agent.adjrib import FAMILIES, family_of
 from agent.bgp.model import Announcement, Family, Session, SpeakerState
 from agent.fib import KernelState, Link, NextHop, Route, RouteKey
@@ -34,6 +35,7 @@ from store.model import (
     ANNOTATION_ASN,
     BGPConfiguration,
     BGPConfigurationSpec,
+    BGPFilter,
     BGPPeer,
     Condition,
     IPAMBlock,
@@ -59,11 +61,14 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     nodes: tuple[Node, ...] = ()
     configuration: BGPConfiguration | None = None
     peers: tuple[BGPPeer, ...] = ()
+    filters: tuple[BGPFilter, ...] = ()
     pools: tuple[IPPool, ...] = ()
     #: This node's own blocks.
     blocks: tuple[IPAMBlock, ...] = ()
     #: CIDRs that were this node's blocks, and that another node was seen to own.
     taken: frozenset[str] = frozenset()
+    #: What stands here as it last could be used, as ``BGPPeer tor-1``, and what is wrong with it now (R13).
+    standing: Mapping[str, str] = {}
     #: Whether the store itself said it (False: it is the last good view, from disk).
     live: bool = True
 
@@ -128,15 +133,16 @@ def plan(snapshot: Snapshot) -> Plan:
     pools = [pool for pool in cluster.pools if usable(pool, notes)]
 
     wanted = wanted_sessions(me, snapshot, notes) if me.local_as else []
-    peers = tuple(sorted((peer for _, peer in wanted), key=lambda p: p.address))
-    sessions = [session for session, peer in wanted if below_maximum(peer, snapshot.rib, notes)]
+    peers = tuple(sorted((peering.peer for peering in wanted), key=lambda p: p.address))
+    peerings = [peering for peering in wanted if below_maximum(peering.peer, snapshot.rib, notes)]
+    sessions = [peering.session for peering in peerings]
 
     held = {prefix for prefix, protocol, _ in kernel.routes if protocol == PROTO_BLOCKS}
     standing = standing_blocks(snapshot, held)
     fresh = fresh_blocks(standing - held, snapshot)
     known = (standing - fresh) | {cidr for cidr in held - standing if still_announced(cidr, snapshot)}
     # R9: install, then announce.
-    announcements = announce(standing & held, sessions, pools)
+    announcements = announce(standing & held, peerings, pools)
 
     policy = import_policy(me, peers, pools, known, snapshot)
     selection = snapshot.rib.select(policy)
@@ -152,6 +158,7 @@ def plan(snapshot: Snapshot) -> Plan:
     ):
         routes[route.key] = route
 
+    note_standing(cluster, notes)
     note_speaker(snapshot, sessions, notes)
     note_refused_routes(peers, selection, notes)
     note_own_blocks(peers, selection, snapshot.rib, notes)
@@ -236,7 +243,7 @@ def router_id(name: str, addresses: Mapping[Family, str]) -> str:
     return addresses.get("ipv4 unicast") or str(IPv4Address(zlib.crc32(name.encode()) or 1))
 
 
-def usable(obj: BGPPeer | IPPool, notes: Notes) -> bool:
+def usable(obj: BGPPeer | BGPFilter | IPPool, notes: Notes) -> bool:
     """R13: what cannot be read takes down only itself."""
     problems = validate(obj)
     if problems:
@@ -247,36 +254,43 @@ def usable(obj: BGPPeer | IPPool, notes: Notes) -> bool:
 # -- sessions ------------------------------------------------------------------------------------------------------
 
 
-def wanted_sessions(me: Identity, snapshot: Snapshot, notes: Notes) -> list[tuple[Session, Peer]]:
+class Peering(NamedTuple):
+    """One session wanted, what its routes are judged by, and what ours are before they go out by it."""
+
+    session: Session
+    peer: Peer
+    exports: filters.Filter = filters.EMPTY
+
+
+def wanted_sessions(me: Identity, snapshot: Snapshot, notes: Notes) -> list[Peering]:
     """One session per BGPPeer that names this node, and per other node and family where the mesh is on. An address has
-    one session: the first BGPPeer by name, before the mesh."""
-    found: dict[str, tuple[Session, Peer]] = {}
+    one session: the first BGPPeer by name, before the mesh. It has none if that BGPPeer cannot have one now (R13)."""
+    found: dict[str, Peering | None] = {}
     own = {a.address for a in snapshot.kernel.addresses} | set(me.addresses.values())
+    known = {f.name: f for f in snapshot.cluster.filters if usable(f, notes)}
+    taken: dict[str, str] = {}
     for peer in sorted(snapshot.cluster.peers, key=lambda p: p.name):
         if not usable(peer, notes) or not selects(peer, snapshot.cluster.node):
             continue
         address, port = peer_address(peer.spec.peer_ip)
         if address in own:
             notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {address} is an address of this node itself")
-        elif address in found:
-            notes.add(
-                "PeerNotUsable", f"BGPPeer {peer.name}: {address} is the peer of {found[address][0].name} already"
-            )
+        elif address in taken:
+            notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {address} is the peer of {taken[address]} already")
         else:
-            pair = peer_session(peer, address, port, me, snapshot.kernel)
-            if pair is None:
-                notes.add("PeerNotUsable", f"BGPPeer {peer.name}: this node has no address of the family of {address}")
-            else:
-                found[address] = pair
+            peering, problem = peer_session(peer, address, port, me, snapshot.kernel, known)
+            if problem:
+                notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {problem}")
+            found[address], taken[address] = peering, peer.name
     if mesh_enabled(snapshot.cluster.configuration):
         if len(snapshot.cluster.nodes) >= MESH_LIMIT:
             count = len(snapshot.cluster.nodes) + 1
             notes.add("MeshTooLarge", f"a full mesh of {count} nodes: peer with the ToRs or with route reflectors")
         for node in sorted(snapshot.cluster.nodes, key=lambda n: n.name):
-            for session, mesh_peer in mesh_sessions(node, me, snapshot):
-                if session.address not in own:
-                    found.setdefault(session.address, (session, mesh_peer))
-    return list(found.values())
+            for peering in mesh_sessions(node, me, snapshot):
+                if peering.session.address not in own:
+                    found.setdefault(peering.session.address, peering)
+    return [peering for peering in found.values() if peering is not None]
 
 
 def selects(peer: BGPPeer, node: Node | None) -> bool:
@@ -293,13 +307,21 @@ def mesh_enabled(configuration: BGPConfiguration | None) -> bool:
 
 
 def peer_session(
-    peer: BGPPeer, address: str, port: int, me: Identity, kernel: KernelState
-) -> tuple[Session, Peer] | None:
-    """The session that a BGPPeer asks for, and what its routes are judged by; None without an address of ours."""
+    peer: BGPPeer, address: str, port: int, me: Identity, kernel: KernelState, known: Mapping[str, BGPFilter]
+) -> tuple[Peering | None, str]:
+    """The session that a BGPPeer asks for; None, and why, if it cannot have one. ``known`` are the filters by name."""
     local, interface = local_end(address, me, kernel)
     if not local:
-        return None
+        return None, f"this node has no address of the family of {address}"
+    missing = [name for name in peer.spec.filters if name not in known]
+    if missing:
+        return None, (
+            f"there is no usable BGPFilter {', '.join(missing)}: without its filters the session stays down; "
+            f"create it, or take its name out of filters"
+        )
     family = family_of(address)
+    external = peer.spec.as_number != me.local_as
+    rules = [known[name] for name in peer.spec.filters]
     session = Session(
         name=peer.name,
         address=address,
@@ -311,7 +333,7 @@ def peer_session(
         hold_time=peer.spec.hold_time,
         families=(family,),
     )
-    return session, Peer(
+    judged = Peer(
         address=address,
         name=peer.name,
         peer_as=peer.spec.as_number,
@@ -323,10 +345,12 @@ def peer_session(
         max_restart_time=duration(peer.spec.max_restart_time),
         import_cidrs=peer.spec.import_cidrs,
         default_route=peer.spec.default_route == "Fallback",
+        imports=filters.compiled(rules, "import", external=external),
     )
+    return Peering(session, judged, filters.compiled(rules, "export", external=external)), ""
 
 
-def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[tuple[Session, Peer]]:
+def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peering]:
     """Sessions to another node. Of two nodes the one whose name sorts first connects, the other waits."""
     peer_as = node_as(node, snapshot.cluster.configuration)
     if as_number_problem(peer_as):
@@ -337,7 +361,7 @@ def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[tupl
         if local is None:
             continue
         _, interface = local_end(address, me, snapshot.kernel)
-        yield (
+        yield Peering(
             Session(
                 name=name,
                 address=address,
@@ -449,16 +473,35 @@ def blackhole(cidr: str) -> Route:
     return Route(prefix=cidr, protocol=PROTO_BLOCKS, metric=METRIC_BLOCKS, kind="blackhole")
 
 
-def announce(blocks: set[str], sessions: Iterable[Session], pools: Iterable[IPPool]) -> list[Announcement]:
-    """Each block to each peer of its family, next hop our end of the session; not those of disableBGPExport pools."""
+def announce(blocks: set[str], peerings: Iterable[Peering], pools: Iterable[IPPool]) -> list[Announcement]:
+    """Each block to each peer of its family, next hop our end of the session; not those of disableBGPExport pools, nor
+    what the peer's filters reject (R12)."""
     private = PrefixSet(pool.spec.cidr for pool in pools if pool.spec.disable_bgp_export)
-    exported = [cidr for cidr in blocks if not private.covers(parse(cidr))]
-    return [
-        Announcement(peer=session.address, prefix=cidr, next_hop=session.local_address)
-        for session in sessions
-        for cidr in exported
-        if family_of(cidr) in session.families
-    ]
+    exported = [(cidr, prefix) for cidr in blocks if not private.covers(prefix := parse(cidr))]
+    found = []
+    for session, _, exports in peerings:
+        for cidr, prefix in exported:
+            if family_of(cidr) not in session.families:
+                continue
+            rule = exports.decide(filters.Candidate(prefix))
+            if rule.accept:
+                found.append(announcement(cidr, session, rule))
+    return found
+
+
+def announcement(cidr: str, session: Session, rule: filters.Rule) -> Announcement:
+    """The block as this peer is to hear of it, with what the export rule gives it."""
+    communities, large = filters.split_communities(rule.add)
+    # An AS_PATH that is said is sent as it is; an eBGP peer expects our AS first (RFC 4271, 5.1.2).
+    own = (session.local_as,) if session.peer_as != session.local_as else ()
+    return Announcement(
+        peer=session.address,
+        prefix=cidr,
+        next_hop=session.local_address,
+        communities=communities,
+        large_communities=large,
+        as_path=own + rule.prepend if rule.prepend else (),
+    )
 
 
 # -- imports (what is refused is in agent/rib.py) --------------------------------------------------------------------
@@ -478,6 +521,16 @@ def import_policy(
         own_addresses=frozenset(a.address for a in kernel.addresses) | frozenset(me.addresses.values()),
         router_id=me.router_id,
         on_link=frozenset((a.subnet, a.interface) for a in kernel.addresses if _is_up(a.interface, kernel.links)),
+        interfaces=interface_names(peers, kernel),
+    )
+
+
+def interface_names(peers: Iterable[Peer], kernel: KernelState) -> frozenset[tuple[int, str]]:
+    """Names of the interfaces that next hops can be on, if any import rule looks at them."""
+    if not any(rule.interface for peer in peers for rule in (*peer.imports.v4, *peer.imports.v6)):
+        return frozenset()
+    return frozenset(
+        (a.interface, kernel.links[a.interface].name) for a in kernel.addresses if a.interface in kernel.links
     )
 
 
@@ -593,6 +646,12 @@ def wake_at(snapshot: Snapshot, going: Iterable[str], missing: Iterable[str]) ->
 
 
 # -- what people should know -----------------------------------------------------------------------------------------
+
+
+def note_standing(cluster: Cluster, notes: Notes) -> None:
+    """R13: what cannot be used any more stands as it last could be."""
+    for what, why in cluster.standing.items():
+        notes.add("ObjectNotUsable", f"{what}: {why}; it stands as it last could be used")
 
 
 def note_speaker(snapshot: Snapshot, sessions: Iterable[Session], notes: Notes) -> None:

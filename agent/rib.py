@@ -29,6 +29,7 @@ from agent.bgp.model import (
     Update,
 )
 from agent.fib import NextHop
+from agent.filters import EMPTY, Candidate, Filter, Rule, split_communities
 from agent.prefix import Prefix, PrefixSet, parse
 
 #: Members of one ECMP route at most.
@@ -61,6 +62,8 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
     import_cidrs: tuple[str, ...] = ()
     #: Whether a default route is let in, as a fallback.
     default_route: bool = False
+    #: Import rules of its filters.
+    imports: Filter = EMPTY
 
     @property
     def external(self) -> bool:
@@ -78,6 +81,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     router_id: str = ""
     #: Connected subnets, and the interface that each is on.
     on_link: frozenset[tuple[str, int]] = frozenset()
+    #: Names of interfaces, where a filter asks for them.
+    interfaces: frozenset[tuple[int, str]] = frozenset()
 
 
 # -- import: one function per reason to refuse (R11) --------------------------------------------------------------
@@ -99,6 +104,7 @@ class Refusal(enum.Enum):
     NextHopFamily = "an IPv6 prefix with an IPv4 next hop"
     NextHopIsSelf = "the next hop is an address of this node"
     NextHopNotOnLink = "the next hop is on no connected subnet of this node"
+    RejectedByFilter = "a rule of the peer's filters rejects it"
 
 
 class Context:
@@ -112,6 +118,7 @@ class Context:
         self.own = own
         # The most specific subnet first: it is where the kernel would send.
         self._on_link = [(PrefixSet([cidr]), interface) for cidr, interface in sorted(policy.on_link, key=_by_length)]
+        self.interfaces = dict(policy.interfaces)
         self._hops: dict[str, NextHop | Refusal] = {}
         # Routes share attributes by the thousand, so they are known by the object; kept, so that its id stays its own.
         self._paths: dict[int, tuple[Attributes, Refusal | None]] = {}
@@ -235,6 +242,41 @@ def judge(route: Received, prefix: Prefix, context: Context) -> NextHop | Refusa
     hop = context.hop(route.next_hop)
     # Last, so that it is said of others' routes only, and not of our own that came back.
     return Refusal.OwnBlock if isinstance(hop, NextHop) and context.own.covers(prefix) else hop
+
+
+def admit(route: Received, prefix: Prefix, context: Context) -> Path | Refusal:
+    """The path that the route is for the choice among paths, as the peer's filters leave it; else why it is refused.
+    Filters come last, so that they can let in nothing that the rules refuse (R11)."""
+    hop = judge(route, prefix, context)
+    if isinstance(hop, Refusal):
+        return hop
+    external = context.peer.external
+    if not context.peer.imports.applies_to(prefix):
+        return Path(route, hop, external)
+    attributes = route.attributes
+    rule = context.peer.imports.decide(
+        Candidate(
+            prefix,
+            attributes.as_path,
+            attributes.communities + attributes.large_communities,
+            context.interfaces.get(hop.interface, ""),
+        )
+    )
+    if not rule.accept:
+        return Refusal.RejectedByFilter
+    return Path(decorated(route, rule), hop, external)
+
+
+def decorated(route: Received, rule: Rule) -> Received:
+    """The route with what the rule gives it."""
+    if not rule.prepend and not rule.add:
+        return route
+    before = route.attributes
+    communities, large = split_communities((*before.communities, *before.large_communities, *rule.add))
+    attributes = msgspec.structs.replace(
+        before, as_path=rule.prepend + before.as_path, communities=communities, large_communities=large
+    )
+    return msgspec.structs.replace(route, attributes=attributes)
 
 
 # -- best path (RFC 4271, 9.1.2.2): each step keeps the better ones ------------------------------------------------
@@ -424,12 +466,12 @@ class Rib:
             if route is None:
                 refused.pop(prefix, None)
                 continue
-            verdict = judge(route, parsed, context) if parsed else Refusal.InvalidPrefix
-            if isinstance(verdict, Refusal):
-                refused[prefix] = verdict
+            path = admit(route, parsed, context) if parsed else Refusal.InvalidPrefix
+            if isinstance(path, Refusal):
+                refused[prefix] = path
             else:
                 refused.pop(prefix, None)
-                paths.append(Path(route, verdict, context.peer.external))
+                paths.append(path)
         if paths:
             hops = ecmp(best_paths(paths))
             self._best[prefix] = self._sets.setdefault(hops, hops)  # equal sets are one object

@@ -1,7 +1,7 @@
 """What the store says of this node, kept up to date: the Cluster part of each Snapshot.
 
-Watches stay local: this node's blocks and Node object, pools, BGPConfiguration, BGPPeers; the other nodes only while
-the mesh is on.
+Watches stay local: this node's blocks and Node object, pools, BGPConfiguration, BGPPeers, BGPFilters; the other nodes
+only while the mesh is on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ from store.base import Store
 from store.clock import Clock
 from store.errors import NotFound, StoreError
 from store.informer import Informer
-from store.model import BGPConfiguration, BGPPeer, IPAMBlock, IPAMBlockStatus, IPPool, Node, Resource, block_name
+from store.model import (
+    BGPConfiguration,
+    BGPFilter,
+    BGPPeer,
+    IPAMBlock,
+    IPAMBlockStatus,
+    IPPool,
+    Node,
+    Resource,
+    block_name,
+)
 from store.validate import validate
 
 log = logging.getLogger(__name__)
@@ -63,9 +73,11 @@ class View:
         self._blocks = follow(IPAMBlock, spec_node=node)
         self._configurations = follow(BGPConfiguration)
         self._peers = follow(BGPPeer)
+        self._filters = follow(BGPFilter)
         self._pools = follow(IPPool)
         self._nodes = follow(Node)
         self._cluster: Cluster | None = None
+        self._kept: tuple[lastgood.Kept, ...] = ()
         self._good: dict[tuple[str, str], Resource] = {}
         self._taken: frozenset[str] = frozenset()
         self._questioned: frozenset[str] = frozenset()
@@ -85,8 +97,9 @@ class View:
 
     async def run(self) -> None:
         """Follows the store until cancelled."""
+        self._remember()
         async with asyncio.TaskGroup() as tasks:
-            for informer in (self._own_node, self._blocks, self._configurations, self._peers, self._pools):
+            for informer in self._always():
                 tasks.create_task(informer.run())
             tasks.create_task(self._follow_mesh())
             tasks.create_task(self._fall_back())
@@ -104,31 +117,74 @@ class View:
             self._unsaved.set()
         self._on_change()
 
+    def _always(self) -> list[Informer[Any]]:
+        bgp: list[Informer[Any]] = [self._configurations, self._peers, self._filters]
+        return [self._own_node, self._blocks, *bgp, self._pools]
+
     def _complete(self) -> bool:
-        needed: list[Informer[Any]] = [self._own_node, self._blocks, self._configurations, self._peers, self._pools]
-        needed += [self._nodes] if self._mesh_wanted.is_set() else []
+        needed = self._always() + ([self._nodes] if self._mesh_wanted.is_set() else [])
         return all(informer.synced for informer in needed)
 
     def _read(self, configuration: BGPConfiguration | None) -> Cluster:
         mesh = self._mesh_wanted.is_set()
+        standing: dict[str, str] = {}
+        configurations = tuple(self._sane([configuration] if configuration else [], standing))
+        filters = {f.name: f for f in self._sane(self._filters.items.values(), standing)}
+        peers = tuple(self._sane(self._peers.items.values(), standing, also=self._without_filter))
+        self._keep_filters(peers, filters, standing)
         return Cluster(
             node=self._own_node.items.get(self._node),
             nodes=tuple(n for n in self._nodes.items.values() if n.name != self._node) if mesh else (),
-            configuration=next(self._sane([configuration]), None) if configuration else None,
-            peers=tuple(self._sane(self._peers.items.values())),
-            pools=tuple(self._sane(self._pools.items.values())),
+            configuration=configurations[0] if configurations else None,
+            peers=peers,
+            filters=tuple(filters.values()),
+            pools=tuple(self._sane(self._pools.items.values(), standing)),
             blocks=tuple(self._blocks.items.values()),
             taken=self._taken,
+            standing=standing,
         )
 
-    def _sane(self, objects: Iterable[T]) -> Iterator[T]:
-        """R13: an object that cannot be used stands as it last could be; one that never could is the plan's to name."""
+    def _sane(
+        self, objects: Iterable[T], standing: dict[str, str], *, also: Callable[[T], str] = lambda _: ""
+    ) -> Iterator[T]:
+        """R13: an object that cannot be used stands as it last could be, which ``standing`` is told; one that never
+        could is the plan's to name. ``also`` says what else is wrong with one."""
         for obj in objects:
             key = (obj.kind(), obj.name)
-            if not validate(obj):
+            problems = validate(obj)
+            problem = str(problems[0]) if problems else also(obj)
+            if not problem:
                 self._good[key] = obj
             good: Any = self._good.get(key, obj)
+            if good is not obj:
+                standing[f"{obj.kind()} {obj.name}"] = problem
             yield good
+
+    def _without_filter(self, peer: BGPPeer) -> str:
+        """Which filters of the peer are nowhere to be had, in words; "" if none."""
+        missing = [name for name in peer.spec.filters if (BGPFilter.kind(), name) not in self._good]
+        return f"there is no usable BGPFilter {', '.join(missing)}" if missing else ""
+
+    def _keep_filters(self, peers: Iterable[BGPPeer], filters: dict[str, BGPFilter], standing: dict[str, str]) -> None:
+        """A filter that was deleted stands as long as a peer names it; others that are gone are forgotten."""
+        named = {name for peer in peers for name in peer.spec.filters}
+        for key in [key for key in self._good if key[0] == BGPFilter.kind() and key[1] not in filters]:
+            good = self._good[key]
+            if key[1] in named and isinstance(good, BGPFilter):
+                filters[good.name] = good
+                standing[f"BGPFilter {good.name}"] = "it was deleted, and a BGPPeer names it"
+            else:
+                del self._good[key]
+
+    def _remember(self) -> None:
+        """What could be used before the agent was started."""
+        try:
+            self._kept = lastgood.load(self._path)
+        except (lastgood.Unreadable, OSError) as e:
+            log.warning("%s", e)
+        self._good |= {
+            (o.kind(), o.name): o for o in self._kept if isinstance(o, BGPPeer | BGPFilter) and not validate(o)
+        }
 
     async def _follow_mesh(self) -> None:
         """Watches the other nodes as long as the mesh is on."""
@@ -150,12 +206,8 @@ class View:
         await self._clock.sleep(self._patience)
         if self._cluster is not None:
             return
-        try:
-            kept = lastgood.load(self._path)
-        except (lastgood.Unreadable, OSError) as e:
-            log.warning("%s", e)
-            return
-        if not kept or self._cluster is not None:
+        kept = self._kept
+        if not kept:
             return
         log.warning("the store has not answered in %g s: starting from the last good view", self._patience)
         nodes = [o for o in kept if isinstance(o, Node)]
@@ -164,6 +216,7 @@ class View:
             nodes=tuple(n for n in nodes if n.name != self._node),
             configuration=next((o for o in kept if isinstance(o, BGPConfiguration)), None),
             peers=tuple(o for o in kept if isinstance(o, BGPPeer)),
+            filters=tuple(o for o in kept if isinstance(o, BGPFilter)),
             pools=tuple(o for o in kept if isinstance(o, IPPool)),
             blocks=tuple(o for o in kept if isinstance(o, IPAMBlock)),
             live=False,
@@ -219,6 +272,7 @@ def _objects(cluster: Cluster) -> list[lastgood.Kept]:
         *(o for o in single if o is not None),
         *cluster.nodes,
         *cluster.peers,
+        *cluster.filters,
         *cluster.pools,
         *(_without_allocations(b) for b in cluster.blocks),
     ]

@@ -13,6 +13,7 @@ from store.model import (
     ANNOTATION_ASN,
     LABEL_SERVICE,
     BGPConfiguration,
+    BGPFilter,
     BGPNodeStatus,
     BGPPeer,
     EndpointSlice,
@@ -160,8 +161,15 @@ COLUMNS: dict[type[Resource], Sequence[Column]] = {
         Column("RESTART", lambda p: p.spec.max_restart_time, wide=True),
         Column("MAX-PREFIXES", lambda p: str(p.spec.max_prefixes), wide=True),
         Column("OWN-AS", lambda p: str(p.spec.num_allowed_local_as_numbers), wide=True),
+        Column("FILTERS", lambda p: listed(p.spec.filters), wide=True),
         Column("IMPORTS", lambda p: listed(p.spec.import_cidrs), wide=True),
         Column("DEFAULT-ROUTE", lambda p: p.spec.default_route, wide=True),
+    ),
+    BGPFilter: (
+        Column("EXPORT-V4", lambda f: count(len(f.spec.export_v4))),
+        Column("IMPORT-V4", lambda f: count(len(f.spec.import_v4))),
+        Column("EXPORT-V6", lambda f: count(len(f.spec.export_v6))),
+        Column("IMPORT-V6", lambda f: count(len(f.spec.import_v6))),
     ),
     BGPNodeStatus: (
         Column("AS", lambda s: str(s.status.as_number or "")),

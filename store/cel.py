@@ -13,10 +13,17 @@ from typing import Any
 from store.kubewire import LINE_PATTERN
 from store.model import (
     BLOCK_LIMIT,
+    AddCommunity,
     BGPConfiguration,
     BGPConfigurationSpec,
+    BGPFilterSpec,
     BGPNodeStatusStatus,
     BGPPeerSpec,
+    CommunityMatch,
+    FilterOperation,
+    FilterRule,
+    FilterRuleV4,
+    FilterRuleV6,
     IPAMBlock,
     IPAMBlockSpec,
     IPAMBlockStatus,
@@ -24,9 +31,19 @@ from store.model import (
     IPAMConfigurationSpec,
     IPPoolSpec,
     IPReservationSpec,
+    PrefixLength,
+    PrependASPath,
     Resource,
 )
-from store.validate import MAX_BLOCKS
+from store.validate import (
+    COMMUNITY_PATTERN,
+    INTERFACE_PATTERN,
+    MAX_AS_NUMBERS,
+    MAX_BLOCKS,
+    MAX_FILTERS,
+    MAX_OPERATIONS,
+    MAX_RULES,
+)
 
 Schema = dict[str, Any]
 
@@ -237,6 +254,73 @@ _ONE_WAY = _rule(
     at=".nodeSelector",
 )
 
+_COMMUNITY = _check(
+    _rule(
+        f"self.matches(r'^{COMMUNITY_PATTERN}$') && "
+        "self.split(':').all(n, int(n) <= (self.split(':').size() == 2 ? 65535 : 4294967295))",
+        "write a community as 65001:100 (two numbers to 65535) or as 65001:1:100 (three to 4294967295)",
+    ),
+    maxLength=32,
+)
+_AS_NUMBERS = {
+    "maxItems": MAX_AS_NUMBERS,
+    "items": _check(*_AS_NUMBER, minimum=1, maximum=4294967294),
+}
+_HAS_CIDR = "(has(self.cidr) && self.cidr != '')"
+_OPERATOR = "(has(self.matchOperator) ? self.matchOperator : '')"
+# An absent min is the cidr's own length.
+_MIN = "(has(self.prefixLength.min) ? self.prefixLength.min : cidr(self.cidr).prefixLength())"
+
+
+def _filter_rule(version: int) -> Schema:
+    longest = 32 if version == 4 else 128
+    measured = f"!has(self.prefixLength) || !{_HAS_CIDR} || !isCIDR(self.cidr) || "
+    return _check(
+        _rule(f"{_HAS_CIDR} == ({_OPERATOR} != '')", "write cidr and matchOperator, or neither", at=".matchOperator"),
+        _rule(
+            f"!has(self.prefixLength) || {_OPERATOR} in ['In', 'NotIn']",
+            "leave it out: it goes with In and NotIn and a cidr; with Equal the length is the cidr's own",
+            at=".prefixLength",
+        ),
+        _rule(
+            f"{measured}({_MIN} >= cidr(self.cidr).prefixLength() && {_MIN} <= {longest})",
+            f"lengths inside the cidr: not below its own, at most {longest}",
+            at=".prefixLength",
+        ),
+        _rule(
+            f"{measured}!has(self.prefixLength.max) || "
+            f"(self.prefixLength.max >= {_MIN} && self.prefixLength.max <= {longest})",
+            f"not below min, nor the cidr's own length, and at most {longest}",
+            at=".prefixLength",
+        ),
+        _rule(
+            "!has(self.operations) || self.operations.size() == 0 || self.action == 'Accept'",
+            "leave them out, or write action Accept: what is rejected is not changed",
+            at=".operations",
+        ),
+    )
+
+
+def _filter_fields(struct: type[FilterRule], version: int) -> dict[tuple[type, str], Schema]:
+    return {
+        (struct, "action"): {"enum": ["Accept", "Reject"]},
+        (struct, "matchOperator"): {"enum": ["", "Equal", "NotEqual", "In", "NotIn"]},
+        (struct, "cidr"): _check(
+            {**_CIDR, "rule": _either("self == ''", _CANONICAL)},
+            _rule(
+                f"!isCIDR(self) || cidr(self).ip().family() == {version}",
+                f"write an IPv{version} prefix: the list is of IPv{version} rules",
+            ),
+            maxLength=_CIDR_LENGTH,
+        ),
+        (struct, "source"): {"enum": ["", "RemotePeers"]},
+        (struct, "interface"): {"pattern": f"^({INTERFACE_PATTERN})?$", "maxLength": 15},
+        (struct, "peerType"): {"enum": ["", "eBGP", "iBGP"]},
+        (struct, "asPathPrefix"): _AS_NUMBERS,
+        (struct, "operations"): {"maxItems": MAX_OPERATIONS},
+    }
+
+
 #: Beside what the model's types say: the schema of a field, by the struct and its name on the wire.
 FIELDS: Mapping[tuple[type, str], Schema] = {
     (IPPoolSpec, "cidr"): _check(_CIDR, _ROUTED, _immutable("pool"), maxLength=_CIDR_LENGTH),
@@ -330,12 +414,42 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
         "items": _check(_CIDR, maxLength=_CIDR_LENGTH),
     },
     (BGPPeerSpec, "defaultRoute"): {"enum": ["Never", "Fallback"]},
+    (BGPPeerSpec, "filters"): {
+        "maxItems": MAX_FILTERS,
+        "x-kubernetes-list-type": "set",
+        "items": _check(_NAME, maxLength=_NAME_LENGTH),
+        "description": "BGPFilters by name: their rules hold one after the other, the first that matches decides.",
+    },
+    **{
+        (BGPFilterSpec, name): {"maxItems": MAX_RULES, "description": text}
+        for name, text in (
+            ("exportV4", "For IPv4 prefixes that are announced to the peer."),
+            ("importV4", "For IPv4 prefixes that the peer announces."),
+            ("exportV6", "For IPv6 prefixes that are announced to the peer."),
+            ("importV6", "For IPv6 prefixes that the peer announces."),
+        )
+    },
+    **_filter_fields(FilterRuleV4, 4),
+    **_filter_fields(FilterRuleV6, 6),
+    (PrefixLength, "min"): {"minimum": 0, "maximum": 128},
+    (PrefixLength, "max"): {"minimum": 0, "maximum": 128},
+    (CommunityMatch, "values"): {"minItems": 1, "maxItems": 1, "items": _COMMUNITY},
+    (AddCommunity, "value"): _COMMUNITY,
+    (PrependASPath, "prefix"): {"minItems": 1, **_AS_NUMBERS},
 }
 
 #: Rules on a struct, where one field is measured by another.
 STRUCTS: Mapping[type, Schema] = {
     IPPoolSpec: _check(*_POOL),
     BGPPeerSpec: _check(_ONE_WAY),
+    FilterRuleV4: _filter_rule(4),
+    FilterRuleV6: _filter_rule(6),
+    FilterOperation: _check(
+        _rule(
+            "has(self.addCommunity) != has(self.prependASPath)",
+            "write one of addCommunity and prependASPath; for both, two operations",
+        )
+    ),
     IPAMBlockStatus: {"x-kubernetes-map-type": "atomic"},
     BGPNodeStatusStatus: {"x-kubernetes-map-type": "atomic"},
 }

@@ -17,6 +17,7 @@ from store.model import (
     GROUP,
     KINDS,
     BGPConfiguration,
+    BGPFilter,
     BGPNodeStatus,
     BGPPeer,
     IPAMBlock,
@@ -99,7 +100,9 @@ _COLUMNS: Mapping[type[Resource], Sequence[dict[str, Any]]] = {
         _column("Node", ".spec.node"),
         _column("Nodes", ".spec.nodeSelector"),
         _column("Hold", ".spec.holdTime", "integer", priority=1),
+        _column("Filters", ".spec.filters[*]", priority=1),
     ),
+    BGPFilter: (),
     BGPNodeStatus: (
         _column("AS", ".status.asNumber", "integer"),
         _column("Router", ".status.routerID"),

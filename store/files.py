@@ -21,6 +21,7 @@ from store.model import (
     CALICO_GROUP,
     KINDS,
     BGPConfiguration,
+    BGPFilter,
     BGPPeer,
     IPAMConfiguration,
     IPPool,
@@ -42,7 +43,10 @@ MAX_DEPTH = 40
 NOT_SHOWN = "(not shown)"
 
 _BY_KIND: Mapping[str, type[Resource]] = {kind.kind(): kind for kind in KINDS}
-_CALICO_KINDS: tuple[type[Resource], ...] = (IPPool, IPReservation, IPAMConfiguration, BGPConfiguration, BGPPeer)
+_CALICO_KINDS: tuple[type[Resource], ...] = (
+    *(IPPool, IPReservation, IPAMConfiguration),
+    *(BGPConfiguration, BGPPeer, BGPFilter),
+)
 
 
 def load(

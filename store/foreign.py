@@ -1,7 +1,7 @@
 """What Calico's and Kubernetes' files may hold that we do not serve, and what to say of it. Pure.
 
-Field names are those of the references "IPPool", "IPAMConfiguration", "BGPConfiguration", "BGPPeer" in Calico's
-documentation (v3.32) and of Kubernetes' Node v1 and ObjectMeta.
+Field names are those of the references "IPPool", "IPAMConfiguration", "BGPConfiguration", "BGPPeer", "BGPFilter" in
+Calico's documentation (v3.32) and of Kubernetes' Node v1 and ObjectMeta.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from store.model import BGPConfiguration, BGPPeer, IPAMConfiguration, IPPool, Node, Resource
+from store.model import BGPConfiguration, BGPFilter, BGPPeer, IPAMConfiguration, IPPool, Node, Resource
 
 
 class Unserved(msgspec.Struct, frozen=True):
@@ -26,11 +26,14 @@ _COMMUNITIES = "communities are not served yet: leave it out, or set them on the
 _PASSWORD = (
     "a session's password is not served yet: leave the peer out until it is, an open session is not what you ask"
 )
+_PRIORITY = (
+    "a route's priority is not chosen by filter: imports have one metric below every foreign route's, and blocks are "
+    "announced alike; leave it out, and prefer paths by prependASPath or on the router"
+)
 _WORKLOADS = "BGP with pods is not served: leave it out"
 
 #: Kinds of theirs, with the remedy. A kind that is not here is only unknown.
 FOREIGN_KINDS: Mapping[str, str] = {
-    "BGPFilter": "BGPFilter is not served yet: leave it out, and set filters on the router",
     "CalicoNodeStatus": "node status is written by each node itself: see underlayctl node status",
     "ClusterInformation": "there is nothing to configure in it: leave it out",
     "FelixConfiguration": "Calico's Felix does not run here: leave it out",
@@ -122,7 +125,6 @@ UNSERVED: Mapping[type[Resource], Mapping[str, Unserved]] = {
     },
     BGPPeer: {
         "spec.password": Unserved((), _PASSWORD),
-        "spec.filters": Unserved(([],), "BGPFilter is not served yet: leave it out, and set filters on the router"),
         "spec.peerSelector": Unserved(("",), "peers are given by address (peerIP): write one peer for each address"),
         "spec.localWorkloadSelector": Unserved(("",), _WORKLOADS),
         "spec.keepOriginalNextHop": Unserved((False,), "every route goes out with the node as next hop: leave it out"),
@@ -138,5 +140,10 @@ UNSERVED: Mapping[type[Resource], Mapping[str, Unserved]] = {
         ),
         "spec.reversePeering": Unserved(("Auto",), "a peer is not told to peer back: leave it out"),
         "spec.failureDetectionMode": Unserved(("None",), "BFD is not served: leave it out"),
+    },
+    BGPFilter: {
+        f"spec.{rules}[].{name}": Unserved((), _PRIORITY)
+        for rules in ("exportV4", "importV4", "exportV6", "importV6")
+        for name in ("priority", "operations[].setPriority")
     },
 }

@@ -242,6 +242,8 @@ class BGPPeerSpec(_Struct, frozen=True, kw_only=True):
     num_allowed_local_as_numbers: int = field(default=0, name="numAllowedLocalASNumbers")
     #: How long a restarting peer's routes are kept, as "120s" or "2m".
     max_restart_time: str = "120s"
+    #: BGPFilters by name: their rules hold one after the other, the first that matches decides.
+    filters: tuple[str, ...] = ()
     # Ours from here on.
     #: Seconds; 3 is the least that ExaBGP keeps.
     hold_time: int = 9
@@ -257,6 +259,80 @@ class BGPPeer(Resource, frozen=True, kw_only=True, tag="BGPPeer"):
     SHORT: ClassVar[tuple[str, ...]] = ("peer", "peers")
 
     spec: BGPPeerSpec
+
+
+class PrefixLength(_Struct, frozen=True, kw_only=True):
+    """Lengths that prefixes inside a rule's ``cidr`` may have: from its own to the longest where nothing is said."""
+
+    min: int | None = None
+    max: int | None = None
+
+
+class CommunityMatch(_Struct, frozen=True, kw_only=True):
+    #: One community, as 65001:100 or 65001:1:100.
+    values: tuple[str, ...]
+
+
+class AddCommunity(_Struct, frozen=True, kw_only=True):
+    value: str
+
+
+class PrependASPath(_Struct, frozen=True, kw_only=True):
+    #: In the order in which they stand in the path then.
+    prefix: tuple[int, ...]
+
+
+class FilterOperation(_Struct, frozen=True, kw_only=True):
+    """One change of a route that is let through: exactly one field is set."""
+
+    add_community: AddCommunity | None = None
+    prepend_as_path: PrependASPath | None = field(default=None, name="prependASPath")
+
+
+class FilterRule(_Struct, frozen=True, kw_only=True):
+    """What a route must be like, all of it, and what becomes of it then. A field that is not set says nothing."""
+
+    #: ``Accept`` or ``Reject``.
+    action: str
+    #: ``Equal``, ``NotEqual``, ``In`` or ``NotIn``: how the prefix is measured by ``cidr``; both are set, or neither.
+    match_operator: str = ""
+    cidr: str = ""
+    prefix_length: PrefixLength | None = None
+    #: ``RemotePeers``: the route was received, so in an export rule it is none of ours.
+    source: str = ""
+    #: Of the next hop; ``*`` stands for any characters. A block has none.
+    interface: str = ""
+    #: ``eBGP`` or ``iBGP``.
+    peer_type: str = ""
+    communities: CommunityMatch | None = None
+    #: With what the AS_PATH begins.
+    as_path_prefix: tuple[int, ...] = ()
+    operations: tuple[FilterOperation, ...] = ()
+
+
+class FilterRuleV4(FilterRule, frozen=True, kw_only=True):
+    pass
+
+
+class FilterRuleV6(FilterRule, frozen=True, kw_only=True):
+    pass
+
+
+class BGPFilterSpec(_Struct, frozen=True, kw_only=True):
+    export_v4: tuple[FilterRuleV4, ...] = ()
+    import_v4: tuple[FilterRuleV4, ...] = ()
+    export_v6: tuple[FilterRuleV6, ...] = ()
+    import_v6: tuple[FilterRuleV6, ...] = ()
+
+
+class BGPFilter(Resource, frozen=True, kw_only=True, tag="BGPFilter"):
+    """Rules for the routes of the peers that name it; the first that matches decides, what none matches is accepted.
+    Filters narrow what comes in, they never widen it (R11)."""
+
+    PLURAL: ClassVar[str] = "bgpfilters"
+    SHORT: ClassVar[tuple[str, ...]] = ("filter", "filters")
+
+    spec: BGPFilterSpec = BGPFilterSpec()
 
 
 class SessionStatus(_Struct, frozen=True, kw_only=True):
@@ -480,6 +556,7 @@ KINDS: tuple[type[Resource], ...] = (
     IPAMBlock,
     BGPConfiguration,
     BGPPeer,
+    BGPFilter,
     BGPNodeStatus,
     Node,
     Namespace,

@@ -18,8 +18,10 @@ from store.model import (
     ANNOTATION_ASN,
     BLOCK_LIMIT,
     BGPConfiguration,
+    BGPFilter,
     BGPPeer,
     EndpointSlice,
+    FilterRule,
     IPAMBlock,
     IPAMConfiguration,
     IPPool,
@@ -42,6 +44,15 @@ DEFAULT_BLOCK_SIZE: Mapping[int, int] = {4: 26, 6: 122}
 
 #: The most that ``maxBlocksPerHost`` can say; Calico's.
 MAX_BLOCKS = 1_000_000
+
+#: Filters of a peer, rules of one list of a filter, operations of a rule, AS numbers of one field.
+MAX_FILTERS = 16
+MAX_RULES = 128
+MAX_OPERATIONS = 10
+MAX_AS_NUMBERS = 10
+INTERFACE_PATTERN = r"[*A-Za-z0-9:._-]{1,15}"
+_NUMBER = r"(0|[1-9][0-9]{0,9})"
+COMMUNITY_PATTERN = rf"{_NUMBER}:{_NUMBER}(:{_NUMBER})?"
 
 #: Which kinds ``validate_against`` wants to see beside an object of this kind.
 BESIDE: Mapping[type[Resource], type[Resource]] = {IPPool: IPPool, IPAMBlock: IPPool}
@@ -461,9 +472,111 @@ def _bgp_peer(peer: BGPPeer) -> Iterator[Problem]:
     if spec.max_prefixes < 1:
         yield Problem("spec.maxPrefixes", spec.max_prefixes, "write 1 or more: beyond it the peer is removed")
     yield from _cidrs("spec.importCIDRs", spec.import_cidrs)
+    for i, name in enumerate(spec.filters):
+        if not _is_name(name):
+            yield Problem(f"spec.filters[{i}]", name, f"name a BGPFilter: {_NAME_REMEDY}")
+    if len(spec.filters) > MAX_FILTERS:
+        yield Problem("spec.filters", len(spec.filters), f"a peer has at most {MAX_FILTERS} filters")
+    if len(set(spec.filters)) != len(spec.filters):
+        yield Problem("spec.filters", list(spec.filters), "name each once")
     if spec.default_route not in ("Never", "Fallback"):
         remedy = "write Never, or Fallback for a default route below every other one"
         yield Problem("spec.defaultRoute", spec.default_route, remedy)
+
+
+def _bgp_filter(bgp_filter: BGPFilter) -> Iterator[Problem]:
+    spec = bgp_filter.spec
+    for field, version, rules in (
+        ("spec.exportV4", 4, spec.export_v4),
+        ("spec.importV4", 4, spec.import_v4),
+        ("spec.exportV6", 6, spec.export_v6),
+        ("spec.importV6", 6, spec.import_v6),
+    ):
+        if len(rules) > MAX_RULES:
+            yield Problem(field, len(rules), f"a list has at most {MAX_RULES} rules: aggregate, or use a second filter")
+        for i, rule in enumerate(rules):
+            yield from _filter_rule(f"{field}[{i}]", version, rule)
+
+
+def _filter_rule(field: str, version: int, rule: FilterRule) -> Iterator[Problem]:
+    if rule.action not in ("Accept", "Reject"):
+        yield Problem(f"{field}.action", rule.action, "write Accept or Reject")
+    yield from _filter_cidr(field, version, rule)
+    if rule.source not in ("", "RemotePeers"):
+        yield Problem(f"{field}.source", rule.source, "write RemotePeers, or leave it out")
+    if rule.interface and not re.fullmatch(INTERFACE_PATTERN, rule.interface):
+        remedy = "write an interface's name, '*' for any characters: letters, digits and '*:._-', at most 15 of them"
+        yield Problem(f"{field}.interface", rule.interface, remedy)
+    if rule.peer_type not in ("", "eBGP", "iBGP"):
+        yield Problem(f"{field}.peerType", rule.peer_type, "write eBGP or iBGP, or leave it out")
+    if rule.communities is not None:
+        if len(rule.communities.values) != 1:
+            remedy = "write one community; for another one write another rule"
+            yield Problem(f"{field}.communities.values", list(rule.communities.values), remedy)
+        for community in rule.communities.values:
+            yield from _community(f"{field}.communities.values", community)
+    yield from _as_numbers(f"{field}.asPathPrefix", rule.as_path_prefix, least=0)
+    if rule.operations and rule.action != "Accept":
+        remedy = "leave them out, or write action Accept: what is rejected is not changed"
+        yield Problem(f"{field}.operations", len(rule.operations), remedy)
+    if len(rule.operations) > MAX_OPERATIONS:
+        yield Problem(f"{field}.operations", len(rule.operations), f"a rule has at most {MAX_OPERATIONS} operations")
+    for i, operation in enumerate(rule.operations):
+        where = f"{field}.operations[{i}]"
+        if (operation.add_community is None) == (operation.prepend_as_path is None):
+            yield Problem(where, "", "write one of addCommunity and prependASPath; for both, two operations")
+        if operation.add_community is not None:
+            yield from _community(f"{where}.addCommunity.value", operation.add_community.value)
+        if operation.prepend_as_path is not None:
+            yield from _as_numbers(f"{where}.prependASPath.prefix", operation.prepend_as_path.prefix, least=1)
+
+
+def _filter_cidr(field: str, version: int, rule: FilterRule) -> Iterator[Problem]:
+    if rule.match_operator not in ("", "Equal", "NotEqual", "In", "NotIn"):
+        yield Problem(f"{field}.matchOperator", rule.match_operator, "write Equal, NotEqual, In or NotIn")
+    if bool(rule.cidr) != bool(rule.match_operator):
+        yield Problem(f"{field}.matchOperator", rule.match_operator, "write cidr and matchOperator, or neither")
+    if rule.cidr:
+        yield from _cidr(f"{field}.cidr", rule.cidr)
+    network = _network(rule.cidr) if rule.cidr else None
+    if network is not None and network.version != version:
+        yield Problem(f"{field}.cidr", rule.cidr, f"write an IPv{version} prefix: the list is of IPv{version} rules")
+        network = None
+    length = rule.prefix_length
+    if length is None:
+        return
+    if rule.match_operator not in ("In", "NotIn"):
+        remedy = "leave it out: it goes with In and NotIn and a cidr; with Equal the length is the cidr's own"
+        yield Problem(f"{field}.prefixLength", "", remedy)
+    longest = 32 if version == 4 else 128
+    least = network.prefixlen if network is not None else 0
+    shortest = least if length.min is None else length.min
+    if length.min is not None and not least <= length.min <= longest:
+        yield Problem(f"{field}.prefixLength.min", length.min, f"write {least}..{longest}: lengths inside the cidr")
+    if length.max is not None and not max(least, min(shortest, longest)) <= length.max <= longest:
+        remedy = f"write {max(least, min(shortest, longest))}..{longest}: not below min, nor the cidr's own length"
+        yield Problem(f"{field}.prefixLength.max", length.max, remedy)
+
+
+def _community(field: str, text: str) -> Iterator[Problem]:
+    if not is_community(text):
+        remedy = "write a community as 65001:100 (two numbers to 65535) or as 65001:1:100 (three to 4294967295)"
+        yield Problem(field, text, remedy)
+
+
+def is_community(text: str) -> bool:
+    """A standard community (RFC 1997) or a large one (RFC 8092), each number in its one spelling."""
+    if not re.fullmatch(COMMUNITY_PATTERN, text):
+        return False
+    numbers = [int(part) for part in text.split(":")]
+    return max(numbers) <= (65535 if len(numbers) == 2 else 4294967295)
+
+
+def _as_numbers(field: str, numbers: tuple[int, ...], *, least: int) -> Iterator[Problem]:
+    if not least <= len(numbers) <= MAX_AS_NUMBERS:
+        yield Problem(field, list(numbers), f"write {least}..{MAX_AS_NUMBERS} AS numbers")
+    for i, number in enumerate(numbers):
+        yield from _as_number(f"{field}[{i}]", number)
 
 
 def _node(node: Node) -> Iterator[Problem]:
@@ -578,6 +691,7 @@ _CHECKS: Mapping[type[Resource], Callable[[Any], Iterator[Problem]]] = {
     IPAMBlock: _block,
     BGPConfiguration: _bgp_configuration,
     BGPPeer: _bgp_peer,
+    BGPFilter: _bgp_filter,
     Node: _node,
     EndpointSlice: _endpoint_slice,
     KubeEvent: _event,

@@ -31,8 +31,11 @@ from store.model import (
     ANNOTATION_ASN,
     BGPConfiguration,
     BGPConfigurationSpec,
+    BGPFilter,
+    BGPFilterSpec,
     BGPPeer,
     BGPPeerSpec,
+    FilterRuleV4,
     IPAMBlock,
     IPAMBlockSpec,
     IPAMBlockStatus,
@@ -298,6 +301,13 @@ def node(name: str = "node-1", *addresses: str, asn: str = "65100", **labels: st
 
 def bgp_peer(name: str, address: str, **changes: Any) -> BGPPeer:
     return BGPPeer(metadata=Meta(name=name), spec=BGPPeerSpec(**{"peer_ip": address, "as_number": 65001, **changes}))
+
+
+def bgp_filter(name: str, **rules: Any) -> BGPFilter:
+    """Lists of rules by field; without any it rejects every IPv4 import."""
+    return BGPFilter(
+        metadata=Meta(name=name), spec=BGPFilterSpec(**(rules or {"import_v4": (FilterRuleV4(action="Reject"),)}))
+    )
 
 
 def pool(cidr: str, name: str = "", **changes: Any) -> IPPool:

@@ -118,7 +118,9 @@ class Driver:
             if problem:
                 unsent[a.peer, a.prefix] = problem
                 continue
-            rows.append([a.peer, a.prefix, a.next_hop, a.med, sorted(a.communities), sorted(a.large_communities)])
+            row: list[object] = [a.peer, a.prefix, a.next_hop, a.med]
+            row += [sorted(a.communities), sorted(a.large_communities)]
+            rows.append([*row, list(a.as_path)] if a.as_path else row)
         if rows == self._rows and unsent == self._unsent:
             return
         before = frozenset((str(row[0]), str(row[1])) for row in self._rows or ())

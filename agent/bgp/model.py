@@ -39,6 +39,8 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, order=True):
     communities: tuple[str, ...] = ()
     large_communities: tuple[str, ...] = ()
     med: int | None = None
+    #: The whole AS_PATH where it is not the usual one; towards an eBGP peer it begins with the local AS (fault 16).
+    as_path: tuple[int, ...] = ()
 
 
 class Attributes(msgspec.Struct, frozen=True, kw_only=True):

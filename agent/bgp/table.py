@@ -42,7 +42,8 @@ class Table(NamedTuple):
 
 
 def parse(generation: Any, rows: Any) -> Table:
-    """A table as the agent sends it: rows of (peer, prefix, next hop, MED or null, communities, large communities).
+    """A table as the agent sends it: rows of (peer, prefix, next hop, MED or null, communities, large communities), and
+    the AS_PATH where it is not the usual one.
 
     Raises TableError and names the first bad row: what passes ends in commands for ExaBGP, so nothing but addresses,
     numbers and known words does.
@@ -53,19 +54,25 @@ def parse(generation: Any, rows: Any) -> Table:
         raise TableError(f"a table of {len(rows)} routes is over the limit of {MAX_ROUTES}: announce aggregates")
     routes: dict[str, dict[str, str]] = {}
     for row in rows:
-        if not isinstance(row, list) or len(row) != 6:
-            raise TableError(f"row {row!r}: expected peer, prefix, next hop, MED, communities, large communities")
-        peer, prefix, next_hop, med, communities, large = row
+        if not isinstance(row, list) or len(row) not in (6, 7):
+            raise TableError(
+                f"row {row!r}: expected peer, prefix, next hop, MED, communities, large communities, perhaps an AS_PATH"
+            )
+        peer, prefix, next_hop, med, communities, large = row[:6]
         if not (_full(_ADDRESS, peer) and _full(_PREFIX, prefix) and _full(_ADDRESS, next_hop)):
             raise TableError(f"row {row!r}: peer and next hop are addresses, prefix has a length")
         if (":" in prefix) != (":" in next_hop):
             raise TableError(f"row {row!r}: the next hop must be of the prefix's family (exabgp.md, fault 13)")
-        routes.setdefault(peer, {})[prefix] = _text(row, next_hop, med, communities, large)
+        routes.setdefault(peer, {})[prefix] = _text(row, next_hop, med, communities, large, row[6:])
     return Table(generation, routes)
 
 
-def _text(row: object, next_hop: str, med: Any, communities: Any, large: Any) -> str:
+def _text(row: object, next_hop: str, med: Any, communities: Any, large: Any, paths: list[Any]) -> str:
     words = ["next-hop", next_hop]
+    for path in paths:
+        if not isinstance(path, list) or not path or not all(type(n) is int and 0 < n < 2**32 for n in path):
+            raise TableError(f"row {row!r}: AS_PATH is a list of AS numbers")
+        words += ["as-path", "[", *map(str, path), "]"]
     if med is not None:
         if not isinstance(med, int) or not 0 <= med < 2**32:
             raise TableError(f"row {row!r}: MED is a number below 2^32, or null")

@@ -50,6 +50,14 @@ class Router:
         """Prefix -> communities and MED of what it holds from us, as texts; stale ones too."""
         raise NotImplementedError
 
+    def paths(self) -> dict[str, tuple[int, ...]]:
+        """Prefix -> AS_PATH of what it holds from us."""
+        raise NotImplementedError
+
+    def communities(self, prefix: str) -> set[str]:
+        """Standard and large ones of a prefix that it holds from us, as 65100:7 and 65100:7:8."""
+        raise NotImplementedError
+
     def stale(self) -> bool:
         """It keeps routes of a session that ended, and waits for our End-of-RIB."""
         raise NotImplementedError
@@ -116,6 +124,19 @@ class Bird(Router):
                 if "BGP.large_community:" in line:
                     found[prefix].update("".join(x.split()) for x in re.findall(r"\((\d+, \d+, \d+)\)", line))
         return found
+
+    def paths(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        prefix = ""
+        for line in self.ask("show", "route", "all").splitlines():
+            head = re.match(r"([0-9a-f:.]+/\d+)\s", line)
+            prefix = head[1] if head else prefix
+            if "BGP.as_path:" in line:
+                found[prefix] = tuple(int(n) for n in line.partition(":")[2].split())
+        return found
+
+    def communities(self, prefix: str) -> set[str]:
+        return {mark.replace(",", ":") for mark in self.table().get(prefix, ()) if "," in mark}
 
     def stale(self) -> bool:
         return "Neighbor GR:" in self.ask("show", "protocols", "all")
@@ -186,6 +207,19 @@ class Frr(Router):
                     for path in paths:
                         marks.update([f"med {path['metric']}"] if path.get("metric") else [])
         return found
+
+    def paths(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        for family in ("ipv4", "ipv6"):
+            routes = json.loads(self.ask(f"show bgp {family} unicast json") or "{}").get("routes", {})
+            for prefix, (path, *_) in routes.items():
+                found[prefix] = tuple(int(n) for n in path["path"].split())
+        return found
+
+    def communities(self, prefix: str) -> set[str]:
+        family = "ipv6" if ":" in prefix else "ipv4"
+        (path, *_) = json.loads(self.ask(f"show bgp {family} unicast {prefix} json"))["paths"]
+        return {*path.get("community", {}).get("list", ()), *path.get("largeCommunity", {}).get("list", ())}
 
     def stale(self) -> bool:
         return '"stale":true' in "".join(

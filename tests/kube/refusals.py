@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from store.model import (
     BGPConfiguration,
+    BGPFilter,
     BGPNodeStatus,
     BGPPeer,
     IPAMBlock,
@@ -61,6 +62,18 @@ def allocations(*addresses: Any, cidr: str = "10.0.0.0/26", **more: Any) -> Case
 
 def peer(ip: Any = "10.0.0.1", **spec: Any) -> Case:
     return Case(BGPPeer, "peer", {"peerIP": ip, "asNumber": 65001, **spec})
+
+
+def rule(field: str = "importV4", **fields: Any) -> Case:
+    return Case(BGPFilter, "filter", {field: [{"action": "Accept", **fields}]})
+
+
+def within(cidr: Any = "10.0.0.0/8", operator: str = "In", *, field: str = "importV4", **lengths: Any) -> Case:
+    return rule(field, cidr=cidr, matchOperator=operator, **({"prefixLength": lengths} if lengths else {}))
+
+
+def operation(*operations: Any, action: str = "Accept") -> Case:
+    return rule(action=action, operations=list(operations))
 
 
 def reservation(*cidrs: Any) -> Case:
@@ -208,6 +221,36 @@ BAD: dict[str, Case] = {
     **{f"peer max prefixes {n}": peer(maxPrefixes=n) for n in (0, -1)},
     **{f"peer imports {c!r}": peer(importCIDRs=[c]) for c in (*NOT_CANONICAL, "10.0.0.1", "")},
     **{f"peer default route {d!r}": peer(defaultRoute=d) for d in ("Always", "never", "")},
+    **{f"peer filters {f}": peer(filters=f) for f in (["A"], ["a", "a"], [""], [f"f{i}" for i in range(17)])},
+    "rule without action": Case(BGPFilter, "filter", {"exportV6": [{}]}),
+    "too many rules": Case(BGPFilter, "filter", {"exportV6": [{"action": "Accept"}] * 129}),
+    **{f"rule action {a!r}": rule(action=a) for a in ("accept", "", 1)},
+    **{f"rule cidr {c!r}": within(c) for c in (*NOT_CANONICAL, *NO_CIDR, "fd00::/8")},
+    "v6 rule of a v4 cidr": within(field="exportV6"),
+    "rule operator": within(operator="Inside"),
+    "rule cidr without operator": rule(cidr="10.0.0.0/8"),
+    "rule operator without cidr": rule(matchOperator="In"),
+    "rule lengths without cidr": rule(prefixLength={"min": 8}),
+    "rule lengths of equal": within(operator="Equal", min=8),
+    **{f"rule from {n}": within(min=n) for n in (-1, 7, 33)},
+    **{f"rule to {n}": within(max=n) for n in (7, 33)},
+    "rule from beyond to": within(min=17, max=16),
+    "v6 rule to": within("fd00::/8", field="importV6", max=129),
+    "rule source": rule(source="Local"),
+    **{f"rule interface {i!r}": rule(interface=i) for i in ("a b", "a" * 16, "a/b")},
+    "rule peer type": rule(peerType="ebgp"),
+    **{
+        f"rule community {c!r}": rule(communities={"values": [c]})
+        for c in ("", "1", "1:2:3:4", "65536:0", "01:1", "1:4294967296:1", "no-export", "1:1 ", ":1", "1:")
+    },
+    **{f"rule communities {c}": rule(communities={"values": c}) for c in ([], ["1:1", "1:2"])},
+    **{f"rule path {p}": rule(asPathPrefix=p) for p in ([0], [23456], ["1"], [1] * 11)},
+    "operation of none": operation({}),
+    "operation of both": operation({"addCommunity": {"value": "1:1"}, "prependASPath": {"prefix": [1]}}),
+    "operation of a rejection": operation({"addCommunity": {"value": "1:1"}}, action="Reject"),
+    "operation community": operation({"addCommunity": {"value": "1"}}),
+    **{f"operation path {p}": operation({"prependASPath": {"prefix": p}}) for p in ([], [0], [1] * 11)},
+    "too many operations": operation(*[{"addCommunity": {"value": "1:1"}}] * 11),
     **{f"name {n!r}": named(n) for n in ("A", "a_b", "-a", "a-", "a..b", "a" * 254, "b" * 64, "a." + "b" * 64)},
     "label key": labelled(labels={"a b": "c"}),
     "label value": labelled(labels={"a": "b c"}),
@@ -314,6 +357,40 @@ GOOD: dict[str, Case] = {
     "peer of everything": peer(
         numAllowedLocalASNumbers=10, holdTime=3, maxPrefixes=1, importCIDRs=["fd00::/8"], defaultRoute="Fallback"
     ),
+    **{f"peer filters {f}": peer(filters=f) for f in ([], ["a", "b.c"])},
+    "filter without spec": Case(BGPFilter, "filter", None),
+    "filter of nothing": Case(BGPFilter, "filter", {}),
+    "rule of nothing": rule(),
+    "rule of empty texts": rule(cidr="", matchOperator="", source="", interface="", peerType="", asPathPrefix=[]),
+    "rule of everything": Case(
+        BGPFilter,
+        "filter",
+        {
+            "exportV6": [
+                {
+                    "action": "Accept",
+                    "cidr": "fd00::/8",
+                    "matchOperator": "NotIn",
+                    "prefixLength": {"min": 8, "max": 128},
+                    "source": "RemotePeers",
+                    "interface": "*.calico",
+                    "peerType": "iBGP",
+                    "communities": {"values": ["4294967295:4294967295:0"]},
+                    "asPathPrefix": [65001, 4294967294],
+                    "operations": [
+                        {"addCommunity": {"value": "65535:65535"}},
+                        {"prependASPath": {"prefix": [65001] * 10}},
+                    ],
+                }
+            ]
+            * 128
+        },
+    ),
+    **{
+        f"rule lengths {n}": within(**n)
+        for n in ({"min": 8}, {"max": 8}, {"min": 32, "max": 32}, {"min": 8, "max": 32})
+    },
+    "v6 rule": within("5000::/64", "Equal", field="importV6"),
     **{f"peer restart time {t}": peer(maxRestartTime=t) for t in ("0s", "4095s", "1h", "1h8m15s", "500ms", "1.5m")},
     **{f"name {n}": named(n) for n in ("a", "a.b", "a-1", "1", ".".join(["c" * 63] * 3))},
     "metadata": labelled(

@@ -45,6 +45,7 @@ RIGHTS: dict[str, dict[str, tuple[str, ...]]] = {
         "ipamblocks": FOLLOW,
         "bgpconfigurations": FOLLOW,
         "bgppeers": FOLLOW,
+        "bgpfilters": FOLLOW,
         "bgpnodestatuses": ("get", "create"),
         "bgpnodestatuses/status": ("update",),
         "nodes": FOLLOW,
@@ -75,6 +76,7 @@ def _populated(_installed: Installed) -> Iterator[None]:
     ours("ipamconfigurations", "IPAMConfiguration", "default", {"maxBlocksPerHost": 4})
     ours("bgpconfigurations", "BGPConfiguration", "default", {"asNumber": 64512})
     ours("bgppeers", "BGPPeer", "tor", {"peerIP": "192.0.2.1", "asNumber": 65001})
+    ours("bgpfilters", "BGPFilter", "deny", {"importV4": [{"action": "Reject"}]})
     cluster.request("POST", path("ipamblocks"), block("10.0.0.0/26", "node-1"))
     cluster.request("POST", path("bgpnodestatuses"), node_status("node-1"))
     with cluster.remembered():
@@ -123,6 +125,7 @@ RESOURCES = {
     "ipamconfigurations": Resource(path("ipamconfigurations"), "default", "metadata.name=default"),
     "bgpconfigurations": Resource(path("bgpconfigurations"), "default"),
     "bgppeers": Resource(path("bgppeers"), "tor"),
+    "bgpfilters": Resource(path("bgpfilters"), "deny"),
     "ipamblocks": Resource(path("ipamblocks"), "10-0-0-0-26", "spec.node=node-1", block("10.0.0.64/26", "node-1")),
     "bgpnodestatuses": Resource(path("bgpnodestatuses"), "node-1", "", node_status("node-1")),
     "nodes": Resource("/api/v1/nodes", "node-1", "metadata.name=node-1"),

@@ -253,7 +253,7 @@ def test_a_pools_fields(field: str, why: str) -> None:
     ("field", "why"),
     [
         ("password: {secretKeyRef: {name: a, key: b}}", "not served yet"),
-        ("filters: [deny-all]", "BGPFilter is not served yet"),
+        ("filters: [Deny]", "name a BGPFilter"),
         ("peerSelector: has(rr)", "peerIP"),
         ("keepOriginalNextHop: true", "next hop"),
         ("ttlSecurity: 1", "not served yet"),
@@ -313,7 +313,7 @@ def test_an_item_of_a_list_is_counted() -> None:
 @pytest.mark.parametrize(
     ("kind", "api", "why"),
     [
-        ("BGPFilter", "projectcalico.org/v3", "not served yet"),
+        ("BGPFilter", "projectcalico.org/v1", "write underlay.network/v1 or projectcalico.org/v3"),
         ("GlobalNetworkPolicy", "projectcalico.org/v3", "kube-network-policies"),
         ("FelixConfiguration", "projectcalico.org/v3", "Felix"),
         ("Ippool", "projectcalico.org/v3", "did you mean IPPool?"),

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from agent.bgp.model import Attributes, EndOfRib, Received, SessionUp, SpeakerState, Update
+from agent.bgp.model import Announcement, Attributes, EndOfRib, Received, SessionUp, SpeakerState, Update
 from agent.fib import Installed, KernelState, Link, NextHop, Route
 from agent.plan import REPAIR_AFTER, SETTLE, Plan, Snapshot, plan
-from agent.rib import Rib
+from agent.rib import Refusal, Rib
 from cni.marks import (
     LINK_GROUP,
     LINK_GROUP_DOOMED,
@@ -19,8 +19,8 @@ from cni.marks import (
     PROTO_IMPORTS,
     PROTO_PODS,
 )
-from store.model import Allocation
-from tests.agent_fakes import FakeKernel, bgp_peer, block, cluster, configuration, node, pool
+from store.model import AddCommunity, Allocation, FilterOperation, FilterRuleV4, PrependASPath
+from tests.agent_fakes import FakeKernel, bgp_filter, bgp_peer, block, cluster, configuration, node, pool
 
 V4, V6 = "ipv4 unicast", "ipv6 unicast"
 OWN4, OWN6 = "10.244.1.0/26", "fd00:10:244::40/122"
@@ -117,6 +117,82 @@ def test_a_peer_off_link_is_met_from_the_node_s_address() -> None:
 def test_which_nodes_a_peer_is_for(changes: dict[str, str], peers: bool) -> None:
     wanted = plan(snapshot(cluster=cluster(node=node(rack="rack-1"), peers=(bgp_peer("tor", "10.0.1.0", **changes),))))
     assert bool(wanted.sessions) is peers
+
+
+def test_a_peer_without_its_filter_has_no_session_and_no_other_takes_its_place() -> None:
+    """R13: one peer alone stays down; never a session without what was to keep its routes apart."""
+    peers = (
+        bgp_peer("a", "10.0.1.0", filters=("deny", "typo")),
+        bgp_peer("b", "10.0.1.0"),
+        bgp_peer("c", "10.0.2.0", filters=("deny",)),
+    )
+    mesh = configuration(node_to_node_mesh_enabled=True)
+    others = (node("node-2", "10.0.1.0"),)
+    wanted = plan(
+        snapshot(cluster=cluster(peers=peers, filters=(bgp_filter("deny"),), configuration=mesh, nodes=others))
+    )
+    assert wanted.sessions is not None
+    assert [s.name for s in wanted.sessions] == ["c"]
+    assert "BGPPeer a: there is no usable BGPFilter typo" in message(wanted, "PeerNotUsable")
+    assert "BGPPeer b: 10.0.1.0 is the peer of a already" in message(wanted, "PeerNotUsable")
+
+
+def test_a_filter_that_cannot_be_read_is_named_and_is_none() -> None:
+    broken = bgp_filter("deny", import_v4=(FilterRuleV4(action="Perhaps"),))
+    wanted = plan(snapshot(cluster=cluster(peers=(bgp_peer("a", "10.0.1.0", filters=("deny",)),), filters=(broken,))))
+    assert wanted.sessions == frozenset()
+    assert "BGPFilter deny" in message(wanted, "ObjectNotUsable")
+    assert "BGPPeer a" in message(wanted, "PeerNotUsable")
+
+
+def test_what_stands_as_it_last_could_be_used_is_said() -> None:
+    wanted = plan(snapshot(cluster=cluster(standing={"BGPFilter deny": "it was deleted"})))
+    assert message(wanted, "ObjectNotUsable") == "BGPFilter deny: it was deleted; it stands as it last could be used"
+
+
+@pytest.mark.parametrize(("asn", "path"), [(65001, (65100, 65009, 65008)), (65100, (65009, 65008))])
+def test_export_rules_narrow_and_decorate(asn: int, path: tuple[int, ...]) -> None:
+    """An AS_PATH that is said begins with our AS towards an eBGP peer, and with what is prepended towards iBGP."""
+    operations = (
+        FilterOperation(prepend_as_path=PrependASPath(prefix=(65009, 65008))),
+        FilterOperation(add_community=AddCommunity(value="65100:7:7")),
+        FilterOperation(add_community=AddCommunity(value="65100:7")),
+    )
+    first = FilterRuleV4(action="Accept", match_operator="Equal", cidr=OWN4, operations=operations)
+    narrow = bgp_filter("narrow", export_v4=(first, FilterRuleV4(action="Reject")))
+    peers = (bgp_peer("tor", "10.0.1.0", as_number=asn, filters=("narrow",)), bgp_peer("other", "10.0.2.0"))
+    blocks = (block(OWN4), block("10.244.9.0/26"))
+    wanted = plan(
+        snapshot(
+            kernel=kernel_of(OWN4, "10.244.9.0/26"),
+            cluster=cluster(peers=peers, filters=(narrow,), blocks=blocks),
+        )
+    )
+    assert wanted.announcements is not None
+    assert {a for a in wanted.announcements if a.peer == "10.0.1.0"} == {
+        Announcement(
+            peer="10.0.1.0",
+            prefix=OWN4,
+            next_hop="10.0.1.1",
+            communities=("65100:7",),
+            large_communities=("65100:7:7",),
+            as_path=path,
+        )
+    }
+    assert {a.prefix for a in wanted.announcements if a.peer == "10.0.2.0"} == {OWN4, "10.244.9.0/26"}
+
+
+def test_import_rules_reach_the_rib_with_the_interfaces_they_ask_for() -> None:
+    by_name = bgp_filter("by-name", import_v4=(FilterRuleV4(action="Reject", interface="up1"),))
+    peers = (
+        bgp_peer("tor-1", "10.0.1.0", filters=("by-name",)),
+        bgp_peer("tor-2", "10.0.2.0", as_number=65002, filters=("by-name",)),
+    )
+    at = cluster(peers=peers, filters=(by_name,))
+    told = {"10.0.1.0": ["10.244.8.0/26"], "10.0.2.0": ["10.244.8.0/26"]}
+    wanted = plan(snapshot(cluster=at, rib=rib_with(told, cluster=at)))
+    assert wanted.selection.best == {"10.244.8.0/26": (NextHop("10.0.2.0", 3),)}
+    assert wanted.selection.refused["10.0.1.0"] == {"10.244.8.0/26": Refusal.RejectedByFilter}
 
 
 def test_the_as_number_is_the_node_s_or_the_cluster_s_or_the_default() -> None:

@@ -23,8 +23,9 @@ from agent.bgp.model import (
     Update,
 )
 from agent.fib import NextHop
+from agent.filters import Filter, Rule
 from agent.prefix import PrefixSet, parse
-from agent.rib import ECMP_LIMIT, Peer, Policy, Refusal, Rib
+from agent.rib import ECMP_LIMIT, Path, Peer, Policy, Refusal, Rib, admit, contexts
 
 V4, V6 = "ipv4 unicast", "ipv6 unicast"
 A, B = "10.0.1.0", "10.0.2.0"
@@ -131,6 +132,59 @@ def verdict(received: Received, **changes: Any) -> Refusal | tuple[NextHop, ...]
 )
 def test_import(received: Received, expected: Refusal | tuple[NextHop, ...]) -> None:
     assert verdict(received) == expected
+
+
+#: Accepts everything, in words; and nothing.
+ALL = Filter(v4=(Rule(name="all", accept=True),), v6=(Rule(name="all", accept=True),))
+NOTHING = Filter(v4=(Rule(name="none", accept=False),), v6=(Rule(name="none", accept=False),))
+
+
+@pytest.mark.parametrize(
+    "received",
+    [
+        route("10.245.0.0/26"),
+        route("0.0.0.0/0"),
+        route("10.244.1.7/32"),
+        route(as_path=(TOR, US)),
+        route(as_path=(65002, TOR)),
+        route(next_hop="10.9.0.1"),
+        route("fd00:10:244:1::/122", "10.0.1.0"),
+    ],
+)
+def test_a_filter_lets_in_nothing_that_is_refused_without_it(received: Received) -> None:
+    refused = verdict(received)
+    assert isinstance(refused, Refusal)
+    assert verdict(received, peers=(peer(imports=ALL),)) is refused
+    assert verdict(received, peers=(peer(imports=NOTHING),)) is refused, "and says why as before"
+
+
+def test_a_filter_keeps_out_what_is_let_in_without_it() -> None:
+    assert verdict(route(), peers=(peer(imports=ALL),)) == (NextHop(A, 2),)
+    assert verdict(route(), peers=(peer(imports=NOTHING),)) is Refusal.RejectedByFilter
+    v6 = route("fd00:10:244:1::/122", "fd00:1::")
+    assert verdict(v6, peers=(peer(imports=Filter(v4=NOTHING.v4)),)) == (NextHop("fd00:1::", 2),)
+
+
+def test_what_a_filter_prepends_counts_in_the_choice_of_paths() -> None:
+    longer = Filter(v4=(Rule(name="longer", accept=True, prepend=(65009,), add=("65001:1", "65001:1:1")),))
+    at = policy(peer(A, imports=longer), peer(B))
+    rib, _ = rib_of(route(), at=at)
+    assert rib.select(at).best == {"10.244.2.0/26": (NextHop(A, 2),)}
+    told(rib, route(next_hop=B), address=B)
+    assert rib.select(at).best == {"10.244.2.0/26": (NextHop(B, 3),)}
+    judged = contexts(at)[A]
+    path = admit(route(communities=("65001:2",)), parse("10.244.2.0/26"), judged)
+    assert isinstance(path, Path)
+    attributes = path.route.attributes
+    assert (attributes.as_path, attributes.communities) == ((65009, TOR), ("65001:1", "65001:2"))
+    assert attributes.large_communities == ("65001:1:1",)
+
+
+def test_a_filter_that_changes_is_asked_about_what_is_there_already() -> None:
+    rib, at = rib_of(route())
+    assert rib.select(at).best
+    assert rib.select(policy(peer(imports=NOTHING))).best == {}
+    assert rib.select(at).best
 
 
 def test_own_as_is_allowed_as_often_as_the_peer_says() -> None:

@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 
 from store.model import (
     ANNOTATION_ASN,
+    AddCommunity,
     Allocation,
     BGPConfiguration,
     BGPConfigurationSpec,
+    BGPFilter,
+    BGPFilterSpec,
     BGPPeer,
     BGPPeerSpec,
+    CommunityMatch,
+    FilterOperation,
+    FilterRuleV4,
+    FilterRuleV6,
     IPAMBlock,
     IPAMBlockSpec,
     IPAMBlockStatus,
@@ -28,6 +35,8 @@ from store.model import (
     NodeSpec,
     NodeStatus,
     OwnerReference,
+    PrefixLength,
+    PrependASPath,
     Resource,
     block_name,
 )
@@ -87,7 +96,8 @@ def refused(obj: Resource, field: str, remedy: str) -> None:
         BGPConfiguration(metadata=Meta(name="default")),
         BGPConfiguration(metadata=Meta(name="default"), spec=BGPConfigurationSpec(import_cidrs=("0.0.0.0/0", "::/0"))),
         peer(),
-        peer(peer_ip="[fd00::1]:1179", node="node-1"),
+        peer(peer_ip="[fd00::1]:1179", node="node-1", filters=("deny", "allow")),
+        BGPFilter(metadata=Meta(name="f")),
         peer(node_selector="rack == 'r1'", hold_time=3, max_restart_time="1h", default_route="Fallback"),
         Node(metadata=Meta(name="node-1.example.org", annotations={ANNOTATION_ASN: "4200000000"})),
         Node(
@@ -287,6 +297,53 @@ def test_a_peer() -> None:
     refused(peer(max_prefixes=0), "spec.maxPrefixes", "1 or more")
     refused(peer(default_route="Always"), "spec.defaultRoute", "Fallback")
     refused(peer(import_cidrs=("10.0.0.0/8", "fd00::1/8")), "spec.importCIDRs[1]", "write fd00::/8")
+    refused(peer(filters=("deny", "De_ny")), "spec.filters[1]", "name a BGPFilter")
+    refused(peer(filters=("deny", "deny")), "spec.filters", "once")
+    refused(peer(filters=tuple(f"f{i}" for i in range(17))), "spec.filters", "at most 16")
+
+
+def test_a_filter() -> None:
+    def refuse(field: str, remedy: str, **rule: Any) -> None:
+        made = FilterRuleV4(**{"action": "Accept", **rule})
+        refused(
+            BGPFilter(metadata=Meta(name="f"), spec=BGPFilterSpec(import_v4=(made,))),
+            f"spec.importV4[0]{field}",
+            remedy,
+        )
+
+    refuse(".action", "Accept or Reject", action="accept")
+    refuse(".matchOperator", "or neither", cidr="10.0.0.0/8")
+    refuse(".matchOperator", "or neither", match_operator="In")
+    refuse(".matchOperator", "NotIn", cidr="10.0.0.0/8", match_operator="Inside")
+    refuse(".cidr", "write 10.0.0.0/8", cidr="10.0.0.1/8", match_operator="In")
+    refuse(".cidr", "IPv4 rules", cidr="fd00::/8", match_operator="In")
+    within: dict[str, Any] = {"cidr": "10.0.0.0/8", "match_operator": "In"}
+    refuse(".prefixLength", "goes with In and NotIn", prefix_length=PrefixLength(min=8))
+    refuse(".prefixLength", "goes with In", **{**within, "match_operator": "Equal"}, prefix_length=PrefixLength())
+    refuse(".prefixLength.min", "8..32", **within, prefix_length=PrefixLength(min=7))
+    refuse(".prefixLength.min", "8..32", **within, prefix_length=PrefixLength(min=33))
+    refuse(".prefixLength.max", "16..32", **within, prefix_length=PrefixLength(min=16, max=15))
+    refuse(".prefixLength.max", "8..32", **within, prefix_length=PrefixLength(max=33))
+    refuse(".source", "RemotePeers", source="Local")
+    refuse(".interface", "at most 15", interface="a" * 16)
+    refuse(".peerType", "eBGP", peer_type="ebgp")
+    for community in ("", "1", "1:2:3:4", "65536:0", "01:1", "1:4294967296:1", "no-export", "1:1 "):
+        refuse(".communities.values", "65001:100", communities=CommunityMatch(values=(community,)))
+    refuse(".communities.values", "another rule", communities=CommunityMatch(values=("1:1", "1:2")))
+    refuse(".asPathPrefix[0]", "23456", as_path_prefix=(23456,))
+    refuse(".asPathPrefix", "10 AS numbers", as_path_prefix=(1,) * 11)
+    added = FilterOperation(add_community=AddCommunity(value="1:1"))
+    refuse(".operations", "action Accept", action="Reject", operations=(added,))
+    refuse(".operations", "at most 10", operations=(added,) * 11)
+    refuse(".operations[0]", "one of", operations=(FilterOperation(),))
+    refuse(".operations[0].prependASPath.prefix", "1..10", operations=(prepended(),))
+    refuse(".operations[0].prependASPath.prefix[0]", "1..4294967294", operations=(prepended(0),))
+    many = BGPFilterSpec(export_v6=(FilterRuleV6(action="Accept"),) * 129)
+    refused(BGPFilter(metadata=Meta(name="f"), spec=many), "spec.exportV6", "at most 128")
+
+
+def prepended(*numbers: int) -> FilterOperation:
+    return FilterOperation(prepend_as_path=PrependASPath(prefix=numbers))
 
 
 @pytest.mark.parametrize(

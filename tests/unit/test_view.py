@@ -18,8 +18,8 @@ from store.base import Store
 from store.clock import SystemClock
 from store.errors import Unavailable
 from store.memory import MemoryStore
-from store.model import BGPNodeStatus, BGPNodeStatusStatus
-from tests.agent_fakes import bgp_peer, block, configuration, node, pool
+from store.model import BGPFilter, BGPNodeStatus, BGPNodeStatusStatus
+from tests.agent_fakes import bgp_filter, bgp_peer, block, configuration, node, pool
 
 
 def run(main: Awaitable[None]) -> None:
@@ -149,10 +149,49 @@ def test_an_object_that_became_unusable_stands_as_it_last_could_be(tmp_path: Pat
     """R13. A store refuses it; one that grew lax, or another version's object, must not take a session down."""
     view = View(MemoryStore(SystemClock()), "node-1", SystemClock(), tmp_path / "s", lambda: None)
     good, bad = bgp_peer("tor", "10.0.1.0"), bgp_peer("tor", "nonsense")
-    assert list(view._sane([good])) == [good]
-    assert list(view._sane([bad])) == [good]
+    standing: dict[str, str] = {}
+    assert list(view._sane([good], standing)) == [good]
+    assert standing == {}
+    assert list(view._sane([bad], standing)) == [good]
+    assert "spec.peerIP" in standing.pop("BGPPeer tor")
     never = bgp_peer("other", "nonsense")
-    assert list(view._sane([never])) == [never], "the plan names it"
+    assert list(view._sane([never], standing)) == [never], "the plan names it"
+    assert standing == {}
+
+
+def test_a_deleted_filter_stands_as_long_as_a_peer_names_it_also_after_a_restart(tmp_path: Path) -> None:
+    """R13: to fall back to no filter would let in, or announce, what the filter was there to keep away."""
+
+    async def main() -> None:
+        store, path = await filled(), tmp_path / "snapshot.json"
+        deny, peer = bgp_filter("deny"), bgp_peer("filtered", "10.0.2.0", filters=("deny",))
+        await store.create(deny)
+        stored = await store.create(peer)
+        async with viewing(store, path) as view:
+            assert [f.name for f in (await until(view, lambda c: c.filters)).filters] == ["deny"]
+            await store.delete(BGPFilter, "deny")
+            after = await until(view, lambda c: c.standing)
+            assert [f.spec for f in after.filters] == [deny.spec]
+            assert after.standing == {"BGPFilter deny": "it was deleted, and a BGPPeer names it"}
+            await until(view, lambda _: "deny" in path.read_text())
+        async with viewing(store, path) as view:
+            again = await until(view, lambda c: c.live)
+            assert [f.spec for f in again.filters] == [deny.spec]
+            # A peer that asks for another one that is not there goes on as it last could be.
+            worse = replace(stored, spec=replace(stored.spec, filters=("deny", "typo")))
+            stored = await store.update(worse)
+            after = await until(view, lambda c: "BGPPeer filtered" in c.standing)
+            assert "typo" in after.standing["BGPPeer filtered"]
+            assert next(p for p in after.peers if p.name == "filtered").spec.filters == ("deny",)
+            await store.create(bgp_filter("typo"))
+            after = await until(view, lambda c: "BGPPeer filtered" not in c.standing)
+            assert next(p for p in after.peers if p.name == "filtered").spec.filters == ("deny", "typo")
+            # Once nobody names it, it is gone for good.
+            stored = await store.update(replace(stored, spec=replace(stored.spec, filters=())))
+            after = await until(view, lambda c: not c.standing)
+            assert [f.name for f in after.filters] == ["typo"]
+
+    run(main())
 
 
 async def told(store: Store, as_number: int) -> BGPNodeStatus:

@@ -116,3 +116,14 @@ def test_json_is_one_line(tmp_path: Path) -> None:
     table.save(tmp_path / "t.json", table.parse(1, [ROW]))
     assert len((tmp_path / "t.json").read_text().splitlines()) == 1
     assert json.loads((tmp_path / "t.json").read_text())["version"] == table.VERSION
+
+
+def test_an_as_path_is_said_as_it_is() -> None:
+    kept = table.parse(1, [[*ROW, [65100, 65009, 4200000000]]])
+    assert "as-path [ 65100 65009 4200000000 ]" in kept.routes[PEER][ROW[1]]
+
+
+@pytest.mark.parametrize("path", [[], "65100", [0], [2**32], ["65100"], [True], None])
+def test_an_as_path_that_is_none_is_refused(path: object) -> None:
+    with pytest.raises(table.TableError, match="AS_PATH"):
+        table.parse(1, [[*ROW, path]])
