@@ -15,6 +15,7 @@ from lab.net import Net
 from store.model import BGPNodeStatus
 from tests.conftest import eventually
 from tests.netns.plugin import NODE, Plugin
+from tests.runtime import sid
 from tests.runtime.cnitool import Cnitool
 from tests.runtime.conftest import REFERENCE, Shared
 from tests.runtime.containerd import fetch
@@ -44,10 +45,11 @@ class Machine:
         self.plugin.start()
         self._pods: list[str] = []
 
-    def install(self, *chain: Mapping[str, Any], **more: Any) -> None:
+    def install(self, *chain: Mapping[str, Any], plugins: Path = REFERENCE, **more: Any) -> None:
+        """Ours, and ``chain`` behind it, whose programs are in ``plugins``."""
         install.install(self._shim, self.bin, self.conf, configuration=install.conflist(chain=chain, **more))
         for kind in (str(each["type"]) for each in chain):
-            (self.bin / kind).write_text(_WITNESS.format(calls=self._calls, program=REFERENCE / kind))
+            (self.bin / kind).write_text(_WITNESS.format(calls=self._calls, program=plugins / kind))
             (self.bin / kind).chmod(0o755)
 
     def pod(self, name: str) -> str:
@@ -183,61 +185,75 @@ def test_gc(cnitool: Machine, given: str) -> None:
     assert cnitool.plugin.call("DEL", "leaked", unknown).code == 0
 
 
+def test_a_reload_keeps_address_and_mac(cnitool: Machine) -> None:
+    """podman's network reload: DEL, and ADD on the living namespace with what the container had."""
+    cnitool.install()
+    pod = cnitool.pod("pod-1")
+    wanted = cnitool.add(pod)
+    arguments = f"IP={','.join(plain(wanted))};MAC={wanted['interfaces'][1]['mac']}"
+    cnitool.do("del", pod)
+    assert cnitool.add(pod, CNI_ARGS=arguments) == wanted
+    cnitool.do("check", pod)
+    cnitool.do("del", pod)
+
+
 # -- with others behind us -----------------------------------------------------------------------------------------
 
+PORTMAP: Final = {"type": "portmap", "capabilities": {"portMappings": True}}
+BANDWIDTH: Final = {"type": "bandwidth", "capabilities": {"bandwidth": True}}
+TUNING: Final = {"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}, "mtu": 1400}
+#: 8 Mbit/s, with a burst of 100 kB: a megabyte takes a second.
+RATES: Final = {"ingressRate": 8_000_000, "ingressBurst": 800_000, "egressRate": 8_000_000, "egressBurst": 800_000}
+PORTS: Final = [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]
+CAPABILITIES: Final = json.dumps({"portMappings": PORTS, "bandwidth": RATES})
 
-def test_portmap_makes_a_pod_reachable_at_the_node(cnitool: Machine, tmp_path: Path) -> None:
-    cnitool.install({"type": "portmap", "capabilities": {"portMappings": True}})
+
+@pytest.mark.parametrize(
+    ("plugins", "version"),
+    [(REFERENCE, "1.0.0"), pytest.param(sid.folder() / "usr/lib/cni", "1.1.0", marks=pytest.mark.containerd_2)],
+    ids=["installed", "newer"],
+)
+def test_portmap_bandwidth_and_tuning_do_their_work(
+    cnitool: Machine, tmp_path: Path, plugins: Path, version: str
+) -> None:
+    cnitool.install(PORTMAP, BANDWIDTH, TUNING, plugins=plugins, version=version)
     pod = cnitool.pod("pod-1")
-    (tmp_path / "index.html").write_text("hello\n")
+    before = cnitool.links(NODE)
+    (tmp_path / "index.html").write_bytes(b"x" * 1_000_000)
     cnitool.net.spawn(pod, ["/bin/busybox", "httpd", "-f", "-p", "80", "-h", str(tmp_path)])
-    mappings = {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}
-    capabilities = {"CAP_ARGS": json.dumps(mappings)}
-    cnitool.add(pod, **capabilities)
-    with cnitool.net.inside("client"):
-        for address in (NODE4, NODE6):
-            eventually(lambda a=address: fetch(a, 8080).endswith("hello\n"))
-    cnitool.do("del", pod, **capabilities)
+    result = cnitool.add(pod, CAP_ARGS=CAPABILITIES)
+    assert set(plain(result)) == cnitool.plugin.routed()
+    for address in (NODE4, NODE6):
+        with cnitool.net.inside("client"):
+            began = time.monotonic()
+            body = eventually(lambda a=address: fetch(a, 8080))
+            assert len(body) > 1_000_000
+            assert 0.7 < time.monotonic() - began < 5
+    assert cnitool.net.run(pod, ["cat", "/proc/sys/net/core/somaxconn"]).stdout == "500\n"
+    (link,) = json.loads(cnitool.net.run(pod, ["ip", "-j", "link", "show", "eth0"]).stdout)
+    assert link["mtu"] == 1400
+    cnitool.do("del", pod, CAP_ARGS=CAPABILITIES)
     with cnitool.net.inside("client"):
         assert [fetch(address, 8080) for address in (NODE4, NODE6)] == ["", ""]
     for tool in ("iptables-save", "ip6tables-save"):
         assert "CNI-DN-" not in cnitool.net.run(NODE, [tool, "-t", "nat"]).stdout
-    # No CHECK: portmap 1.1 looks for the IPv4 rules of a dual-stack pod among those for IPv6.
-    assert cnitool.calls() == ["underlay ADD", "portmap ADD", "portmap DEL", "underlay DEL"]
-
-
-def test_bandwidth_limits_what_a_pod_gets(cnitool: Machine, tmp_path: Path) -> None:
-    """8 Mbit/s: a megabyte takes a second."""
-    cnitool.install({"type": "bandwidth", "capabilities": {"bandwidth": True}})
-    pod = cnitool.pod("pod-1")
-    (tmp_path / "index.html").write_bytes(b"x" * 1_000_000)
-    cnitool.net.spawn(pod, ["/bin/busybox", "httpd", "-f", "-p", "80", "-h", str(tmp_path)])
-    before = cnitool.links(NODE)
-    rates = {"ingressRate": 8_000_000, "ingressBurst": 800_000, "egressRate": 8_000_000, "egressBurst": 800_000}
-    capabilities = {"CAP_ARGS": json.dumps({"bandwidth": rates})}
-    result = cnitool.add(pod, **capabilities)
-    cnitool.do("check", pod, **capabilities)
-    for address in plain(result):
-        with cnitool.net.inside("client"):
-            began = time.monotonic()
-            body = eventually(lambda a=address: fetch(a))
-            assert len(body) > 1_000_000
-            assert 0.7 < time.monotonic() - began < 5
-    cnitool.do("del", pod, **capabilities)
     eventually(lambda: cnitool.links(NODE) == before)
-    assert cnitool.calls() == [
-        "underlay ADD", "bandwidth ADD", "underlay CHECK", "bandwidth CHECK", "bandwidth DEL", "underlay DEL",
-    ]  # fmt: skip
+    chain = ["underlay", "portmap", "bandwidth", "tuning"]
+    assert cnitool.calls() == [*(f"{kind} ADD" for kind in chain), *(f"{kind} DEL" for kind in chain[::-1])]
 
 
-def test_tuning_sets_a_sysctl_and_a_mac_in_the_pod(cnitool: Machine) -> None:
-    cnitool.install({"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}, "mtu": 1400})
+def test_check_goes_through_the_chain(cnitool: Machine) -> None:
+    """Without portmap: 1.1.1 looks for the IPv4 rules of a dual-stack pod among those of IPv6."""
+    cnitool.install(BANDWIDTH, TUNING)
     pod = cnitool.pod("pod-1")
-    result = cnitool.add(pod)
-    assert cnitool.net.run(pod, ["cat", "/proc/sys/net/core/somaxconn"]).stdout == "500\n"
-    (link,) = json.loads(cnitool.net.run(pod, ["ip", "-j", "link", "show", "eth0"]).stdout)
-    assert link["mtu"] == 1400
-    assert len(plain(result)) == 2
-    cnitool.do("check", pod)
-    cnitool.do("del", pod)
-    assert [call for call in cnitool.calls() if call.endswith("DEL")] == ["tuning DEL", "underlay DEL"]
+    cnitool.add(pod, CAP_ARGS=CAPABILITIES)
+    cnitool.do("check", pod, CAP_ARGS=CAPABILITIES)
+    assert [call for call in cnitool.calls() if "CHECK" in call] == [
+        "underlay CHECK",
+        "bandwidth CHECK",
+        "tuning CHECK",
+    ]
+    cnitool.net.run(pod, ["sh", "-c", "echo 400 >/proc/sys/net/core/somaxconn"])
+    code, printed = cnitool.tool("check", pod, CAP_ARGS=CAPABILITIES)
+    assert code != 0, printed
+    cnitool.do("del", pod, CAP_ARGS=CAPABILITIES)
