@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from cni import install, installer, netns
 from cni.install import InstallError
 from lab.net import Net
-from tests.netns.plugin import NODE, Plugin
+from tests.netns.plugin import NODE, ROOT, Plugin
 
 MEANT = install.conflist(mtu=1400)
 OTHER = '{"cniVersion": "1.0.0", "name": "other", "plugins": [{"type": "bridge"}]}'
@@ -271,3 +272,12 @@ def test_an_executed_binary_may_be_taken_away(plugin: Plugin, tmp_path: Path) ->
     plugin.shim = built
     plugin.start()
     assert "ips" in json.loads(waiting.communicate(timeout=20)[0])
+
+
+def test_every_option_is_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = run(capsys, "--help")
+    options = set(re.findall(r"--[a-z-]+", said)) - {"--help"}
+    assert code == 0
+    assert len(options) > 10
+    page = (ROOT / "docs/cni.md").read_text().partition("## Installation")[2].partition("\n## ")[0]
+    assert {option for option in options if f"`{option}`" not in page} == set()
