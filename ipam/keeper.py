@@ -75,6 +75,7 @@ class Keeper:
         self._settings = settings
         self._add_strays = add_strays
         self._news = asyncio.Event()
+        self._stepping = asyncio.Event()
         self._wants: dict[Want, None] = {}
         self._verdicts: dict[Want, Verdict] = {}
         self._vanished: dict[str, None] = {}
@@ -153,10 +154,23 @@ class Keeper:
 
     async def run(self) -> None:
         """Runs until cancelled, or until ``stopped``."""
-        while not self.stopped:
-            await until(self._clock, self._news, self._next_look())
-            self._news.clear()
-            await self.step()
+        async with asyncio.TaskGroup() as group:
+            beside = group.create_task(self._look_meanwhile())
+            while not self.stopped:
+                await until(self._clock, self._news, self._next_look())
+                self._news.clear()
+                self._stepping.set()
+                await self.step()
+                self._stepping.clear()
+            beside.cancel()
+
+    async def _look_meanwhile(self) -> None:
+        """While a step waits for the store, which may hang: a block becomes ready by the kernel alone."""
+        while True:
+            await self._stepping.wait()
+            await self._clock.sleep(self._settings.poll)
+            if self._stepping.is_set():
+                self._look_at_kernel()
 
     async def step(self) -> None:
         """Does what is to be done now. A store that is away is tried again later, with growing pauses."""
@@ -538,12 +552,11 @@ class Keeper:
         if self.untied:
             self.untied = False  # what becomes known while we write counts for the next round
             blocks = [o for o in self._ledger.blocks.values() if o.phase in (Phase.NEW, Phase.READY)]
+            done = False
             try:
                 done = not blocks or await self._claims.tie(blocks, self.node_uid)
-            except (StoreError, TimeoutError):
-                self.untied = True
-                raise
-            self.untied = self.untied or not done
+            finally:
+                self.untied = self.untied or not done
 
     # -- parts --------------------------------------------------------------------------------------------------------
 

@@ -120,6 +120,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     recheck: float = 300.0  # ownership read uncached (R5)
     take_limit: float = 5.0  # an ADD waits for a block that long
     store_limit: float = 10.0  # one call to the store, in real time
+    start_limit: float = 4.0  # a start waits for the store that long, in real time: shims wait 5 s for a server
     backoff_min: float = 0.2
     backoff_max: float = 10.0
     remember_deleted: float = 300.0  # a DEL is remembered (R7): longer than any runtime waits for an ADD

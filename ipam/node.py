@@ -137,16 +137,17 @@ class NodeIPAM:
     async def start(self) -> None:
         """Finds out what is handed out (union of journal, mirror and pod routes) and claims a first block per family.
 
-        With the store away it returns all the same: leases are known, DEL works, and ``take`` of something new raises
-        NotReady until ``run`` has read the blocks. KernelUnavailable, JournalError."""
+        With the store away it returns all the same, after ``start_limit`` at most: leases are known, DEL works, and
+        ``take`` of something new raises NotReady until ``run`` has read the blocks. KernelUnavailable, JournalError."""
         self._remember()
         self._why_not = "the blocks have not been read from the store yet"
         try:
-            await self._load()
+            async with asyncio.timeout(self._settings.start_limit):
+                await self._load()
+                await self._keeper.step()
         except (StoreError, TimeoutError) as e:
-            self._away(e)
-        else:
-            await self._keeper.step()
+            if not self._loaded:
+                self._away(e)
 
     async def run(self) -> None:
         """Mirror, claims, give-back, sweeps, watches. Runs until cancelled."""
