@@ -25,31 +25,30 @@ from tests.conftest import eventually
 from tests.ipam_fakes import Rig
 from tests.kube.objects import block, node_status, path, pool, status_of
 
-FOLLOW = ("get", "list", "watch")
+FOLLOW = ("list", "watch")
 #: What each process does with each kind; why is said in the manifest.
 RIGHTS: dict[str, dict[str, tuple[str, ...]]] = {
     CNI: {
-        "ippools": FOLLOW,
+        "ippools": ("get", *FOLLOW),
         "ipreservations": FOLLOW,
         "ipamconfigurations": FOLLOW,
-        "ipamblocks": (*FOLLOW, "create", "update", "delete"),
+        "ipamblocks": ("get", *FOLLOW, "create", "update", "delete"),
         "ipamblocks/status": ("update",),
         "bgpnodestatuses": ("get",),
-        "nodes": FOLLOW,
+        "nodes": ("get", *FOLLOW),
         "events": ("create", "get", "patch"),
-        "pods": ("list", "watch"),
-        "namespaces": ("list", "watch"),
+        "pods": FOLLOW,
+        "namespaces": FOLLOW,
     },
     AGENT: {
         "ippools": FOLLOW,
-        "ipamblocks": FOLLOW,
+        "ipamblocks": ("get", *FOLLOW),
         "bgpconfigurations": FOLLOW,
         "bgppeers": FOLLOW,
         "bgpfilters": FOLLOW,
         "bgpnodestatuses": ("get", "create"),
         "bgpnodestatuses/status": ("update",),
         "nodes": FOLLOW,
-        "events": ("create", "get", "patch"),
     },
     SPEAKER: {},
 }
