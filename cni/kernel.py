@@ -18,8 +18,8 @@ _ANY: Final = {socket.AF_INET: bytes(4), socket.AF_INET6: bytes(16)}
 #: Types of route that say of a range that it is in use: unicast, local, blackhole, unreachable, prohibit (rtnetlink.h).
 #: Broadcast, anycast and multicast come with a node's own addresses.
 _IN_USE: Final = frozenset({1, 2, 6, 7, 8})
-#: Main, and the one of the node's own addresses (RT_TABLE_LOCAL).
-_TABLES: Final = frozenset({rtnl.RT_TABLE_MAIN, 255})
+#: Main, and the one of the node's own addresses.
+_TABLES: Final = frozenset({rtnl.RT_TABLE_MAIN, rtnl.RT_TABLE_LOCAL})
 _OURS: Final = frozenset({PROTO_PODS, PROTO_BLOCKS})
 
 

@@ -1,7 +1,8 @@
 """The wiring of one pod: Calico's recipe, in four netlink batches and without a wait.
 
     pod    eth0, /32 and /128, default via 169.254.1.1 and via the node end's link-local address; both gateways are
-           permanent neighbours, so the first packet leaves without a question
+           permanent neighbours, so the first packet leaves without a question; the /128 is local at once, so the
+           answer to it is taken
     node   ul<hash>, MAC ee:ee:ee:ee:ee:ee, in LINK_GROUP; a /32 and a /128 route to it; the pod's MAC is already a
            (stale) neighbour, so the first packet arrives without a question, and a changed MAC heals by itself
 
@@ -235,6 +236,8 @@ def pod_end(want: Wiring, index: int) -> list[Message]:
         if family == socket.AF_INET:
             on_link = _route(family, 32, rtnl.RTPROT_BOOT, rtnl.SCOPE_LINK) + attr(rtnl.RTA_DST, hop) + oif
             messages.append(Message(rtnl.NEWROUTE, on_link, _MAKE))
+        else:
+            messages.append(_local(index, a))
         default = _route(family, 0, rtnl.RTPROT_BOOT, rtnl.SCOPE_UNIVERSE) + attr(rtnl.RTA_GATEWAY, hop) + oif
         messages.append(Message(rtnl.NEWROUTE, default, _MAKE))
     return messages
@@ -271,6 +274,17 @@ def _address(index: int, address: str, length: int, scope: int) -> Message:
     flags = rtnl.IFA_F_NODAD if len(raw) == 16 else 0
     head = rtnl.ADDR.pack(rtnl.family(address), length, flags, scope, index)
     return Message(rtnl.NEWADDR, head + attr(rtnl.IFA_LOCAL, raw) + attr(rtnl.IFA_ADDRESS, raw), _MAKE)
+
+
+def _local(index: int, address: str) -> Message:
+    """What makes the pod take packets for its IPv6 address. The kernel makes such a route too, but from a work queue
+    (addrconf_dad_start, net/ipv6/addrconf.c): the answer to the first SYN may come before that, and be dropped."""
+    head = rtnl.ROUTE.pack(
+        socket.AF_INET6, 128, 0, 0, rtnl.RT_TABLE_LOCAL, rtnl.RTPROT_BOOT, rtnl.SCOPE_UNIVERSE, rtnl.RTN_LOCAL, 0
+    )
+    return Message(
+        rtnl.NEWROUTE, head + attr(rtnl.RTA_DST, rtnl.packed(address)) + attr_u32(rtnl.RTA_OIF, index), _MAKE
+    )
 
 
 def _neighbour(index: int, address: str, mac: str, state: int) -> Message:

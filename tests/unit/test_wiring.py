@@ -62,6 +62,12 @@ def test_the_pods_end_is_as_pyroute2_writes_it() -> None:
         route(2, 0, 0, ("RTA_GATEWAY", "169.254.1.1")),
         address(10, 128, "fd00::1", 2),
         neighbour(10, podnet.GATEWAY6),
+        oracle(
+            rtmsg,
+            {"family": 10, "dst_len": 128, "table": 255, "proto": 3, "scope": 0, "type": 2},
+            ("RTA_DST", "fd00::1"),
+            ("RTA_OIF", 5),
+        ),
         route(10, 0, 0, ("RTA_GATEWAY", podnet.GATEWAY6)),
     ]
 
