@@ -8,11 +8,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from tabulate import tabulate
 
-from bench import command, ipam, plugins, rack, scale
+from bench import cni, command, ipam, profile, rack, scale
 from lab.kube.build import NotHere
 from lab.net import enter_sandbox
 
@@ -21,12 +22,12 @@ Group = Callable[[Path, Callable[[str], None]], dict[str, float]]
 #: What is measured if no group is named.
 USUAL: Mapping[str, Group] = {
     "ctl": command.figures,
-    "cni": plugins.figures,
+    "cni": cni.figures,
     "ipam": ipam.figures,
     "lab": rack.figures,
 }
-#: And what takes more than a minute or two.
-GROUPS: Mapping[str, Group] = {**USUAL, "scale": scale.figures}
+#: And what looks closer, or takes more than a minute or two.
+GROUPS: Mapping[str, Group] = {**USUAL, "profile": profile.figures, "scale": scale.figures}
 
 
 def main() -> None:
@@ -34,13 +35,16 @@ def main() -> None:
     programs this machine does not have is left out."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measures; writes build/bench.json.")
     parser.add_argument("group", nargs="*", help=f"{', '.join(GROUPS)}; none is {', '.join(USUAL)}")
-    chosen = parser.parse_args().group or list(USUAL)
+    parser.add_argument("--against", type=Path, metavar="TREE", help="profile: another working copy, in turn with this")
+    asked = parser.parse_args()
+    chosen = asked.group or list(USUAL)
+    groups = {**GROUPS, "profile": partial(profile.figures, against=asked.against)}
     for name in chosen:
         if name not in GROUPS:
             parser.error(f"there is no group {name}: {', '.join(GROUPS)}")
     enter_sandbox()
     with tempfile.TemporaryDirectory(prefix="ulbench-") as folder:
-        found, failed = measure({name: GROUPS[name] for name in chosen}, Path(folder), say)
+        found, failed = measure({name: groups[name] for name in chosen}, Path(folder), say)
     rows = [(name, f"{value:.3g}") for name, value in found.items()]
     print(
         tabulate(rows, headers=("figure", "value"), tablefmt="plain", disable_numparse=True, colalign=("left", "right"))

@@ -7,10 +7,13 @@ starts it.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import select
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 
 class SpawnError(Exception):
@@ -25,6 +28,39 @@ def timed(argv: Sequence[str], environment: Mapping[str, str], *, stdin: Path, s
     seconds = time.perf_counter() - begin
     _check(argv, status, stdout)
     return seconds
+
+
+class Flood(NamedTuple):
+    """``seconds`` from the first start to the last end; ``times`` of each, from its own start to its end."""
+
+    seconds: float
+    times: tuple[float, ...]
+
+
+def flood(argv: Sequence[str], calls: Iterable[tuple[Mapping[str, str], Path]], *, stdin: Path, width: int) -> Flood:
+    """Runs ``argv`` once for each environment and file for its output, ``width`` at once: as soon as one ends the next
+    one starts. Raises SpawnError unless all end with 0."""
+    running: dict[int, tuple[int, float, Path]] = {}  # by a descriptor that can be read once the process has ended
+    ended = select.poll()
+    times: list[float] = []
+    waiting = iter(calls)
+    begin = time.perf_counter()
+    while True:
+        for environment, stdout in itertools.islice(waiting, width - len(running)):
+            started = time.perf_counter()
+            pid = _start(argv, environment, stdin, stdout)
+            descriptor = os.pidfd_open(pid)
+            ended.register(descriptor, select.POLLIN)
+            running[descriptor] = pid, started, stdout
+        if not running:
+            return Flood(time.perf_counter() - begin, tuple(times))
+        for descriptor, _ in ended.poll():
+            pid, started, stdout = running.pop(descriptor)
+            times.append(time.perf_counter() - started)
+            ended.unregister(descriptor)
+            os.close(descriptor)
+            _, status = os.waitpid(pid, 0)
+            _check(argv, status, stdout)
 
 
 class Call:

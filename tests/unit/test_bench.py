@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import struct
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 
-from bench import ipam, process, rack, scale
+from bench import ipam, plot, process, profile, rack, scale
 from bench.__main__ import measure
-from bench.spawn import Call, SpawnError, timed
+from bench.cni import BRIDGE, CURRENT, DUAL, PTP, US, Serial
+from bench.plugins import BenchError
+from bench.spawn import Call, SpawnError, flood, timed
 from bench.stats import Times, percentile
 from lab.kube.audit import Asked
 from lab.kube.build import NotHere
@@ -40,6 +44,99 @@ def test_a_program_is_timed_with_what_it_reads_and_prints(tmp_path: Path) -> Non
 def test_a_program_that_fails_is_no_figure(tmp_path: Path) -> None:
     with pytest.raises(SpawnError, match="ended with 3: why"):
         timed(["/bin/sh", "-c", "echo why; exit 3"], {}, stdin=Path(os.devnull), stdout=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("width", "at_once"), [(1, 1), (3, 3), (9, 4)])
+def test_of_a_flood_so_many_run_at_once(tmp_path: Path, width: int, at_once: int) -> None:
+    (tmp_path / "running").mkdir()
+    script = 'cd "$WHERE"; touch running/$$; sleep 0.2; ls running | wc -l; sleep 0.1; rm running/$$'
+    outs = [tmp_path / f"out-{i}" for i in range(4)]
+    calls = [({"WHERE": str(tmp_path), "PATH": os.environ["PATH"]}, out) for out in outs]
+    done = flood(["/bin/sh", "-c", script], calls, stdin=Path(os.devnull), width=width)
+    assert len(done.times) == 4
+    assert max(int(out.read_text()) for out in outs) == at_once
+    assert max(done.times) <= done.seconds <= sum(done.times) + 1
+
+
+def test_a_flood_with_one_that_fails_is_no_figure(tmp_path: Path) -> None:
+    calls = [({"CODE": str(code)}, tmp_path / "out") for code in (0, 0, 4)]
+    with pytest.raises(SpawnError, match="ended with 4"):
+        flood(["/bin/sh", "-c", "exit $CODE"], calls, stdin=Path(os.devnull), width=1)
+
+
+def test_ratios_are_ours_against_theirs() -> None:
+    def times(milliseconds: float, slow: float = 0) -> Times:
+        return Times(tuple([milliseconds / 1000] * 99 + [(slow or milliseconds) / 1000] * 2))
+
+    current = f"{PTP} {CURRENT}"
+    serial = Serial(
+        {US: times(1, slow=2), DUAL: times(1.5), PTP: times(5), BRIDGE: times(8), current: times(4)},
+        {US: times(0.6), DUAL: times(0.7), PTP: times(30), BRIDGE: times(40), current: times(20)},
+        {US: times(3), DUAL: times(3.5)},
+    )
+    found = serial.figures()
+    wanted = {
+        "cni.add.p50.vs_ptp": 0.2,
+        "cni.add.p50.vs_bridge": 0.125,
+        "cni.add.p50.vs_ptp_current": 0.25,
+        "cni.add.p99.vs_p50": 2,
+        "cni.del.reply.vs_ptp": 0.02,
+        "cni.del.gone.vs_ptp": 0.1,
+        "cni.add.p99_ms": 2,
+        "cni.add.dual.p50_ms": 1.5,
+        "ptp.del.p50_ms": 30,
+    }
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+    assert "ptp current" in serial.table()
+
+
+def test_a_text_plot_has_every_series_on_one_axis() -> None:
+    rows = {"fast": Times((0.001, 0.0011, 0.002)), "slow": Times((0.01, 0.02, 0.1))}
+    fast, slow, axis = plot.text(rows, width=41).splitlines()
+    assert fast.startswith("fast ")
+    assert fast.index("|") < slow.index("|")
+    # Two powers of ten on 41 characters: 20 are one.
+    assert (axis.index("1 "), axis.index("10 "), axis.index("100")) == (5, 25, 45)
+    assert slow.index("|") == 5 + 26
+    assert plot.text({"one": Times((0.005,))}).count("|") == 1
+
+
+def test_a_picture_is_a_png_with_a_dot_where_a_value_is() -> None:
+    data = plot.png({"add one": Times((0.001,) * 5 + (0.01,)), "del one": Times((0.1,))}, "Title (ms)")
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    chunks, at = {}, 8
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        body = data[at + 8 : at + 8 + length]
+        assert struct.unpack_from(">I", data, at + 8 + length) == (zlib.crc32(kind + body),)
+        chunks[kind], at = body, at + 12 + length
+    width, height, depth, color = struct.unpack_from(">IIBB", chunks[b"IHDR"])
+    assert (depth, color) == (8, 2)
+    raw = zlib.decompress(chunks[b"IDAT"])
+    assert len(raw) == height * (3 * width + 1)
+    blue, orange = set(), set()
+    for y in range(height):
+        line = raw[y * (3 * width + 1) + 1 :][: 3 * width]
+        for x in range(width):
+            r, _, b = line[3 * x : 3 * x + 3]
+            blue |= {x} if b > r + 60 else set()
+            orange |= {x} if r > b + 60 else set()
+    # The first series is at the left end and in the middle of the axis, the second at its right end.
+    left, middle, right = min(blue), max(blue), max(orange)
+    assert middle - left == pytest.approx(right - middle, abs=4)
+
+
+def test_a_profile_splits_each_call() -> None:
+    calls = [(1000 * i, 1000 * i + 900) for i in range(profile.WARM_UP + 3)]
+    records = [{"began": b + 300, "ended": e - 100, "parts": {"a": 200, "b": 50}} for b, e in calls]
+    del records[-1]["parts"]["b"]  # not in every call
+    parts = profile.split(calls, records)
+    assert parts == {profile.START: 0.3, "a": 0.2, "b": 0.05, profile.REST: 0.25, profile.END: 0.1, profile.WHOLE: 0.9}
+    shown = profile.table({profile.HERE: parts, profile.THERE: {"c": 7.0, profile.WHOLE: 8.0}})
+    assert shown.splitlines()[-1].split()[-1] == "8"
+    assert any(line.startswith("c ") for line in shown.splitlines())
+    with pytest.raises(BenchError, match="12 timed"):
+        profile.split(calls, records[:-1])
 
 
 def test_memory_is_read_from_smaps() -> None:
