@@ -6,15 +6,17 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
+import yaml
 
 from cni import marks
 from ctl.kinds import names_of
 from ctl.main import cli as underlayctl
 from lab.cli import main as underlay_lab
-from store.model import KINDS
+from store.model import GROUP, KINDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -170,7 +172,7 @@ def test_protocols_in_command_lines_of_the_docs_are_ours(name: str) -> None:
 @_page
 def test_every_file_of_ours_that_is_named_exists(page: Path) -> None:
     named = re.findall(
-        r"(?<![\w/.-])((?:agent|bench|cni|ctl|docs|ipam|lab|store|tests)/[\w./-]*\w/?)", page.read_text()
+        r"(?<![\w/.-])((?:agent|bench|cni|ctl|docs|ipam|lab|manifests|store|tests)/[\w./-]*\w/?)", page.read_text()
     )
     for name in named:
         assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name} does not exist"
@@ -276,3 +278,80 @@ def test_every_figure_of_the_bench_is_in_the_docs() -> None:
     assert {"cni.add.p50.vs_ptp", "scale.nodesN.seconds", "scale.nodesN.duplicates"} <= figures
     for figure in figures:
         assert f"`{figure}`" in text
+
+
+KUBERNETES = ROOT / "docs/kubernetes.md"
+
+
+def _manifest(name: str) -> list[dict[str, Any]]:
+    return [d for d in yaml.safe_load_all((ROOT / "manifests" / name).read_text()) if d]
+
+
+def _rows(heading: str, text: str = "") -> list[list[str]]:
+    """The cells of each row below a heading of the page, without the table's own heading."""
+    body = sections(text or KUBERNETES.read_text())[heading]
+    rows = [re.split(r" \| ", line.strip("| ")) for line in body.splitlines() if line.startswith("| ")]
+    return rows[1:]
+
+
+def _words(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def _manifests_unsaid(text: str) -> set[str]:
+    """What ``kubectl apply -f`` in the page leaves out of what an operator is to apply, or names and is not there."""
+    named = set(re.findall(r"-f (manifests/[\w./-]+)", text))
+    ours = {"manifests/crds", *(f"manifests/{path.name}" for path in (ROOT / "manifests").glob("*.yaml"))}
+    return named ^ ours
+
+
+def test_what_an_operator_applies_is_in_the_docs() -> None:
+    text = KUBERNETES.read_text()
+    assert _manifests_unsaid(text) == set()
+    assert _manifests_unsaid(text.replace("-f manifests/rbac.yaml", "")) == {"manifests/rbac.yaml"}
+    for kind in KINDS:
+        crd = ROOT / f"manifests/crds/{kind.PLURAL}.yaml"
+        assert crd.exists() == (kind.API == GROUP)
+
+
+def _rights_said(text: str) -> set[tuple[str, str, str]]:
+    return {
+        (role, resource, verb)
+        for roles, verbs, resources, _ in _rows("Rights", text)
+        for role in _words(roles)
+        for resource in _words(resources)
+        for verb in verbs.split(", ")
+    }
+
+
+def test_every_right_is_in_the_docs() -> None:
+    """Role, resource and verb, each with a reason, and none that is not given."""
+    given = {
+        (role["metadata"]["name"], resource, verb)
+        for role in _manifest("rbac.yaml")
+        if role["kind"] == "ClusterRole"
+        for rule in role["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    text = KUBERNETES.read_text()
+    assert _rights_said(text) == given
+    assert given - _rights_said(text.replace(", delete | `ipamblocks`", " | `ipamblocks`")) == {
+        ("underlay-cni", "ipamblocks", "delete")
+    }
+
+
+def test_every_policy_is_in_the_docs_with_what_it_says() -> None:
+    policies = {
+        document["metadata"]["name"]: yaml.safe_dump(document["spec"]["validations"], width=10_000)
+        for document in _manifest("policies.yaml")
+        if document["kind"] == "ValidatingAdmissionPolicy"
+    }
+    said = {_words(row[0])[0]: re.findall(r'"([^"]+)"', row[-1]) for row in _rows("What the policies refuse")}
+    assert said.keys() == policies.keys()
+    for name, sentences in said.items():
+        # A sentence is put together of pieces in CEL: 'one ' + 'sentence'.
+        whole = re.sub(r"'+ \+ '+", "", policies[name])
+        assert sentences
+        for sentence in sentences:
+            assert sentence in whole, f"{name} does not say {sentence!r}"
