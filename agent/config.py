@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
     )
     flags = (
         ("node", "", "name of this node, as its Node object has it"),
-        ("store", "", "where the cluster's wishes live: sqlite:/path/store.db"),
+        ("store", "", "where the cluster's wishes live: kube: or sqlite:/path/store.db"),
         ("run", "/run/underlay", "folder for sockets, shared with the CNI server and the speaker"),
         ("state", "/var/lib/underlay", "folder for what outlives a reboot"),
         ("log", "INFO", "DEBUG, INFO, WARNING or ERROR"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 NO_STORE = (
-    "no store is named: give --store URL or set UNDERLAY_STORE (sqlite:/path/store.db)."
+    "no store is named: give --store URL or set UNDERLAY_STORE (kube: for a cluster, sqlite:/path/store.db for a file)."
     " For the lab: export UNDERLAY_STORE=sqlite:/run/underlay-lab/store.db"
     " ('underlay-lab up' prints the line with its own path)"
 )
@@ -50,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def store_option(command: F) -> F:
     """``--store``, on ``underlayctl`` and on each command, so that it may stand before or after the command's name."""
     return click.option(
-        "--store", "url", metavar="URL", help="Where the objects live, as sqlite:/path/store.db [env: UNDERLAY_STORE]."
+        "--store",
+        "url",
+        metavar="URL",
+        help="Where the objects live: kube: or sqlite:/path/store.db [env: UNDERLAY_STORE].",
     )(command)
 
 

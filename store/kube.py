@@ -335,7 +335,10 @@ class KubeStore:
                 # Admission says no with 403 too; RBAC names the user and what he cannot do.
                 return Invalid(what, _problems(status))
             case 403:
-                return Unavailable(f"API server {self._http.server}: {text}: apply manifests/rbac.yaml of this release")
+                remedy = (
+                    "our processes' rights are manifests/rbac.yaml of this release, a person's are the administrator's"
+                )
+                return Unavailable(f"API server {self._http.server}: {text}: {remedy} to give")
         return Unavailable(f"API server {self._http.server}: {what}: {refusal.code} {text}")
 
 
