@@ -166,7 +166,9 @@ def test_the_network_is_renamed_while_pods_live(node: Node) -> None:
     node.reconfigure(name="renamed")
     two = containerd.run("two")
     ping(node, one, containerd.cri.addresses(two)[0])
-    containerd.end(one)
+    containerd.cri.stop(one)
+    assert node.leases() == 1  # by the DEL, before any sweep
+    containerd.cri.remove(one)
     containerd.end(two)
     eventually(node.clean)
 
