@@ -84,6 +84,10 @@ RELEASES: Final = {
     "2": Release(sid.folder(), _CONFIG3, "1.1.0"),
 }
 
+#: Version 1 has a folder for each controller, version 2 is one tree.
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+_CGROUP: Final = "underlay-test"
+
 _HOLDER: Final = """
 mount -t tmpfs run /run && mkdir /run/containerd /run/netns /run/underlay &&
 mount --bind "$1" /run/underlay && hostname "$2" && : >"$3" || exit 1
@@ -124,7 +128,7 @@ class Containerd:
         self._calls.touch()
         #: While it is there, ADDs do not get to our plugin.
         self.hold = home / "hold"
-        self._cgroup = f"underlay-test-{os.getpid()}-{name}"
+        self._cgroup = f"{_CGROUP}-{os.getpid()}-{name}"
         config = release.config.format(root=self.root, image=image.NAME, bin=self.bin, conf=self.conf)
         (home / "config.toml").write_text(config)
         up = home / "up"
@@ -206,9 +210,7 @@ class Containerd:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._holder, signal.SIGKILL)
         eventually(lambda: not Path(f"/proc/{self._holder}").exists())
-        for folder in sorted(Path("/sys/fs/cgroup").glob(f"**/{self._cgroup}/**"), reverse=True):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        _remove_cgroups()
 
     # -- pods ------------------------------------------------------------------------------------------------------
 
@@ -272,6 +274,16 @@ def fetch(address: str, port: int = 80) -> str:
             return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
     except OSError:
         return ""
+
+
+def _remove_cgroups() -> None:
+    """Those of nodes that have ended, also of a test run that was killed; one that is in use is busy."""
+    for top in [*_CGROUPS.glob(f"{_CGROUP}-*"), *_CGROUPS.glob(f"*/{_CGROUP}-*")]:
+        pid = int(top.name.removeprefix(f"{_CGROUP}-").partition("-")[0])
+        if pid == os.getpid() or not Path(f"/proc/{pid}").exists():
+            for folder in sorted([top, *top.glob("**/")], reverse=True):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def _children(pid: int) -> list[int]:
