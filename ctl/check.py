@@ -17,7 +17,7 @@ import msgspec
 from ctl.check_events import compare_events, condition_holds
 from ctl.check_node import compare_node
 from ctl.check_pods import compare_pods
-from ctl.finding import Finding, Kind, Place, Range, View, holder, number
+from ctl.finding import Finding, Kind, Place, Range, View, ask_server, holder, number
 from ctl.kinds import reference
 from ipam.block import merge
 from ipam.ledger import UNKNOWN
@@ -155,7 +155,7 @@ def _owners(view: View) -> Iterator[Finding]:
                 place,
                 "NotMirrored",
                 f"{node} has never said what it handed out of it",
-                f"does underlay-cni run on {node}, and does it reach the store? Its log says so",
+                ask_server(f"on {node}"),
             )
 
 
@@ -167,7 +167,7 @@ def _releases(view: View) -> Iterator[Finding]:
                 place,
                 "ReleasePending",
                 f"{place.node} was asked to release {', '.join(wanted)}, and has not done it",
-                f"does underlay-cni run on {place.node}, and does it reach the store? Its log says so",
+                ask_server(f"on {place.node}"),
             )
 
 

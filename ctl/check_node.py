@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ctl.finding import Finder, Finding, Kind, Local, Place, Range, attachment_of, holder, number
+from ctl.finding import Finder, Finding, Kind, Local, Place, Range, ask_server, attachment_of, holder, number
 from ctl.kinds import reference
 from ipam.ledger import UNKNOWN
 from store.model import Allocation, IPAMBlock
 
-_SERVER = "does underlay-cni run here, and does it reach the store? Its log says so"
+_SERVER = ask_server("here")
 
 
 def compare_node(local: Local, places: Sequence[Place]) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from ctl.finding import Finder, Finding, Local, Place, Range, holder, number
+from ctl.finding import Finder, Finding, Local, Place, Range, ask_server, holder, number
 from ctl.kinds import reference
 from ipam.ledger import UNKNOWN
 from store.model import Allocation, IPPool, Pod
@@ -147,8 +147,8 @@ def _unrecorded(
         address,
         tuple(dict.fromkeys((node, *([place.node] if place else [])))),
         f"the pod runs with it on {node}, and {said}",
-        f"it could be handed out twice: does underlay-cni run on {node}, and does it reach the store? Its log says so; "
-        f"on {node}: underlayctl ipam check --run /run/underlay; a pod that another plugin wired is to be deleted",
+        f"it could be handed out twice: {ask_server(f'on {node}')}; on {node}: underlayctl ipam check --run "
+        f"/run/underlay; a pod that another plugin wired is to be deleted",
     )
 
 

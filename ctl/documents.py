@@ -41,7 +41,7 @@ def read_all(files: Sequence[str], namespace: str = "") -> list[Document]:
     documents: list[Document] = []
     lines: list[str] = []
     for file in files:
-        name = "stdin" if file == "-" else file
+        name = _name(file)
         raw = read_file(file)
         try:
             objects = load(
@@ -57,7 +57,7 @@ def read_all(files: Sequence[str], namespace: str = "") -> list[Document]:
     if lines:
         raise Failure(lines)
     if not documents:
-        raise Failure([f"no object in {', '.join(files)}"])
+        raise Failure([f"no object in {', '.join(map(_name, files))}"])
     return documents
 
 
@@ -67,6 +67,10 @@ def read_file(name: str) -> bytes:
         return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as e:
         raise Usage([f"{name}: cannot be read: {e.strerror}"]) from None
+
+
+def _name(file: str) -> str:
+    return "stdin" if file == "-" else file
 
 
 async def write_all(store: Store, documents: Sequence[Document], mode: Mode, *, dry_run: bool) -> int:

@@ -194,6 +194,11 @@ def attachment_of(allocation: Allocation) -> Attachment:
     return Attachment(allocation.network, allocation.container, allocation.interface)
 
 
+def ask_server(where: str) -> str:
+    """What to do where a CNI server has not done or said something; ``where`` as ``on node-1``, ``here``."""
+    return f"does underlay-cni run {where}, and does it reach the store? Its log says so"
+
+
 def holder(allocation: Allocation) -> str:
     """Who has it, in words: pod and attachment."""
     who = str(attachment_of(allocation))

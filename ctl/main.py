@@ -321,10 +321,11 @@ def version(ctx: click.Context, url: str | None) -> int:
     from ctl.show import show_store, show_version
 
     show_version()
-    if not (url or ctx.find_root().obj):
+    where = url or ctx.find_root().obj
+    if not where:
         click.echo(f"store   none ({NO_STORE})")
         return OK
-    return _on_store(ctx, url, show_store)
+    return _on_store(ctx, where, lambda store: show_store(store, where))
 
 
 def _here(run: str | None, node: str) -> Here | None:

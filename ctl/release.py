@@ -21,6 +21,7 @@ from ctl.failures import OK, REFUSED, Failure, Usage, explain
 from ctl.finding import Finding, Range, attachment_of, holder, number
 from ctl.kinds import reference
 from ctl.report import Report
+from ipam.dead import let_go
 from store.base import Store, mutate
 from store.clock import Clock
 from store.errors import Expired, NotFound, StoreError, Unavailable
@@ -260,10 +261,8 @@ async def _end(store: Store, block: IPAMBlock, *, force: bool) -> None:
         marked = await store.get(IPAMBlock, block.name)
         if marked.metadata.uid != meta.uid:
             return  # gone, and claimed anew by somebody
-        others = tuple(f for f in marked.metadata.finalizers if f != FINALIZER_OWNER)
-        if others != marked.metadata.finalizers:
-            metadata = msgspec.structs.replace(marked.metadata, finalizers=others)
-            await store.update(msgspec.structs.replace(marked, metadata=metadata))
+        await let_go(store, marked)
+        others = [f for f in marked.metadata.finalizers if f != FINALIZER_OWNER]
         if others:
             raise Failure(
                 [f"{block.spec.cidr}: it is marked for deletion, and goes when {', '.join(others)} is removed"]

@@ -234,10 +234,10 @@ def show_version() -> None:
     click.echo(f"client  underlay {version('underlay')}")
 
 
-async def show_store(store: Store) -> int:
-    """Prints what the store is: reached, and at which version of its contents."""
+async def show_store(store: Store, url: str) -> int:
+    """Prints which store it is, that it answers, and at which version of its contents."""
     listing = await store.list(BGPPeer)
-    click.echo(f"store   {type(store).__name__}, answers, at version {listing.version}")
+    click.echo(f"store   {url}, answers, at version {listing.version}")
     return OK
 
 

@@ -47,9 +47,8 @@ FOREIGN_TRIES = 3
 
 class Claims:
     """``node`` is our name; ``check`` raises if a block's object shows a newer server than this one; ``ending`` is told
-    the uid of each block that is about to be given back. Every method may
-    raise StoreError or TimeoutError (no answer within ``store_limit``); what was begun is then in ``pending`` and goes
-    on later."""
+    the uid of each block that is about to be given back. Every method may raise StoreError or TimeoutError (no answer
+    within ``store_limit``); what was begun is then in ``pending`` and goes on later."""
 
     def __init__(
         self,

@@ -67,7 +67,7 @@ class BlockView(msgspec.Struct, frozen=True):
     pool: str
     used: int
     free: int
-    #: Where it is in its life: see ``ipam.held.Phase``.
+    #: Where it is in its life: see ``ipam.ledger.Phase``.
     phase: str
 
 

@@ -145,7 +145,7 @@ def show_matrix(wait: float, where: Folder) -> None:
 @click.argument("name")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def execute(name: str, command: tuple[str, ...], where: Folder) -> None:
-    """Runs a command in a node, a pod, a ToR or the spine. In a router, birdc finds its BIRD; in a node,
+    """Runs a command in a node, a pod, a ToR, the spine or control-plane. In a router, birdc finds its BIRD; in a node,
     UNDERLAY_NODE, UNDERLAY_RUN and UNDERLAY_STORE are set."""
     words = client.enter(where, name, command)
     sys.stdout.flush()

@@ -568,7 +568,7 @@ def test_a_broken_store_is_exit_3_with_one_line(ctl: Ctl, tmp_path: Path) -> Non
 def test_version(ctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
     out = ctl.ok("version")
     assert out.startswith("client  underlay ")
-    assert "SqliteStore" in out
+    assert f"store   {ctl.url}, answers" in out
     assert main(["version"]) == 0
     assert "none" in capsys.readouterr().out
 
