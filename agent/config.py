@@ -8,12 +8,16 @@ from pathlib import Path
 
 import msgspec
 
+#: Where the Secrets of BGP passwords are, unless it is said.
+NAMESPACE = "underlay-system"
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     store: str
     run: Path
     state: Path
+    namespace: str = NAMESPACE
     log: str = "INFO"
 
 
@@ -29,6 +33,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
         ("store", "", "where the cluster's wishes live: kube: or sqlite:/path/store.db"),
         ("run", "/run/underlay", "folder for sockets, shared with the CNI server and the speaker"),
         ("state", "/var/lib/underlay", "folder for what outlives a reboot"),
+        ("namespace", NAMESPACE, "where the Secrets that BGPPeers name are"),
         ("log", "INFO", "DEBUG, INFO, WARNING or ERROR"),
     )
     for name, default, text in flags:
@@ -40,5 +45,10 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
     if found.log.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         parser.error(f"--log {found.log}: DEBUG, INFO, WARNING or ERROR")
     return Config(
-        node=found.node, store=found.store, run=Path(found.run), state=Path(found.state), log=found.log.upper()
+        node=found.node,
+        store=found.store,
+        run=Path(found.run),
+        state=Path(found.state),
+        namespace=found.namespace,
+        log=found.log.upper(),
     )

@@ -76,7 +76,14 @@ async def _alone(settings: config.Config, clock: Clock, store: Store, kernel: Ke
 async def _work(settings: config.Config, clock: Clock, store: Store, kernel: Kernel) -> None:
     """Everything that runs, each part owned by this one group: the first that fails ends the others."""
     writer = StatusWriter(store, settings.node, clock)
-    view = View(store, settings.node, clock, settings.state / "snapshot.json", lambda: loop.wake())
+    view = View(
+        store,
+        settings.node,
+        clock,
+        settings.state / "snapshot.json",
+        lambda: loop.wake(),
+        namespace=settings.namespace,
+    )
     loop = Reconciler(
         node=settings.node,
         view=view,

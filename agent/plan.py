@@ -8,6 +8,7 @@ deleted, and what people should know.
 
 from __future__ import annotations
 
+import base64
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Address
@@ -36,11 +37,13 @@ from store.model import (
     BGPConfiguration,
     BGPConfigurationSpec,
     BGPFilter,
+    BGPPassword,
     BGPPeer,
     Condition,
     IPAMBlock,
     IPPool,
     Node,
+    Secret,
 )
 from store.selector import parse as parse_selector
 from store.validate import as_number_problem, duration, peer_address, validate
@@ -62,6 +65,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     configuration: BGPConfiguration | None = None
     peers: tuple[BGPPeer, ...] = ()
     filters: tuple[BGPFilter, ...] = ()
+    #: The Secrets that BGPPeers name, as far as they are there.
+    secrets: tuple[Secret, ...] = ()
     pools: tuple[IPPool, ...] = ()
     #: This node's own blocks.
     blocks: tuple[IPAMBlock, ...] = ()
@@ -278,7 +283,7 @@ def wanted_sessions(me: Identity, snapshot: Snapshot, notes: Notes) -> list[Peer
         elif address in taken:
             notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {address} is the peer of {taken[address]} already")
         else:
-            peering, problem = peer_session(peer, address, port, me, snapshot.kernel, known)
+            peering, problem = peer_session(peer, address, port, me, snapshot, known)
             if problem:
                 notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {problem}")
             found[address], taken[address] = peering, peer.name
@@ -307,10 +312,12 @@ def mesh_enabled(configuration: BGPConfiguration | None) -> bool:
 
 
 def peer_session(
-    peer: BGPPeer, address: str, port: int, me: Identity, kernel: KernelState, known: Mapping[str, BGPFilter]
+    peer: BGPPeer, address: str, port: int, me: Identity, snapshot: Snapshot, known: Mapping[str, BGPFilter]
 ) -> tuple[Peering | None, str]:
     """The session that a BGPPeer asks for; None, and why, if it cannot have one. ``known`` are the filters by name."""
-    local, interface = local_end(address, me, kernel)
+    local, interface = local_end(address, me, snapshot.kernel)
+    if peer.spec.source_address == "UseNodeIP":
+        local = me.addresses.get(family_of(address), "")
     if not local:
         return None, f"this node has no address of the family of {address}"
     missing = [name for name in peer.spec.filters if name not in known]
@@ -320,24 +327,31 @@ def peer_session(
             f"create it, or take its name out of filters"
         )
     family = family_of(address)
-    external = peer.spec.as_number != me.local_as
+    local_as = peer.spec.local_as_number or me.local_as
+    external = peer.spec.as_number != local_as
+    secret, value = password_of(peer.spec.password, snapshot.cluster.secrets)
     rules = [known[name] for name in peer.spec.filters]
     session = Session(
         name=peer.name,
         address=address,
         port=port,
         local_address=local,
-        local_as=me.local_as,
+        local_as=local_as,
         peer_as=peer.spec.as_number,
         router_id=me.router_id,
         hold_time=peer.spec.hold_time,
         families=(family,),
+        passive=peer.spec.passive,
+        hops=peer.spec.ttl_security,
+        secret=secret,
+        password=value,
     )
     judged = Peer(
         address=address,
         name=peer.name,
         peer_as=peer.spec.as_number,
-        local_as=me.local_as,
+        local_as=local_as,
+        node_as=me.local_as,
         families=(family,),
         interface=interface,
         allowed_own_as=peer.spec.num_allowed_local_as_numbers,
@@ -348,6 +362,15 @@ def peer_session(
         imports=filters.compiled(rules, "import", external=external),
     )
     return Peering(session, judged, filters.compiled(rules, "export", external=external)), ""
+
+
+def password_of(password: BGPPassword | None, secrets: Iterable[Secret]) -> tuple[str, str]:
+    """Where the password is, in words, and its value in base64, "" if it is not there. Both "" if none is asked for."""
+    if password is None:
+        return "", ""
+    ref = password.secret_key_ref
+    value = next((s.data.get(ref.key, b"") for s in secrets if s.name == ref.name), b"")
+    return f"Secret {ref.name}, key {ref.key}", base64.b64encode(value).decode()
 
 
 def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peering]:

@@ -55,6 +55,8 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
     families: tuple[Family, ...]
     #: Interface that the peer is on, for link-local next hops; 0 where it is on none.
     interface: int = 0
+    #: The node's own AS, where ``local_as`` is another one for this peer alone; 0: it is not.
+    node_as: int = 0
     allowed_own_as: int = 0
     max_prefixes: int = 100_000
     #: Seconds that its routes may outlive its session, whatever it asks for itself.
@@ -196,7 +198,11 @@ def has_as_set(path: Attributes, context: Context) -> bool:
 
 
 def own_as_in_path(path: Attributes, context: Context) -> bool:
-    return path.as_path.count(context.peer.local_as) > context.peer.allowed_own_as
+    peer = context.peer
+    count = path.as_path.count(peer.local_as)
+    if peer.node_as not in (0, peer.local_as):
+        count += path.as_path.count(peer.node_as)
+    return count > peer.allowed_own_as
 
 
 def first_as_not_peer(path: Attributes, context: Context) -> bool:

@@ -16,7 +16,9 @@ from typing import Any, Final, TypeVar
 from msgspec.structs import replace
 
 from agent import lastgood
+from agent.config import NAMESPACE
 from agent.plan import Cluster, mesh_enabled
+from agent.secrets import Secrets
 from store.base import Store
 from store.clock import Clock
 from store.errors import NotFound, StoreError
@@ -49,7 +51,8 @@ T = TypeVar("T", bound=Resource)
 class View:
     """``cluster`` is the store's last complete word. ``on_change`` is called on the event loop whenever it may differ.
 
-    ``path`` is where the last good view is kept (``snapshot.json``).
+    ``path`` is where the last good view is kept (``snapshot.json``): passwords never are. ``namespace`` is that of the
+    Secrets that BGPPeers name.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class View:
         on_change: Callable[[], None],
         *,
         patience: float = PATIENCE,
+        namespace: str = NAMESPACE,
     ) -> None:
         self._store, self._node, self._clock, self._path = store, node, clock, path
         self._on_change, self._patience = on_change, patience
@@ -76,6 +80,7 @@ class View:
         self._filters = follow(BGPFilter)
         self._pools = follow(IPPool)
         self._nodes = follow(Node)
+        self._secrets = Secrets(store, namespace, clock, self._moved)
         self._cluster: Cluster | None = None
         self._kept: tuple[lastgood.Kept, ...] = ()
         self._good: dict[tuple[str, str], Resource] = {}
@@ -101,6 +106,7 @@ class View:
         async with asyncio.TaskGroup() as tasks:
             for informer in self._always():
                 tasks.create_task(informer.run())
+            tasks.create_task(self._secrets.run())
             tasks.create_task(self._follow_mesh())
             tasks.create_task(self._fall_back())
             tasks.create_task(self._keep())
@@ -132,12 +138,14 @@ class View:
         filters = {f.name: f for f in self._sane(self._filters.items.values(), standing)}
         peers = tuple(self._sane(self._peers.items.values(), standing, also=self._without_filter))
         self._keep_filters(peers, filters, standing)
+        self._secrets.want(frozenset(p.spec.password.secret_key_ref.name for p in peers if p.spec.password))
         return Cluster(
             node=self._own_node.items.get(self._node),
             nodes=tuple(n for n in self._nodes.items.values() if n.name != self._node) if mesh else (),
             configuration=configurations[0] if configurations else None,
             peers=peers,
             filters=tuple(filters.values()),
+            secrets=self._secrets.present(),
             pools=tuple(self._sane(self._pools.items.values(), standing)),
             blocks=tuple(self._blocks.items.values()),
             taken=self._taken,

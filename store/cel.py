@@ -34,6 +34,7 @@ from store.model import (
     PrefixLength,
     PrependASPath,
     Resource,
+    SecretKeyRef,
 )
 from store.validate import (
     COMMUNITY_PATTERN,
@@ -321,6 +322,19 @@ def _filter_fields(struct: type[FilterRule], version: int) -> dict[tuple[type, s
     }
 
 
+_PASSIVE = (
+    _rule(
+        "!has(self.passive) || !self.passive || !has(self.ttlSecurity) || self.ttlSecurity == 0",
+        "leave it out, or passive: peers that are waited for share one socket, and its TTL would hold for all",
+        at=".ttlSecurity",
+    ),
+    _rule(
+        "!has(self.passive) || !self.passive || !self.peerIP.matches(r'\\]:|^[^:]*:[^:]*$')",
+        "leave it out, or the port of peerIP: the peer connects to us, and its own port says nothing then",
+        at=".passive",
+    ),
+)
+
 #: Beside what the model's types say: the schema of a field, by the struct and its name on the wire.
 FIELDS: Mapping[tuple[type, str], Schema] = {
     (IPPoolSpec, "cidr"): _check(_CIDR, _ROUTED, _immutable("pool"), maxLength=_CIDR_LENGTH),
@@ -414,6 +428,21 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
         "items": _check(_CIDR, maxLength=_CIDR_LENGTH),
     },
     (BGPPeerSpec, "defaultRoute"): {"enum": ["Never", "Fallback"]},
+    (BGPPeerSpec, "sourceAddress"): {"enum": ["", "UseNodeIP", "None"]},
+    (BGPPeerSpec, "ttlSecurity"): {
+        "minimum": 0,
+        "maximum": 254,
+        "description": "Hops to the peer at most (GTSM, RFC 5082); 0 is any number.",
+    },
+    (BGPPeerSpec, "localASNumber"): _check(*_AS_NUMBER, minimum=1, maximum=4294967294),
+    (SecretKeyRef, "name"): _check(_NAME, maxLength=_NAME_LENGTH),
+    (SecretKeyRef, "key"): _check(
+        _rule(
+            "self.matches(r'^[A-Za-z0-9._-]+$') && self != '.' && self != '..'",
+            "a key has letters, digits, '-', '_' and '.'",
+        ),
+        maxLength=253,
+    ),
     (BGPPeerSpec, "filters"): {
         "maxItems": MAX_FILTERS,
         "x-kubernetes-list-type": "set",
@@ -441,7 +470,7 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
 #: Rules on a struct, where one field is measured by another.
 STRUCTS: Mapping[type, Schema] = {
     IPPoolSpec: _check(*_POOL),
-    BGPPeerSpec: _check(_ONE_WAY),
+    BGPPeerSpec: _check(_ONE_WAY, *_PASSIVE),
     FilterRuleV4: _filter_rule(4),
     FilterRuleV6: _filter_rule(6),
     FilterOperation: _check(

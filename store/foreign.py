@@ -30,6 +30,7 @@ _PRIORITY = (
     "a route's priority is not chosen by filter: imports have one metric below every foreign route's, and blocks are "
     "announced alike; leave it out, and prefer paths by prependASPath or on the router"
 )
+_KEEPALIVE = "it is a third of holdTime (RFC 4271, 4.4), which ExaBGP does not let be changed: set holdTime instead"
 _WORKLOADS = "BGP with pods is not served: leave it out"
 
 #: Kinds of theirs, with the remedy. A kind that is not here is only unknown.
@@ -124,20 +125,19 @@ UNSERVED: Mapping[type[Resource], Mapping[str, Unserved]] = {
         "spec.programClusterRoutes": Unserved(("Enabled",), "the agent always writes the routes: leave it out"),
     },
     BGPPeer: {
-        "spec.password": Unserved((), _PASSWORD),
+        "spec.password.secretKeyRef.optional": Unserved(
+            (False,), "a session that asks for a password has one: leave it out"
+        ),
         "spec.peerSelector": Unserved(("",), "peers are given by address (peerIP): write one peer for each address"),
         "spec.localWorkloadSelector": Unserved(("",), _WORKLOADS),
         "spec.keepOriginalNextHop": Unserved((False,), "every route goes out with the node as next hop: leave it out"),
         "spec.nextHopMode": Unserved(("Auto", "Self"), "every route goes out with the node as next hop: leave it out"),
-        "spec.sourceAddress": Unserved(
-            ("UseNodeIP",), "sessions begin at the node's own address: write UseNodeIP or leave it out"
+        "spec.reachableBy": Unserved(
+            ("",),
+            "a peer is on-link or reached by the routes that are there: give the node a route to it, and leave it out",
         ),
-        "spec.reachableBy": Unserved(("",), "a peer is on-link or reached by the routes that are there: leave it out"),
-        "spec.ttlSecurity": Unserved((0,), "TTL security is not served yet: leave it out"),
-        "spec.keepaliveTime": Unserved((), "it is a third of holdTime (RFC 4271): set holdTime instead"),
-        "spec.localASNumber": Unserved(
-            (), "a node has one AS number: set it by annotation on the Node (underlay.network/as-number)"
-        ),
+        "spec.keepaliveTime": Unserved((), _KEEPALIVE),
+        "spec.keepalive": Unserved((), _KEEPALIVE),
         "spec.reversePeering": Unserved(("Auto",), "a peer is not told to peer back: leave it out"),
         "spec.failureDetectionMode": Unserved(("None",), "BFD is not served: leave it out"),
     },

@@ -231,6 +231,17 @@ class BGPConfiguration(Resource, frozen=True, kw_only=True, tag="BGPConfiguratio
     spec: BGPConfigurationSpec = BGPConfigurationSpec()
 
 
+class SecretKeyRef(_Struct, frozen=True, kw_only=True):
+    """A value of a Secret in the namespace that the agent is told (``--namespace``)."""
+
+    name: str
+    key: str
+
+
+class BGPPassword(_Struct, frozen=True, kw_only=True):
+    secret_key_ref: SecretKeyRef
+
+
 class BGPPeerSpec(_Struct, frozen=True, kw_only=True):
     #: IPv4 or IPv6 address, optionally with port: ``10.0.0.1``, ``10.0.0.1:1179``, ``[fd00::1]:1179``.
     peer_ip: str = field(name="peerIP")
@@ -242,11 +253,22 @@ class BGPPeerSpec(_Struct, frozen=True, kw_only=True):
     num_allowed_local_as_numbers: int = field(default=0, name="numAllowedLocalASNumbers")
     #: How long a restarting peer's routes are kept, as "120s" or "2m".
     max_restart_time: str = "120s"
+    #: For TCP MD5 (RFC 2385). A missing one never means a session without one (R13).
+    password: BGPPassword | None = None
+    #: ``UseNodeIP``: the session begins at the node's InternalIP; ``None`` or nothing: at our address on the peer's
+    #: subnet, and at the InternalIP only where there is none.
+    source_address: str = ""
+    #: Hops to the peer at most, by the TTL of its packets (GTSM, RFC 5082); 0: as many as there are.
+    ttl_security: int = 0
+    #: Our AS number towards this peer, where it is not the node's.
+    local_as_number: int | None = field(default=None, name="localASNumber")
     #: BGPFilters by name: their rules hold one after the other, the first that matches decides.
     filters: tuple[str, ...] = ()
     # Ours from here on.
     #: Seconds; 3 is the least that ExaBGP keeps.
     hold_time: int = 9
+    #: Wait for the peer to connect, instead of connecting.
+    passive: bool = False
     #: Received prefixes, counted before filters, beyond which the peer is removed (R11).
     max_prefixes: int = 100_000
     import_cidrs: tuple[str, ...] = field(default=(), name="importCIDRs")

@@ -20,6 +20,7 @@ from store.model import (
     BGPConfiguration,
     BGPFilter,
     BGPPeer,
+    BGPPeerSpec,
     EndpointSlice,
     FilterRule,
     IPAMBlock,
@@ -174,6 +175,10 @@ def _is_name(text: str) -> bool:
     return len(text) <= 253 and _NAME.fullmatch(text) is not None
 
 
+def _is_secret_key(text: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text) is not None and text not in (".", "..")
+
+
 def _is_key(text: str) -> bool:
     """A qualified name: ``name`` or ``domain/name``."""
     prefix, slash, name = text.rpartition("/")
@@ -181,6 +186,7 @@ def _is_key(text: str) -> bool:
 
 
 _NAME_REMEDY = "write lower-case letters, digits, '-' and '.', beginning and ending with a letter or digit (RFC 1123)"
+_SECRET_KEY_REMEDY = "a key has letters, digits, '-', '_' and '.', at most 253 of them"
 _KEY_REMEDY = "write name or domain/name of letters, digits, '-', '_' and '.', the name at most 63 characters"
 
 
@@ -472,6 +478,7 @@ def _bgp_peer(peer: BGPPeer) -> Iterator[Problem]:
     if spec.max_prefixes < 1:
         yield Problem("spec.maxPrefixes", spec.max_prefixes, "write 1 or more: beyond it the peer is removed")
     yield from _cidrs("spec.importCIDRs", spec.import_cidrs)
+    yield from _session(spec)
     for i, name in enumerate(spec.filters):
         if not _is_name(name):
             yield Problem(f"spec.filters[{i}]", name, f"name a BGPFilter: {_NAME_REMEDY}")
@@ -482,6 +489,27 @@ def _bgp_peer(peer: BGPPeer) -> Iterator[Problem]:
     if spec.default_route not in ("Never", "Fallback"):
         remedy = "write Never, or Fallback for a default route below every other one"
         yield Problem("spec.defaultRoute", spec.default_route, remedy)
+
+
+def _session(spec: BGPPeerSpec) -> Iterator[Problem]:
+    if spec.password is not None:
+        ref = spec.password.secret_key_ref
+        if not _is_name(ref.name):
+            yield Problem("spec.password.secretKeyRef.name", ref.name, f"name a Secret: {_NAME_REMEDY}")
+        if not _is_secret_key(ref.key):
+            yield Problem("spec.password.secretKeyRef.key", ref.key, _SECRET_KEY_REMEDY)
+    if spec.source_address not in ("", "UseNodeIP", "None"):
+        yield Problem("spec.sourceAddress", spec.source_address, "write UseNodeIP or None, or leave it out")
+    if spec.local_as_number is not None:
+        yield from _as_number("spec.localASNumber", spec.local_as_number)
+    if not 0 <= spec.ttl_security <= 254:
+        yield Problem("spec.ttlSecurity", spec.ttl_security, "write 1..254, the hops to the peer at most, or 0 for any")
+    if spec.passive and spec.ttl_security:
+        remedy = "leave it out, or passive: peers that are waited for share one socket, and its TTL would hold for all"
+        yield Problem("spec.ttlSecurity", spec.ttl_security, remedy)
+    if spec.passive and re.search(r"\]:|^[^:]*:[^:]*$", spec.peer_ip):
+        remedy = "leave it out, or the port of peerIP: the peer connects to us, and its own port says nothing then"
+        yield Problem("spec.passive", True, remedy)
 
 
 def _bgp_filter(bgp_filter: BGPFilter) -> Iterator[Problem]:
@@ -647,8 +675,8 @@ def _event_time(field: str, text: str) -> Iterator[Problem]:
 
 def _secret(secret: Secret) -> Iterator[Problem]:
     for key in secret.data:
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", key) or key in (".", ".."):
-            yield Problem("data", key, "a key has letters, digits, '-', '_' and '.', at most 253 of them")
+        if not _is_secret_key(key):
+            yield Problem("data", key, _SECRET_KEY_REMEDY)
     if sum(map(len, secret.data.values())) > _SECRET_LIMIT:
         yield Problem("data", "(not shown)", f"all together hold at most {_SECRET_LIMIT} bytes")
 

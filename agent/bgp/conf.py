@@ -6,6 +6,7 @@ what is wrong with one, ``render`` is given only those that passed.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import ipaddress
 import re
@@ -15,6 +16,8 @@ from agent.bgp.model import Session
 from agent.bgp.wire import FAMILIES, MARK
 
 _PROCESS = "relay"
+#: Bytes of a TCP MD5 key (linux/tcp.h, TCP_MD5SIG_MAXKEYLEN).
+MD5_LENGTH = 80
 
 
 def problem(session: Session) -> str:
@@ -50,8 +53,31 @@ def problem(session: Session) -> str:
         return f"restart time {session.restart_time} s is not usable: 0 to 4095 (RFC 4724)"
     if not 1 <= session.port <= 65535:
         return f"port {session.port} is not usable: 1 to 65535"
+    if not 0 <= session.hops <= 254:
+        return f"hops {session.hops} are not usable: 1 to 254, or 0 for any"
+    if session.hops and session.passive:
+        return "a limit of hops does not go with waiting for the peer: its socket is every peer's"
+    if session.secret or session.password:
+        why = _password_problem(session)
+        if why:
+            return why
     if not session.families or any(f not in FAMILIES for f in session.families):
         return f"families {', '.join(session.families) or 'none'} are not usable: any of {', '.join(FAMILIES)}"
+    return ""
+
+
+def _password_problem(session: Session) -> str:
+    """Without its value, of course."""
+    if not session.password:
+        return f"no password: {session.secret} is not there, or the agent may not read it"
+    try:
+        value = base64.b64decode(session.password, validate=True)
+    except ValueError:
+        return f"the password ({session.secret}) is not in base64"
+    if not 1 <= len(value) <= MD5_LENGTH:
+        return f"the password ({session.secret}) has {len(value)} bytes: TCP MD5 takes 1 to {MD5_LENGTH}"
+    if any(byte < 32 or byte == 127 for byte in value):
+        return f"the password ({session.secret}) has a control character, perhaps a line's end: take it out"
     return ""
 
 
@@ -91,6 +117,12 @@ def _neighbor(session: Session, name: str) -> str:
         lines += ["passive true;", f"listen {session.port};"]
     elif session.port != 179:
         lines.append(f"connect {session.port};")
+    if session.hops:
+        # The least TTL that is let in; ours goes out with 255 then.
+        lines.append(f"incoming-ttl {256 - session.hops};")
+    if session.password:
+        # In base64, as any sign may stand in it.
+        lines += ["md5-base64 true;", f'md5-password "{session.password}";']
     families = " ".join(f"{f};" for f in sorted(session.families))
     restart = f"graceful-restart {session.restart_time};" if session.restart_time else "graceful-restart disable;"
     lines += [

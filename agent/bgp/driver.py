@@ -365,10 +365,15 @@ class Driver:
             problem = conf.problem(session)
             if problem:
                 refused[address] = problem
-            chosen = self._good.get(address) if problem else session
+            chosen = self._last_good(session) if problem else session
             if chosen is not None:
                 usable[address] = chosen
         return usable, refused
+
+    def _last_good(self, session: Session) -> Session | None:
+        """What this peer had last; never one without a password where one is asked for (R13)."""
+        last = self._good.get(session.address)
+        return None if last is not None and session.secret and not last.password else last
 
     async def _alone(self, usable: dict[str, Session], refused: dict[str, str], command: Sequence[str]) -> None:
         """ExaBGP sees something wrong that we do not: shows it each session alone, to find whose it is."""
@@ -377,7 +382,7 @@ class Driver:
             if not problem:
                 continue
             refused[address] = problem
-            last = self._good.get(address)
+            last = self._last_good(session)
             if last is None or last == session or await self._problem({address: last}, command):
                 del usable[address]
             else:
@@ -387,7 +392,11 @@ class Driver:
         temporary = self._folder / "exabgp.conf.check"
         _write(temporary, conf.render(sessions.values(), command).encode())
         try:
-            return await self._validate(temporary)
+            problem = await self._validate(temporary)
+            for session in sessions.values():
+                if session.password:  # what ExaBGP says may repeat the line, and people see it
+                    problem = problem.replace(session.password, "(not shown)")
+            return problem
         finally:
             temporary.unlink(missing_ok=True)
 

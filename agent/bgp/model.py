@@ -28,6 +28,15 @@ class Session(msgspec.Struct, frozen=True, kw_only=True, order=True):
     restart_time: int = 60
     #: Wait for the peer to connect instead of connecting (mesh: one of the two sides).
     passive: bool = False
+    #: Hops to the peer at most, by the TTL of its packets (RFC 5082); 0: any number.
+    hops: int = 0
+    #: Where the password is, for people; "" for a session without one.
+    secret: str = ""
+    #: For TCP MD5 (RFC 2385), in base64; "" where ``secret`` says that there is one: it is not known (R13).
+    password: str = ""
+
+    def __repr__(self) -> str:
+        return f"Session({self.name}, {self.address}{', password not shown' if self.password else ''})"
 
 
 class Announcement(msgspec.Struct, frozen=True, kw_only=True, order=True):

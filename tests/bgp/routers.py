@@ -43,6 +43,9 @@ class Router:
         graceful: bool = True,
         families: Iterable[str] = ("4", "6"),
         passive: bool = False,
+        password: str = "",
+        ttl_security: bool = False,
+        node_as: int = NODE_AS,
     ) -> None:
         raise NotImplementedError
 
@@ -76,19 +79,24 @@ class Bird(Router):
         graceful: bool = True,
         families: Iterable[str] = ("4", "6"),
         passive: bool = False,
+        password: str = "",
+        ttl_security: bool = False,
+        node_as: int = NODE_AS,
     ) -> None:
         """Announces ``routes``; both families on both sessions."""
         routes = list(routes)
         four = "".join(f"  route {r} blackhole;\n" for r in routes if ":" not in r)
         six = "".join(f"  route {r} blackhole;\n" for r in routes if ":" in r)
         restart = "graceful restart on; graceful restart time 60;" if graceful else "graceful restart off;"
+        secure = f'password "{password}";' if password else ""
+        secure += " ttl security on;" if ttl_security else ""
         channels = "".join(
             f"  ipv{f} {{ import all; export where source = RTS_STATIC; next hop self; }};\n" for f in "46"
         )
         sessions = "".join(
-            f"protocol bgp node{f} {{\n  local {local} as {TOR_AS};\n  neighbor {peer} as {NODE_AS};\n  direct;\n"
+            f"protocol bgp node{f} {{\n  local {local} as {TOR_AS};\n  neighbor {peer} as {node_as};\n  direct;\n"
             f"  hold time 9;\n  connect delay time 1; connect retry time 1; error wait time 1,2;\n"
-            f"  {'passive on;' if passive else ''} {restart}\n{channels}}}\n"
+            f"  {'passive on;' if passive else ''} {restart} {secure}\n{channels}}}\n"
             for f, local, peer in (("4", TOR4, NODE4), ("6", TOR6, NODE6))
             if f in families
         )
@@ -158,6 +166,9 @@ class Frr(Router):
         graceful: bool = True,
         families: Iterable[str] = ("4", "6"),
         passive: bool = False,
+        password: str = "",
+        ttl_security: bool = False,
+        node_as: int = NODE_AS,
     ) -> None:
         routes = list(routes)
         lines = ["log file " + str(self.folder / "frr.log"), f"router bgp {TOR_AS}", f" bgp router-id {TOR4}"]
@@ -166,9 +177,11 @@ class Frr(Router):
         lines += [" bgp graceful-restart"] if graceful else [" bgp graceful-restart-disable"]
         peers = [p for f, p in (("4", NODE4), ("6", NODE6)) if f in families]
         for peer in peers:
-            lines += [f" neighbor {peer} remote-as {NODE_AS}", f" neighbor {peer} timers 3 9"]
+            lines += [f" neighbor {peer} remote-as {node_as}", f" neighbor {peer} timers 3 9"]
             lines += [f" neighbor {peer} timers connect 1", f" neighbor {peer} advertisement-interval 0"]
             lines += [f" neighbor {peer} passive"] if passive else []
+            lines += [f" neighbor {peer} password {password}"] if password else []
+            lines += [f" neighbor {peer} ttl-security hops 1"] if ttl_security else []
         for family in "46":
             lines += [f" address-family ipv{family} unicast"]
             lines += [f"  network {r}" for r in routes if (":" in r) == (family == "6")]

@@ -222,6 +222,16 @@ BAD: dict[str, Case] = {
     **{f"peer imports {c!r}": peer(importCIDRs=[c]) for c in (*NOT_CANONICAL, "10.0.0.1", "")},
     **{f"peer default route {d!r}": peer(defaultRoute=d) for d in ("Always", "never", "")},
     **{f"peer filters {f}": peer(filters=f) for f in (["A"], ["a", "a"], [""], [f"f{i}" for i in range(17)])},
+    **{f"peer ttl {n}": peer(ttlSecurity=n) for n in (-1, 255, "1")},
+    "peer ttl and passive": peer(ttlSecurity=1, passive=True),
+    **{f"passive peer {ip}": peer(ip, passive=True) for ip in ("10.0.0.1:1179", "[fd00::1]:179")},
+    **{f"peer source {s!r}": peer(sourceAddress=s) for s in ("Any", "usenodeip")},
+    **{f"peer local AS {n}": peer(localASNumber=n) for n in (0, 23456, 65535, 4294967295)},
+    **{
+        f"peer password {r}": peer(password={"secretKeyRef": r})
+        for r in ({"name": "A", "key": "k"}, {"name": "s", "key": "a b"}, {"name": "s"}, {"name": "s", "key": ".."})
+    },
+    "peer password of nothing": peer(password={}),
     "rule without action": Case(BGPFilter, "filter", {"exportV6": [{}]}),
     "too many rules": Case(BGPFilter, "filter", {"exportV6": [{"action": "Accept"}] * 129}),
     **{f"rule action {a!r}": rule(action=a) for a in ("accept", "", 1)},
@@ -358,6 +368,12 @@ GOOD: dict[str, Case] = {
         numAllowedLocalASNumbers=10, holdTime=3, maxPrefixes=1, importCIDRs=["fd00::/8"], defaultRoute="Fallback"
     ),
     **{f"peer filters {f}": peer(filters=f) for f in ([], ["a", "b.c"])},
+    "peer in every way": peer(
+        "fd00::1", passive=True, ttlSecurity=0, sourceAddress="UseNodeIP", localASNumber=4294967294
+    ),
+    "passive peer": peer(passive=True),
+    "peer not passive with port": peer("10.0.0.1:1179", passive=False, ttlSecurity=254, sourceAddress=""),
+    "peer password": peer(password={"secretKeyRef": {"name": "tor.a", "key": "A_b-1."}}),
     "filter without spec": Case(BGPFilter, "filter", None),
     "filter of nothing": Case(BGPFilter, "filter", {}),
     "rule of nothing": rule(),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 from msgspec.structs import replace
 
 from agent.status import StatusWriter
@@ -280,6 +281,21 @@ def test_without_the_optional_role_the_cni_server_sees_no_pod_and_does_all_else(
         if resource not in ("pods", "namespaces"):
             for verb in verbs:
                 use(installed, CNI, resource, verb)
+
+
+def test_the_role_of_the_docs_lets_the_agent_follow_one_secret_and_no_other(installed: Installed) -> None:
+    cluster, token = installed.cluster, installed.tokens[AGENT, "node-1"]
+    root = f"/api/v1/namespaces/{NAMESPACE}/secrets"
+    for name in ("tor-passwords", "other"):
+        cluster.request("POST", root, {"metadata": {"name": name}, "stringData": {"tor-1": "hunter2"}})
+    one = f"{root}?fieldSelector=metadata.name%3Dtor-passwords"
+    assert status_of(cluster, one, token=token) == 403
+    text = (Path(__file__).parents[2] / "docs/bgp.md").read_text().partition("## Passwords")[2]
+    cluster.apply(list(yaml.safe_load_all(text.split("```")[1])))
+    eventually(lambda: status_of(cluster, one, token=token) == 200)
+    assert status_of(cluster, f"{one}&watch=true", token=token) == 200
+    for other in (root, f"{root}/other", f"{root}?fieldSelector=metadata.name%3Dother", "/api/v1/secrets"):
+        assert status_of(cluster, other, token=token) == 403
 
 
 def test_our_namespace_takes_pods_that_work_in_the_nodes_network(cluster: Cluster) -> None:

@@ -208,9 +208,10 @@ def test_fields_of_the_kinds_are_in_the_docs() -> None:
     """Each field of a spec that people write is in its page's table, and no other."""
     import msgspec
 
-    from store.model import BGPConfigurationSpec, BGPPeerSpec, IPPoolSpec
+    from store.model import BGPConfigurationSpec, BGPFilterSpec, BGPPeerSpec, FilterOperation, FilterRuleV4, IPPoolSpec
 
-    for spec, page in ((IPPoolSpec, "addresses"), (BGPConfigurationSpec, "bgp"), (BGPPeerSpec, "bgp")):
+    bgp = (BGPConfigurationSpec, BGPPeerSpec, BGPFilterSpec, FilterRuleV4, FilterOperation)
+    for spec, page in ((IPPoolSpec, "addresses"), *((spec, "bgp") for spec in bgp)):
         text = (ROOT / f"docs/{page}.md").read_text()
         for field in msgspec.structs.fields(spec):
             assert f"`{field.encode_name}" in text, (

@@ -115,7 +115,7 @@ spec:
     assert configuration.spec.node_to_node_mesh_enabled is False
     assert isinstance(peer, BGPPeer)
     assert peer.spec.peer_ip == "[fd00::1]:1179"
-    left_out = {"logSeverityScreen", "serviceClusterIPs", "listenPort", "keepOriginalNextHop", "sourceAddress"}
+    left_out = {"logSeverityScreen", "serviceClusterIPs", "listenPort", "keepOriginalNextHop"}
     stamps = ["metadata.uid", "metadata.creationTimestamp"]
     said = [note.split(": ")[1].split()[0] for note in notes]
     assert sorted(said) == sorted([*(f"spec.{field}" for field in left_out), *stamps, "spec.allowedUses"])
@@ -252,13 +252,13 @@ def test_a_pools_fields(field: str, why: str) -> None:
 @pytest.mark.parametrize(
     ("field", "why"),
     [
-        ("password: {secretKeyRef: {name: a, key: b}}", "not served yet"),
+        ("password: {secretKeyRef: {name: A, key: b}}", "name a Secret"),
         ("filters: [Deny]", "name a BGPFilter"),
         ("peerSelector: has(rr)", "peerIP"),
         ("keepOriginalNextHop: true", "next hop"),
-        ("ttlSecurity: 1", "not served yet"),
-        ("sourceAddress: None", "UseNodeIP"),
-        ("localASNumber: 65000", "annotation"),
+        ("ttlSecurity: 300", "1..254"),
+        ("sourceAddress: Any", "UseNodeIP"),
+        ("localASNumber: 65535", "reserved"),
         ("asnumber: 65001", "did you mean asNumber"),
         ("holdTime: 1", "3..65535"),
     ],

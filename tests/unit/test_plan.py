@@ -19,7 +19,17 @@ from cni.marks import (
     PROTO_IMPORTS,
     PROTO_PODS,
 )
-from store.model import AddCommunity, Allocation, FilterOperation, FilterRuleV4, PrependASPath
+from store.model import (
+    AddCommunity,
+    Allocation,
+    BGPPassword,
+    FilterOperation,
+    FilterRuleV4,
+    Meta,
+    PrependASPath,
+    Secret,
+    SecretKeyRef,
+)
 from tests.agent_fakes import FakeKernel, bgp_filter, bgp_peer, block, cluster, configuration, node, pool
 
 V4, V6 = "ipv4 unicast", "ipv6 unicast"
@@ -193,6 +203,32 @@ def test_import_rules_reach_the_rib_with_the_interfaces_they_ask_for() -> None:
     wanted = plan(snapshot(cluster=at, rib=rib_with(told, cluster=at)))
     assert wanted.selection.best == {"10.244.8.0/26": (NextHop("10.0.2.0", 3),)}
     assert wanted.selection.refused["10.0.1.0"] == {"10.244.8.0/26": Refusal.RejectedByFilter}
+
+
+def test_what_a_peer_says_of_its_session() -> None:
+    peers = (
+        bgp_peer("a", "10.0.1.0", local_as_number=64999, ttl_security=1),
+        bgp_peer("b", "10.0.2.0", source_address="UseNodeIP", passive=True),
+        bgp_peer("c", "fd00:0:2::", source_address="None"),
+    )
+    wanted = plan(snapshot(cluster=cluster(peers=peers)))
+    assert wanted.sessions is not None
+    assert {(s.name, s.local_as, s.local_address, s.hops, s.passive) for s in wanted.sessions} == {
+        ("a", 64999, "10.0.1.1", 1, False),
+        ("b", 65100, "10.0.1.1", 0, True),
+        ("c", 65100, "fd00:0:2::1", 0, False),
+    }
+    assert [(p.name, p.local_as, p.node_as) for p in wanted.peers if p.name == "a"] == [("a", 64999, 65100)]
+
+
+def test_a_password_comes_from_its_secret_and_is_asked_for_without() -> None:
+    ref = BGPPassword(secret_key_ref=SecretKeyRef(name="tor", key="password"))
+    peers = (bgp_peer("a", "10.0.1.0", password=ref),)
+    tor = Secret(metadata=Meta(name="tor", namespace="underlay-system"), data={"password": b"hunter2", "other": b"x"})
+    for secrets, value in (((tor,), "aHVudGVyMg=="), ((replace(tor, data={"other": b"x"}),), ""), ((), "")):
+        wanted = plan(snapshot(cluster=cluster(peers=peers, secrets=secrets)))
+        assert wanted.sessions is not None
+        assert [(s.secret, s.password) for s in wanted.sessions] == [("Secret tor, key password", value)]
 
 
 def test_the_as_number_is_the_node_s_or_the_cluster_s_or_the_default() -> None:

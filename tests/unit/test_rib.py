@@ -134,6 +134,15 @@ def test_import(received: Received, expected: Refusal | tuple[NextHop, ...]) -> 
     assert verdict(received) == expected
 
 
+def test_the_node_s_own_as_counts_too_where_the_session_has_another() -> None:
+    with_local = peer(local_as=64999, node_as=US)
+    assert verdict(route(as_path=(TOR, US)), peers=(with_local,)) is Refusal.OwnASInPath
+    assert verdict(route(as_path=(TOR, 64999)), peers=(with_local,)) is Refusal.OwnASInPath
+    allowed = peer(local_as=64999, node_as=US, allowed_own_as=1)
+    assert verdict(route(as_path=(TOR, US)), peers=(allowed,)) == (NextHop(A, 2),)
+    assert verdict(route(as_path=(TOR, US, 64999)), peers=(allowed,)) is Refusal.OwnASInPath
+
+
 #: Accepts everything, in words; and nothing.
 ALL = Filter(v4=(Rule(name="all", accept=True),), v6=(Rule(name="all", accept=True),))
 NOTHING = Filter(v4=(Rule(name="none", accept=False),), v6=(Rule(name="none", accept=False),))

@@ -16,6 +16,7 @@ from store.model import (
     BGPConfigurationSpec,
     BGPFilter,
     BGPFilterSpec,
+    BGPPassword,
     BGPPeer,
     BGPPeerSpec,
     CommunityMatch,
@@ -38,6 +39,7 @@ from store.model import (
     PrefixLength,
     PrependASPath,
     Resource,
+    SecretKeyRef,
     block_name,
 )
 from store.validate import block_size, duration, overlaps, peer_address, validate, validate_against
@@ -297,6 +299,22 @@ def test_a_peer() -> None:
     refused(peer(max_prefixes=0), "spec.maxPrefixes", "1 or more")
     refused(peer(default_route="Always"), "spec.defaultRoute", "Fallback")
     refused(peer(import_cidrs=("10.0.0.0/8", "fd00::1/8")), "spec.importCIDRs[1]", "write fd00::/8")
+    refused(peer(ttl_security=255), "spec.ttlSecurity", "1..254")
+    refused(peer(ttl_security=1, passive=True), "spec.ttlSecurity", "share one socket")
+    refused(peer(peer_ip="10.0.0.1:1179", passive=True), "spec.passive", "connects to us")
+    refused(peer(peer_ip="[fd00::1]:1179", passive=True), "spec.passive", "connects to us")
+    assert validate(peer(peer_ip="fd00::1", passive=True)) == ()
+    refused(peer(source_address="Any"), "spec.sourceAddress", "UseNodeIP")
+    refused(peer(local_as_number=0), "spec.localASNumber", "1..4294967294")
+    for name, key, field in (
+        ("A", "k", "name"),
+        ("", "k", "name"),
+        ("s", "", "key"),
+        ("s", "a b", "key"),
+        ("s", "..", "key"),
+    ):
+        ref = BGPPassword(secret_key_ref=SecretKeyRef(name=name, key=key))
+        refused(peer(password=ref), f"spec.password.secretKeyRef.{field}", "")
     refused(peer(filters=("deny", "De_ny")), "spec.filters[1]", "name a BGPFilter")
     refused(peer(filters=("deny", "deny")), "spec.filters", "once")
     refused(peer(filters=tuple(f"f{i}" for i in range(17))), "spec.filters", "at most 16")

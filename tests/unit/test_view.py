@@ -18,7 +18,16 @@ from store.base import Store
 from store.clock import SystemClock
 from store.errors import Unavailable
 from store.memory import MemoryStore
-from store.model import BGPFilter, BGPNodeStatus, BGPNodeStatusStatus
+from store.model import (
+    BGPFilter,
+    BGPNodeStatus,
+    BGPNodeStatusStatus,
+    BGPPassword,
+    BGPPeer,
+    Meta,
+    Secret,
+    SecretKeyRef,
+)
 from tests.agent_fakes import bgp_filter, bgp_peer, block, configuration, node, pool
 
 
@@ -190,6 +199,32 @@ def test_a_deleted_filter_stands_as_long_as_a_peer_names_it_also_after_a_restart
             stored = await store.update(replace(stored, spec=replace(stored.spec, filters=())))
             after = await until(view, lambda c: not c.standing)
             assert [f.name for f in after.filters] == ["typo"]
+
+    run(main())
+
+
+def test_a_password_is_followed_by_name_and_kept_on_no_disk(tmp_path: Path) -> None:
+    async def main() -> None:
+        store, path = await filled(), tmp_path / "snapshot.json"
+        ref = BGPPassword(secret_key_ref=SecretKeyRef(name="tor", key="password"))
+        await store.create(bgp_peer("secured", "10.0.2.0", password=ref))
+        async with viewing(store, path) as view:
+            assert (await until(view, lambda c: c.live)).secrets == ()
+            place = Meta(name="tor", namespace="underlay-system")
+            stored = await store.create(Secret(metadata=place, data={"password": b"hunter2"}))
+            found = await until(view, lambda c: c.secrets)
+            assert [s.data for s in found.secrets] == [{"password": b"hunter2"}]
+            await store.update(replace(stored, data={"password": b"hunter3"}))
+            await until(view, lambda c: [s.data for s in c.secrets] == [{"password": b"hunter3"}])
+            await store.delete(Secret, "underlay-system/tor")
+            await until(view, lambda c: not c.secrets)
+            await until(view, lambda _: path.exists() and "secured" in path.read_text())
+            assert "hunter" not in path.read_text()
+            await store.create(Secret(metadata=place, data={"password": b"hunter4"}))
+            await until(view, lambda c: c.secrets)
+            peer = await store.get(BGPPeer, "secured")
+            await store.update(replace(peer, spec=replace(peer.spec, password=None)))
+            await until(view, lambda c: not c.secrets)
 
     run(main())
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ def session(**changes: Any) -> Session:
     return Session(**{**values, **changes})
 
 
+def secret(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -47,6 +52,12 @@ def session(**changes: Any) -> Session:
         ({"restart_time": 4096}, "restart time"),
         ({"port": 0}, "port"),
         ({"families": ()}, "families"),
+        ({"hops": 255}, "hops"),
+        ({"hops": 1, "passive": True}, "socket"),
+        ({"secret": "Secret s, key k"}, "Secret s, key k is not there"),
+        ({"secret": "Secret s, key k", "password": secret(b"line\n")}, "a line's end"),
+        ({"secret": "Secret s, key k", "password": secret(b"x" * 81)}, "1 to 80"),
+        ({"secret": "Secret s, key k", "password": "?"}, "base64"),
         ({"families": ("ipv4 multicast",)}, "families"),
     ],
 )
@@ -60,6 +71,10 @@ GOOD = [
     session(address="10.0.1.4", passive=True, restart_time=0, hold_time=3),
     session(address="10.0.1.5", port=1179, local_as=4_200_000_000, peer_as=4_200_000_001),
     session(address="fd00::2", local_address="fd00::1", hold_time=65535),
+    session(address="10.0.1.6", hops=1),
+    session(address="10.0.1.7", hops=254, secret="s", password=secret(b'a"b; \\}{' + b"x" * 70)),
+    # Nothing but digits and a to f, which ExaBGP might take for another writing.
+    session(address="10.0.1.8", secret="s", password=secret(b"deadbeef01")),
 ]
 
 
@@ -99,3 +114,12 @@ def test_no_name_breaks_out_of_its_description(name: str) -> None:
     plain = conf.render([session()], COMMAND).splitlines()
     assert len(lines) == len(plain)
     assert sum(line.count("{") for line in lines) == sum(line.count("{") for line in plain)
+
+
+def test_a_password_is_shown_to_nobody() -> None:
+    made = session(secret="Secret s, key k", password=secret(b"hunter2"))
+    assert secret(b"hunter2") not in repr(made)
+    assert conf.problem(made) == ""
+    for bad in (b"hunter2\n", b"hunter2" * 12):
+        assert "hunter2" not in conf.problem(session(secret="s", password=secret(bad)))
+        assert secret(bad) not in conf.problem(session(secret="s", password=secret(bad)))
