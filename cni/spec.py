@@ -46,7 +46,7 @@ CHECK_FAILED: Final = 101
 INTERFACE_EXISTS: Final = 102
 #: A defect of ours; the server's log has the rest.
 INTERNAL: Final = 103
-#: The attachment was deleted before: a container id is not used twice (R7).
+#: The attachment's DEL has overtaken this ADD (R7).
 DELETED: Final = 104
 
 # Section 2, "Parameters", and Section 1 for the network's name: one rule for both.
