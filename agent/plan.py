@@ -60,7 +60,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     """What the store says, as far as this node is concerned."""
 
     node: Node | None = None
-    #: The others; only where the mesh is on.
+    #: The others; only where the mesh is on, or a BGPPeer has a peerSelector.
     nodes: tuple[Node, ...] = ()
     configuration: BGPConfiguration | None = None
     peers: tuple[BGPPeer, ...] = ()
@@ -275,18 +275,19 @@ def wanted_sessions(me: Identity, snapshot: Snapshot, notes: Notes) -> list[Peer
     known = {f.name: f for f in snapshot.cluster.filters if usable(f, notes)}
     taken: dict[str, str] = {}
     for peer in sorted(snapshot.cluster.peers, key=lambda p: p.name):
-        if not usable(peer, notes) or not selects(peer, snapshot.cluster.node):
+        if not usable(peer, notes):
             continue
-        address, port = peer_address(peer.spec.peer_ip)
-        if address in own:
-            notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {address} is an address of this node itself")
-        elif address in taken:
-            notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {address} is the peer of {taken[address]} already")
-        else:
-            peering, problem = peer_session(peer, address, port, me, snapshot, known)
-            if problem:
-                notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {problem}")
-            found[address], taken[address] = peering, peer.name
+        for at in remote_ends(peer, me, snapshot):
+            if at.address in own:
+                notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {at.address} is an address of this node itself")
+            elif at.address in taken:
+                owner = taken[at.address]
+                notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {at.address} is the peer of {owner} already")
+            else:
+                peering, problem = peer_session(peer, at, me, snapshot, known)
+                if problem:
+                    notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {problem}")
+                found[at.address], taken[at.address] = peering, peer.name
     if mesh_enabled(snapshot.cluster.configuration):
         if len(snapshot.cluster.nodes) >= MESH_LIMIT:
             count = len(snapshot.cluster.nodes) + 1
@@ -307,49 +308,89 @@ def selects(peer: BGPPeer, node: Node | None) -> bool:
     return not peer.spec.node_selector or parse_selector(peer.spec.node_selector).matches(node.metadata.labels)
 
 
+class RemoteEnd(NamedTuple):
+    """Where a session of a BGPPeer ends. ``name`` is that of the session."""
+
+    name: str
+    address: str
+    port: int
+    peer_as: int
+    passive: bool
+    #: It ends at another node, which expects ours at this node's InternalIP.
+    is_node: bool = False
+
+
+def remote_ends(peer: BGPPeer, me: Identity, snapshot: Snapshot) -> Iterable[RemoteEnd]:
+    """Whom this node peers with by this BGPPeer: its address, or the nodes that it selects, and those that it has peer
+    with this one (Calico's reversePeering: Auto)."""
+    spec, cluster, here = peer.spec, snapshot.cluster, snapshot.cluster.node
+    if here is None:
+        return
+    if not spec.peer_selector:
+        if selects(peer, here):
+            address, port = peer_address(spec.peer_ip)
+            yield RemoteEnd(peer.name, address, port, spec.as_number, spec.passive)
+        return
+    chosen = parse_selector(spec.peer_selector)
+    for node in sorted(cluster.nodes, key=lambda n: n.name):
+        forth = selects(peer, here) and chosen.matches(node.metadata.labels)
+        back = selects(peer, node) and chosen.matches(here.metadata.labels)
+        peer_as = node_as(node, cluster.configuration)
+        if (forth or back) and not as_number_problem(peer_as):
+            for family, address in node_addresses(node).items():
+                if family in me.addresses:
+                    name = f"{peer.name}-{node.name}"
+                    yield RemoteEnd(name, address, 179, peer_as, waits(me.name, node.name), is_node=True)
+
+
+def waits(here: str, there: str) -> bool:
+    """Of two nodes the one whose name sorts first connects, the other waits."""
+    return here > there
+
+
 def mesh_enabled(configuration: BGPConfiguration | None) -> bool:
     return (configuration.spec if configuration else BGPConfigurationSpec()).node_to_node_mesh_enabled
 
 
 def peer_session(
-    peer: BGPPeer, address: str, port: int, me: Identity, snapshot: Snapshot, known: Mapping[str, BGPFilter]
+    peer: BGPPeer, at: RemoteEnd, me: Identity, snapshot: Snapshot, known: Mapping[str, BGPFilter]
 ) -> tuple[Peering | None, str]:
     """The session that a BGPPeer asks for; None, and why, if it cannot have one. ``known`` are the filters by name."""
-    local, interface = local_end(address, me, snapshot.kernel)
-    if peer.spec.source_address == "UseNodeIP":
-        local = me.addresses.get(family_of(address), "")
+    local, interface = local_end(at.address, me, snapshot.kernel)
+    if at.is_node or peer.spec.source_address == "UseNodeIP":
+        local = me.addresses.get(family_of(at.address), "")
     if not local:
-        return None, f"this node has no address of the family of {address}"
+        return None, f"this node has no address of the family of {at.address}"
     missing = [name for name in peer.spec.filters if name not in known]
     if missing:
         return None, (
             f"there is no usable BGPFilter {', '.join(missing)}: without its filters the session stays down; "
             f"create it, or take its name out of filters"
         )
-    family = family_of(address)
+    family = family_of(at.address)
     local_as = peer.spec.local_as_number or me.local_as
-    external = peer.spec.as_number != local_as
+    external = at.peer_as != local_as
     secret, value = password_of(peer.spec.password, snapshot.cluster.secrets)
     rules = [known[name] for name in peer.spec.filters]
     session = Session(
-        name=peer.name,
-        address=address,
-        port=port,
+        name=at.name,
+        address=at.address,
+        port=at.port,
         local_address=local,
         local_as=local_as,
-        peer_as=peer.spec.as_number,
+        peer_as=at.peer_as,
         router_id=me.router_id,
         hold_time=peer.spec.hold_time,
         families=(family,),
-        passive=peer.spec.passive,
+        passive=at.passive,
         hops=peer.spec.ttl_security,
         secret=secret,
         password=value,
     )
     judged = Peer(
-        address=address,
-        name=peer.name,
-        peer_as=peer.spec.as_number,
+        address=at.address,
+        name=at.name,
+        peer_as=at.peer_as,
         local_as=local_as,
         node_as=me.local_as,
         families=(family,),
@@ -374,7 +415,7 @@ def password_of(password: BGPPassword | None, secrets: Iterable[Secret]) -> tupl
 
 
 def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peering]:
-    """Sessions to another node. Of two nodes the one whose name sorts first connects, the other waits."""
+    """Sessions to another node."""
     peer_as = node_as(node, snapshot.cluster.configuration)
     if as_number_problem(peer_as):
         return
@@ -393,7 +434,7 @@ def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peer
                 peer_as=peer_as,
                 router_id=me.router_id,
                 families=(family,),
-                passive=me.name > node.name,
+                passive=waits(me.name, node.name),
             ),
             Peer(
                 address=address,

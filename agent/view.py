@@ -1,7 +1,7 @@
 """What the store says of this node, kept up to date: the Cluster part of each Snapshot.
 
 Watches stay local: this node's blocks and Node object, pools, BGPConfiguration, BGPPeers, BGPFilters; the other nodes
-only while the mesh is on.
+only while the mesh is on, or a BGPPeer has a peerSelector.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class View:
         self._good: dict[tuple[str, str], Resource] = {}
         self._taken: frozenset[str] = frozenset()
         self._questioned: frozenset[str] = frozenset()
-        self._mesh_wanted = asyncio.Event()
+        self._nodes_wanted = asyncio.Event()
         self._unsaved = asyncio.Event()
         self._asked = asyncio.Event()
 
@@ -107,17 +107,18 @@ class View:
             for informer in self._always():
                 tasks.create_task(informer.run())
             tasks.create_task(self._secrets.run())
-            tasks.create_task(self._follow_mesh())
+            tasks.create_task(self._follow_nodes())
             tasks.create_task(self._fall_back())
             tasks.create_task(self._keep())
             tasks.create_task(self._ask_owners())
 
     def _moved(self) -> None:
         configuration = self._configurations.items.get("default")
-        if self._configurations.synced and mesh_enabled(configuration):
-            self._mesh_wanted.set()
+        selected = any(peer.spec.peer_selector for peer in self._peers.items.values())
+        if self._configurations.synced and (selected or mesh_enabled(configuration)):
+            self._nodes_wanted.set()
         else:
-            self._mesh_wanted.clear()
+            self._nodes_wanted.clear()
         if self._complete():
             self._cluster = self._read(configuration)
             self._unsaved.set()
@@ -128,11 +129,11 @@ class View:
         return [self._own_node, self._blocks, *bgp, self._pools]
 
     def _complete(self) -> bool:
-        needed = self._always() + ([self._nodes] if self._mesh_wanted.is_set() else [])
+        needed = self._always() + ([self._nodes] if self._nodes_wanted.is_set() else [])
         return all(informer.synced for informer in needed)
 
     def _read(self, configuration: BGPConfiguration | None) -> Cluster:
-        mesh = self._mesh_wanted.is_set()
+        with_nodes = self._nodes_wanted.is_set()
         standing: dict[str, str] = {}
         configurations = tuple(self._sane([configuration] if configuration else [], standing))
         filters = {f.name: f for f in self._sane(self._filters.items.values(), standing)}
@@ -141,7 +142,7 @@ class View:
         self._secrets.want(frozenset(p.spec.password.secret_key_ref.name for p in peers if p.spec.password))
         return Cluster(
             node=self._own_node.items.get(self._node),
-            nodes=tuple(n for n in self._nodes.items.values() if n.name != self._node) if mesh else (),
+            nodes=tuple(n for n in self._nodes.items.values() if n.name != self._node) if with_nodes else (),
             configuration=configurations[0] if configurations else None,
             peers=peers,
             filters=tuple(filters.values()),
@@ -194,13 +195,13 @@ class View:
             (o.kind(), o.name): o for o in self._kept if isinstance(o, BGPPeer | BGPFilter) and not validate(o)
         }
 
-    async def _follow_mesh(self) -> None:
-        """Watches the other nodes as long as the mesh is on."""
+    async def _follow_nodes(self) -> None:
+        """Watches the other nodes as long as the mesh is on, or a BGPPeer selects peers among them."""
         while True:
-            await self._mesh_wanted.wait()
+            await self._nodes_wanted.wait()
             task = asyncio.create_task(self._nodes.run())
             try:
-                while self._mesh_wanted.is_set() and not task.done():
+                while self._nodes_wanted.is_set() and not task.done():
                     await asyncio.wait({task}, timeout=1.0)
                 if task.done():
                     task.result()

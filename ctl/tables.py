@@ -154,8 +154,8 @@ COLUMNS: dict[type[Resource], Sequence[Column]] = {
         Column("IMPORTS", lambda c: listed(c.spec.import_cidrs)),
     ),
     BGPPeer: (
-        Column("PEER", lambda p: p.spec.peer_ip),
-        Column("AS", lambda p: str(p.spec.as_number)),
+        Column("PEER", lambda p: p.spec.peer_ip or p.spec.peer_selector),
+        Column("AS", lambda p: str(p.spec.as_number or "")),
         Column("NODES", _peering_nodes),
         Column("HOLD", lambda p: f"{p.spec.hold_time}s", wide=True),
         Column("RESTART", lambda p: p.spec.max_restart_time, wide=True),

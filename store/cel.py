@@ -225,7 +225,7 @@ _PEER_PORT = (
 )
 _PEER_FORM = "write an IPv4 or IPv6 address in its one spelling, with a port as 10.0.0.1:1179 or [fd00::1]:1179"
 _PEER = (
-    _rule(f"[{_PEER_HOST}].all(h, isIP(h) && ip.isCanonical(h))", _PEER_FORM),
+    _rule(f"self == '' || [{_PEER_HOST}].all(h, isIP(h) && ip.isCanonical(h))", _PEER_FORM),
     _rule(
         f"[{_PEER_PORT}].all(p, p == '' || (p.matches('^:[0-9]{{1,5}}$') && "
         "int(p.substring(1)) >= 1 && int(p.substring(1)) <= 65535))",
@@ -322,6 +322,27 @@ def _filter_fields(struct: type[FilterRule], version: int) -> dict[tuple[type, s
     }
 
 
+_BY_SELECTOR = "(has(self.peerSelector) && self.peerSelector != '')"
+_WHO = (
+    _rule(
+        f"{_BY_SELECTOR} || (has(self.peerIP) && self.peerIP != '')",
+        "say who the peer is: its address, or a peerSelector for nodes",
+        at=".peerIP",
+    ),
+    _rule(
+        f"{_BY_SELECTOR} || (has(self.asNumber) && self.asNumber != 0)",
+        "an AS number is in 1..4294967294",
+        at=".asNumber",
+    ),
+    *(
+        _rule(
+            f"!{_BY_SELECTOR} || !has(self.{name}) || self.{name} == {nothing}",
+            "leave it out, or peerSelector: nodes say where and who they are",
+            at=f".{name}",
+        )
+        for name, nothing in (("peerIP", "''"), ("asNumber", "0"), ("passive", "false"))
+    ),
+)
 _PASSIVE = (
     _rule(
         "!has(self.passive) || !self.passive || !has(self.ttlSecurity) || self.ttlSecurity == 0",
@@ -329,7 +350,7 @@ _PASSIVE = (
         at=".ttlSecurity",
     ),
     _rule(
-        "!has(self.passive) || !self.passive || !self.peerIP.matches(r'\\]:|^[^:]*:[^:]*$')",
+        "!has(self.passive) || !self.passive || !has(self.peerIP) || !self.peerIP.matches(r'\\]:|^[^:]*:[^:]*$')",
         "leave it out, or the port of peerIP: the peer connects to us, and its own port says nothing then",
         at=".passive",
     ),
@@ -412,7 +433,8 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
         "items": _check(_CIDR, maxLength=_CIDR_LENGTH),
     },
     (BGPPeerSpec, "peerIP"): _check(*_PEER, maxLength=64),
-    (BGPPeerSpec, "asNumber"): _check(*_AS_NUMBER, minimum=1, maximum=4294967294),
+    (BGPPeerSpec, "asNumber"): _check(*_AS_NUMBER, minimum=0, maximum=4294967294),
+    (BGPPeerSpec, "peerSelector"): _check(_SELECTOR, maxLength=_SELECTOR_LENGTH),
     (BGPPeerSpec, "node"): _check(_NAME_OR_NOTHING, maxLength=_NAME_LENGTH),
     (BGPPeerSpec, "nodeSelector"): _check(_SELECTOR, maxLength=_SELECTOR_LENGTH),
     (BGPPeerSpec, "numAllowedLocalASNumbers"): {"minimum": 0, "maximum": 10},
@@ -470,7 +492,7 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
 #: Rules on a struct, where one field is measured by another.
 STRUCTS: Mapping[type, Schema] = {
     IPPoolSpec: _check(*_POOL),
-    BGPPeerSpec: _check(_ONE_WAY, *_PASSIVE),
+    BGPPeerSpec: _check(*_WHO, _ONE_WAY, *_PASSIVE),
     FilterRuleV4: _filter_rule(4),
     FilterRuleV6: _filter_rule(6),
     FilterOperation: _check(

@@ -96,6 +96,7 @@ _COLUMNS: Mapping[type[Resource], Sequence[dict[str, Any]]] = {
     ),
     BGPPeer: (
         _column("Peer", ".spec.peerIP"),
+        _column("Peers", ".spec.peerSelector"),
         _column("AS", ".spec.asNumber", "integer"),
         _column("Node", ".spec.node"),
         _column("Nodes", ".spec.nodeSelector"),

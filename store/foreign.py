@@ -128,7 +128,6 @@ UNSERVED: Mapping[type[Resource], Mapping[str, Unserved]] = {
         "spec.password.secretKeyRef.optional": Unserved(
             (False,), "a session that asks for a password has one: leave it out"
         ),
-        "spec.peerSelector": Unserved(("",), "peers are given by address (peerIP): write one peer for each address"),
         "spec.localWorkloadSelector": Unserved(("",), _WORKLOADS),
         "spec.keepOriginalNextHop": Unserved((False,), "every route goes out with the node as next hop: leave it out"),
         "spec.nextHopMode": Unserved(("Auto", "Self"), "every route goes out with the node as next hop: leave it out"),
@@ -138,7 +137,7 @@ UNSERVED: Mapping[type[Resource], Mapping[str, Unserved]] = {
         ),
         "spec.keepaliveTime": Unserved((), _KEEPALIVE),
         "spec.keepalive": Unserved((), _KEEPALIVE),
-        "spec.reversePeering": Unserved(("Auto",), "a peer is not told to peer back: leave it out"),
+        "spec.reversePeering": Unserved(("Auto",), "nodes that a peerSelector chooses always peer back: write Auto"),
         "spec.failureDetectionMode": Unserved(("None",), "BFD is not served: leave it out"),
     },
     BGPFilter: {

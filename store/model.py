@@ -243,9 +243,12 @@ class BGPPassword(_Struct, frozen=True, kw_only=True):
 
 
 class BGPPeerSpec(_Struct, frozen=True, kw_only=True):
-    #: IPv4 or IPv6 address, optionally with port: ``10.0.0.1``, ``10.0.0.1:1179``, ``[fd00::1]:1179``.
-    peer_ip: str = field(name="peerIP")
-    as_number: int
+    #: IPv4 or IPv6 address, optionally with port: ``10.0.0.1``, ``10.0.0.1:1179``, ``[fd00::1]:1179``. With
+    #: ``as_number``, unless ``peer_selector`` says who the peer is.
+    peer_ip: str = field(default="", name="peerIP")
+    as_number: int = 0
+    #: Which nodes are the peers of those that ``node`` or ``node_selector`` names; these peer back by themselves.
+    peer_selector: str = ""
     #: Which nodes peer: a node's name, or a selector; neither means every node.
     node: str = ""
     node_selector: str = ""

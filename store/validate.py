@@ -453,11 +453,17 @@ def _bgp_configuration(configuration: BGPConfiguration) -> Iterator[Problem]:
 
 def _bgp_peer(peer: BGPPeer) -> Iterator[Problem]:
     spec = peer.spec
-    try:
-        peer_address(spec.peer_ip)
-    except ValueError as e:
-        yield Problem("spec.peerIP", spec.peer_ip, str(e))
-    yield from _as_number("spec.asNumber", spec.as_number)
+    if spec.peer_selector:
+        yield from _selector("spec.peerSelector", spec.peer_selector)
+        for field, value in (("peerIP", spec.peer_ip), ("asNumber", spec.as_number), ("passive", spec.passive)):
+            if value:
+                yield Problem(f"spec.{field}", value, "leave it out, or peerSelector: nodes say where and who they are")
+    else:
+        try:
+            peer_address(spec.peer_ip)
+        except ValueError as e:
+            yield Problem("spec.peerIP", spec.peer_ip, str(e))
+        yield from _as_number("spec.asNumber", spec.as_number)
     if spec.node and not _is_name(spec.node):
         yield Problem("spec.node", spec.node, _NAME_REMEDY)
     if spec.node and spec.node_selector:

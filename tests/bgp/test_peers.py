@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
-from agent.bgp.model import Session
+from agent.bgp.model import Session, SessionUp, SpeakerState
+from agent.fib import KernelState
+from agent.plan import Snapshot, plan
+from agent.rib import Rib
+from lab.net import Net
+from store.model import BGPPassword, Meta, Secret, SecretKeyRef
+from tests.agent_fakes import bgp_peer, cluster
+from tests.agent_fakes import node as a_node
 from tests.bgp.conftest import SESSIONS, Node, announce, run, session, until
-from tests.bgp.routers import NODE_AS, TOR6, Router
+from tests.bgp.routers import NODE4, NODE6, NODE_AS, TOR4, TOR6, Router, wire
 
 BLOCKS = frozenset({announce("10.244.0.0/26"), announce("fd00:10:244::/122")})
 PREFIXES = {a.prefix for a in BLOCKS}
@@ -93,5 +101,48 @@ def test_a_peer_that_is_waited_for_connects(bird: Router, node: Node) -> None:
             driver.set_sessions(frozenset({session("4", passive=True), session("6", passive=True)}))
             await until(lambda: bird.table().keys() == PREFIXES, limit=20)
             assert set(bird.paths().values()) == {(NODE_AS,)}
+
+    run(main())
+
+
+def test_two_nodes_that_a_selector_joins_have_what_they_need_to_meet(net: Net, tmp_path: Path, node: Node) -> None:
+    """The sessions that each of them plans for itself, with a password, fit together."""
+    wire(net)
+    (tmp_path / "other").mkdir()
+    other = Node(net, tmp_path / "other", "tor")
+    ref = BGPPassword(secret_key_ref=SecretKeyRef(name="rack", key="k"))
+    peer = bgp_peer("rack", "", as_number=0, peer_selector="rack == 'a'", node="node-1", password=ref, ttl_security=0)
+    rack = Secret(metadata=Meta(name="rack", namespace="underlay-system"), data={"k": b"hunter2"})
+    nodes = {
+        "node-1": a_node("node-1", NODE4, NODE6, rack="a"),
+        "node-2": a_node("node-2", TOR4, TOR6, rack="a"),
+    }
+
+    def sessions(name: str) -> frozenset[Session]:
+        here = nodes[name]
+        snapshot = Snapshot(
+            node=name,
+            now=0.0,
+            cluster=cluster(
+                node=here, nodes=tuple(n for n in nodes.values() if n != here), peers=(peer,), secrets=(rack,)
+            ),
+            kernel=KernelState(),
+            speaker=SpeakerState(known=True),
+            rib=Rib(),
+            link_name=lambda container, interface: "",
+        )
+        wanted = plan(snapshot).sessions
+        assert wanted is not None
+        assert len(wanted) == 2
+        return wanted
+
+    async def main() -> None:
+        node.start()
+        other.start()
+        async with node.driver() as (one, told_one), other.driver() as (two, told_two):
+            one.set_sessions(sessions("node-1"))
+            two.set_sessions(sessions("node-2"))
+            for told, ends in ((told_one, {TOR4, TOR6}), (told_two, {NODE4, NODE6})):
+                await until(lambda told=told, ends=ends: {e.peer for e in told if isinstance(e, SessionUp)} == ends)
 
     run(main())

@@ -64,6 +64,10 @@ def peer(ip: Any = "10.0.0.1", **spec: Any) -> Case:
     return Case(BGPPeer, "peer", {"peerIP": ip, "asNumber": 65001, **spec})
 
 
+def by_label(selector: Any = "has(rr)", **spec: Any) -> Case:
+    return Case(BGPPeer, "peer", {"peerSelector": selector, **spec})
+
+
 def rule(field: str = "importV4", **fields: Any) -> Case:
     return Case(BGPFilter, "filter", {field: [{"action": "Accept", **fields}]})
 
@@ -222,6 +226,12 @@ BAD: dict[str, Case] = {
     **{f"peer imports {c!r}": peer(importCIDRs=[c]) for c in (*NOT_CANONICAL, "10.0.0.1", "")},
     **{f"peer default route {d!r}": peer(defaultRoute=d) for d in ("Always", "never", "")},
     **{f"peer filters {f}": peer(filters=f) for f in (["A"], ["a", "a"], [""], [f"f{i}" for i in range(17)])},
+    **{f"peer peerSelector {s}": by_label(s) for s in NO_SELECTOR},
+    "peer of selector and address": by_label(peerIP="10.0.0.1"),
+    "peer of selector and AS": by_label(asNumber=65001),
+    "peer of selector that is waited for": by_label(passive=True),
+    "peer of nobody": Case(BGPPeer, "peer", {"asNumber": 65001, "peerSelector": ""}),
+    "peer of an empty spec": Case(BGPPeer, "peer", {}),
     **{f"peer ttl {n}": peer(ttlSecurity=n) for n in (-1, 255, "1")},
     "peer ttl and passive": peer(ttlSecurity=1, passive=True),
     **{f"passive peer {ip}": peer(ip, passive=True) for ip in ("10.0.0.1:1179", "[fd00::1]:179")},
@@ -372,6 +382,9 @@ GOOD: dict[str, Case] = {
         "fd00::1", passive=True, ttlSecurity=0, sourceAddress="UseNodeIP", localASNumber=4294967294
     ),
     "passive peer": peer(passive=True),
+    "peer by selector": by_label(nodeSelector="!has(rr)", ttlSecurity=1, holdTime=30, filters=["a"]),
+    "peer by selector writes nothing else": by_label("", peerIP="10.0.0.1", asNumber=65001),
+    "peer by selector with empty others": by_label(peerIP="", asNumber=0, passive=False),
     "peer not passive with port": peer("10.0.0.1:1179", passive=False, ttlSecurity=254, sourceAddress=""),
     "peer password": peer(password={"secretKeyRef": {"name": "tor.a", "key": "A_b-1."}}),
     "filter without spec": Case(BGPFilter, "filter", None),

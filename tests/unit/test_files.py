@@ -254,7 +254,7 @@ def test_a_pools_fields(field: str, why: str) -> None:
     [
         ("password: {secretKeyRef: {name: A, key: b}}", "name a Secret"),
         ("filters: [Deny]", "name a BGPFilter"),
-        ("peerSelector: has(rr)", "peerIP"),
+        ("reversePeering: Manual", "always peer back"),
         ("keepOriginalNextHop: true", "next hop"),
         ("ttlSecurity: 300", "1..254"),
         ("sourceAddress: Any", "UseNodeIP"),

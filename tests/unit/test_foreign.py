@@ -107,7 +107,7 @@ FIELDS: dict[type[Resource], dict[str, list[tuple[Any, Verdict]]]] = {
             ({"secretKeyRef": {"name": "a", "key": "b c"}}, REFUSED),
         ],
         "filters": [([], SERVED), (["deny", "more"], SERVED), (["deny", "deny"], REFUSED)],
-        "peerSelector": [("", LEFT), ("rr == 'a'", REFUSED)],
+        "peerSelector": [("", SERVED), ("rr == 'a'", SERVED), ("rr = 'a'", REFUSED)],
         "localWorkloadSelector": [("", LEFT), ("all()", REFUSED)],
         "keepOriginalNextHop": [(False, LEFT), (True, REFUSED)],
         "nextHopMode": [("Auto", LEFT), ("Self", LEFT), ("Keep", REFUSED)],
@@ -146,7 +146,7 @@ def read(kind: type[Resource], **spec: Any) -> tuple[Any, list[str], list[tuple[
         "apiVersion": "projectcalico.org/v3",
         "kind": kind.kind(),
         "metadata": {"name": "default"},
-        "spec": {**NEEDED[kind], **spec},
+        "spec": spec if spec.get("peerSelector") else {**NEEDED[kind], **spec},
     }
     notes: list[str] = []
     try:

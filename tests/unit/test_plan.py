@@ -205,6 +205,44 @@ def test_import_rules_reach_the_rib_with_the_interfaces_they_ask_for() -> None:
     assert wanted.selection.refused["10.0.1.0"] == {"10.244.8.0/26": Refusal.RejectedByFilter}
 
 
+def racks(here: str) -> Any:
+    """Node 1 and 2 in rack a, 3 in rack b, 4 of no AS; ``here`` is the one that is asked."""
+    all_nodes = {
+        "node-1": node("node-1", "10.0.1.1", "fd00:0:1::1", rack="a"),
+        "node-2": node("node-2", "10.0.9.2", "fd00:9::2", rack="a"),
+        "node-3": node("node-3", "10.0.9.3", asn="65103", rack="b"),
+        "node-4": node("node-4", "10.0.9.4", asn="nonsense", rack="b"),
+    }
+    return {"node": all_nodes.pop(here), "nodes": tuple(all_nodes.values())}
+
+
+@pytest.mark.parametrize(
+    ("here", "selectors", "expected"),
+    [
+        ("node-1", {"node_selector": "rack == 'a'", "peer_selector": "rack == 'a'"}, {"10.0.9.2", "fd00:9::2"}),
+        ("node-1", {"node": "node-1", "peer_selector": "rack == 'b'"}, {"10.0.9.3"}),
+        # Those that it names peer back by themselves.
+        ("node-1", {"node": "node-2", "peer_selector": "rack == 'a'"}, {"10.0.9.2", "fd00:9::2"}),
+        ("node-3", {"node_selector": "rack == 'a'", "peer_selector": "rack == 'b'"}, {"10.0.1.1", "10.0.9.2"}),
+        ("node-3", {"node_selector": "rack == 'a'", "peer_selector": "rack == 'a'"}, set()),
+        ("node-2", {"peer_selector": "all()"}, {"10.0.1.1", "fd00:0:1::1", "10.0.9.3"}),
+    ],
+)
+def test_peers_among_nodes(here: str, selectors: dict[str, str], expected: set[str]) -> None:
+    peer = bgp_peer("rack", "", as_number=0, hold_time=30, filters=("deny",), **selectors)
+    at = cluster(peers=(peer,), filters=(bgp_filter("deny"),), **racks(here))
+    kernel = kernel_of() if here == "node-1" else replace(kernel_of(), addresses=())
+    wanted = plan(snapshot(node=here, cluster=at, kernel=kernel))
+    assert wanted.sessions is not None
+    assert {s.address for s in wanted.sessions} == expected
+    for session in wanted.sessions:
+        other = next(n.name for n in at.nodes if any(a.address == session.address for a in n.status.addresses))
+        assert (session.name, session.hold_time, session.passive) == (f"rack-{other}", 30, here > other)
+        assert session.peer_as == (65103 if other == "node-3" else 65100)
+        assert session.local_address in {a.address for a in at.node.status.addresses}
+    assert all(p.imports.v4 for p in wanted.peers)
+
+
 def test_what_a_peer_says_of_its_session() -> None:
     peers = (
         bgp_peer("a", "10.0.1.0", local_as_number=64999, ttl_security=1),

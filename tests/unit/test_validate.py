@@ -299,6 +299,12 @@ def test_a_peer() -> None:
     refused(peer(max_prefixes=0), "spec.maxPrefixes", "1 or more")
     refused(peer(default_route="Always"), "spec.defaultRoute", "Fallback")
     refused(peer(import_cidrs=("10.0.0.0/8", "fd00::1/8")), "spec.importCIDRs[1]", "write fd00::/8")
+    by_label: dict[str, Any] = {"peer_ip": "", "as_number": 0, "peer_selector": "has(rr)"}
+    assert validate(peer(**by_label, node_selector="!has(rr)", hold_time=30)) == ()
+    refused(peer(**{**by_label, "peer_selector": "has("}), "spec.peerSelector", "character 5")
+    refused(peer(**{**by_label, "peer_ip": "10.0.0.1"}), "spec.peerIP", "or peerSelector")
+    refused(peer(**{**by_label, "as_number": 65001}), "spec.asNumber", "or peerSelector")
+    refused(peer(**by_label, passive=True), "spec.passive", "or peerSelector")
     refused(peer(ttl_security=255), "spec.ttlSecurity", "1..254")
     refused(peer(ttl_security=1, passive=True), "spec.ttlSecurity", "share one socket")
     refused(peer(peer_ip="10.0.0.1:1179", passive=True), "spec.passive", "connects to us")

@@ -229,6 +229,20 @@ def test_a_password_is_followed_by_name_and_kept_on_no_disk(tmp_path: Path) -> N
     run(main())
 
 
+def test_other_nodes_are_followed_without_mesh_while_a_peer_selects_among_them(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = await filled(mesh=False)
+        async with viewing(store, tmp_path / "s") as view:
+            assert (await until(view, lambda c: c.live)).nodes == ()
+            await store.create(bgp_peer("rack", "", as_number=0, peer_selector="all()"))
+            found = await until(view, lambda c: c.nodes)
+            assert [n.name for n in found.nodes] == ["node-2"]
+            await store.delete(BGPPeer, "rack")
+            await until(view, lambda c: not c.nodes)
+
+    run(main())
+
+
 async def told(store: Store, as_number: int) -> BGPNodeStatus:
     """The first status with this AS number."""
     async for event in store.watch(BGPNodeStatus):
