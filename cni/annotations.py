@@ -12,11 +12,11 @@ from typing import Final, TypeVar
 from cni import spec
 from cni.choice import BadAnnotation, Choice, of_pod, with_namespace
 from cni.spec import Call, Refusal
-from ipam.waiting import until
 from store.base import Store
 from store.clock import Clock
 from store.informer import Informer
 from store.model import Namespace, Pod, R
+from store.waiting import until
 
 T = TypeVar("T")
 

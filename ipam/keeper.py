@@ -17,10 +17,10 @@ from ipam.ledger import Ledger, Own, Phase, count
 from ipam.mirror import Superseded
 from ipam.model import KernelView, News, Settings
 from ipam.pool import Pools, Want, claim_ahead, surplus
-from ipam.waiting import Moved, until
 from store.clock import Clock
 from store.errors import Invalid, StoreError
 from store.model import FINALIZER_OWNER, Condition, IPAMBlock, Writer
+from store.waiting import Moved, until
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from store.base import Store
 from store.clock import Clock
 from store.errors import AlreadyExists, Conflict, Invalid, NotFound, StoreError
 from store.model import EventSeries, KubeEvent, Meta, ObjectReference
+from store.waiting import until
 
 log = logging.getLogger(__name__)
 
@@ -157,15 +158,7 @@ class Recorder:
     async def _wait(self) -> None:
         """Until something is said, or may be written."""
         due = [_due_at(s, self._settings) for s in self._sayings.values() if s.waits is not None]
-        waits: list[asyncio.Future[object]] = [asyncio.ensure_future(self._news.wait())]
-        if due:
-            waits.append(asyncio.ensure_future(self._clock.sleep(min(due) - self._clock.monotonic())))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        await until(self._clock, self._news, min(due) - self._clock.monotonic() if due else None)
 
     async def _write(self, saying: _Saying) -> None:
         words, count = saying.words, saying.count

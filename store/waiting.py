@@ -7,9 +7,11 @@ import asyncio
 from store.clock import Clock
 
 
-async def until(clock: Clock, event: asyncio.Event, seconds: float) -> bool:
-    """Waits for the event, at most ``seconds`` of ``clock``. Says whether it is set."""
-    waits = [asyncio.ensure_future(event.wait()), asyncio.ensure_future(clock.sleep(seconds))]
+async def until(clock: Clock, event: asyncio.Event, seconds: float | None) -> bool:
+    """Waits for the event, at most ``seconds`` of ``clock`` (None: for ever). Says whether it is set."""
+    waits: list[asyncio.Future[object]] = [asyncio.ensure_future(event.wait())]
+    if seconds is not None:
+        waits.append(asyncio.ensure_future(clock.sleep(seconds)))
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:
