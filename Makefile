@@ -16,7 +16,7 @@ CODE := agent bench cni ctl ipam lab manifests store tests
 AS_ROOT = $(shell unshare --mount --net --pid --fork true 2>/dev/null || echo unshare --user --map-root-user)
 
 help: ## this list
-	awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s%s\n", $$1, $$2}' Makefile
+	awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-11s%s\n", $$1, $$2}' Makefile
 
 lab: need-lab $(VENV)/.lab $(if $(findstring kube,$(ARGS)),$(VENV)/.kube) build/underlay-shim ## a virtual rack on this machine (ARGS="--racks 3 --nodes 2 --pods 3", ARGS="--store kube")
 	$(if $(findstring kube,$(ARGS)),$(BIN)/python lab/kube/build.py >/dev/null)

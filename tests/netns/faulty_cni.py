@@ -3,15 +3,19 @@
 faulty_cni.py STEP|none FLAGS...
 
 While the file that UNDERLAY_TEST_INTERRUPTED names is there, every dump of the kernel says that it was interrupted.
+UNDERLAY_TEST_SETTINGS holds, as JSON, other times of ipam's.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import msgspec
 
 from cni import daemon, netlink
 from ipam.model import Settings
@@ -41,7 +45,8 @@ def main() -> None:
         if name == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    daemon.start(sys.argv[2:], step=step, settings=FAST)
+    settings = msgspec.structs.replace(FAST, **json.loads(os.environ.get("UNDERLAY_TEST_SETTINGS", "{}")))
+    daemon.start(sys.argv[2:], step=step, settings=settings)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ class Plugin:
         #: While it is there, every dump that the server asks for is interrupted.
         self.interrupted = folder / "interrupted"
         self.program = ROOT / "tests/netns/faulty_cni.py"
+        #: Times of ipam's that differ from the test server's own.
+        self.settings: dict[str, float] = {}
         net.add(NODE)
         for i, cidr in enumerate(pools):
             self.create(IPPool(metadata=Meta(name=f"pool-{i}"), spec=IPPoolSpec(cidr=cidr)))
@@ -67,6 +69,7 @@ class Plugin:
         flags = ["--node", NODE, "--store", self.store, "--run", self.run, "--boot-id", self.folder / "boot_id"]
         program = [sys.executable, self.program, step, *flags]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "UNDERLAY_TEST_INTERRUPTED": str(self.interrupted)}
+        env["UNDERLAY_TEST_SETTINGS"] = json.dumps(self.settings)
         return self.net.spawn(where, [str(a) for a in program], log=self.log, cwd=ROOT, env=env)
 
     def start(self, step: str = "none") -> subprocess.Popen[bytes]:

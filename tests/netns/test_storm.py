@@ -35,6 +35,8 @@ class Runtimes:
 
     def __init__(self, net: Net, folder: Path, shim: Path) -> None:
         self.plugin = Plugin(net, folder, shim)
+        # What is remembered for a time is not to look like a leak: addresses that rest, and DELs.
+        self.plugin.settings = {"rest": 1.0, "remember_deleted": 2.0}
         for worker in range(WORKERS):
             net.add(f"pod-{worker}")
         self.server = self.plugin.start()
@@ -168,7 +170,7 @@ def runtimes(net: Net, tmp_path: Path, shim_c: Path) -> Runtimes:
 
 
 @pytest.mark.timeout(180 + PODS)
-def test_kills_throughout_leak_nothing(runtimes: Runtimes, record_property: Callable[[str, object], None]) -> None:
+def test_kills_throughout_leak_nothing(runtimes: Runtimes) -> None:
     """First server and shims are killed; then the shims alone, so that one server lives long enough to be measured."""
     half = PODS // 2
     began = time.monotonic()
@@ -194,12 +196,13 @@ def test_kills_throughout_leak_nothing(runtimes: Runtimes, record_property: Call
     assert not runtimes.held
     assert kills >= 1
     assert runtimes.descriptors() == first
-    # After warm-up: the journal's and the ledger's tables have grown to what 32 at once need.
-    assert sizes[-1] <= sizes[1] * 1.05 + 256, sizes
+    # The first part is warm-up. SQLite's page cache of 2 MB fills as its file grows; a cluster's server has none.
+    assert sizes[-1] - sizes[0] <= 2048 + 512, sizes
     # Only a server that was away for 5 s may have refused one.
     assert all('"no server"' in text for text in runtimes.refused), runtimes.refused[:3]
 
 
+@pytest.mark.timeout(180 + PODS)
 def test_an_upgrade_of_server_and_shim_fails_nothing(runtimes: Runtimes, tmp_path: Path, shim_c: Path) -> None:
     """Servers take turns, and the shim's binary is replaced while it is executed, under a storm of ADD and DEL."""
     versions = []
