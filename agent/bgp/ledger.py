@@ -48,7 +48,8 @@ class Step:
 
 @dataclass(eq=False)
 class Command:
-    """One line for ExaBGP and what hangs on its answer. ``steps`` is empty for a barrier or a word to a peer not up."""
+    """One line for ExaBGP and what hangs on its answer. ``steps`` is empty for a barrier. ``generation`` is -1 for what
+    is said to a peer that is not up yet."""
 
     line: str
     peer: str
@@ -82,6 +83,8 @@ class Peer:
     families: tuple[str, ...] = ()
     #: Prefix -> attributes, as ExaBGP was told them last; it keeps them while the peer is down.
     told: dict[str, str] = field(default_factory=dict)
+    #: Prefix -> attributes that ``connected`` corrects, until ExaBGP has read the correction.
+    correcting: dict[str, str] = field(default_factory=dict)
     #: What the peer may hold of us, and that part of it whose present attributes were reported as sent.
     held: set[str] = field(default_factory=set)
     confirmed: set[str] = field(default_factory=set)
@@ -166,13 +169,18 @@ class Ledger:
                 if action == "withdraw":
                     del peer.told[prefix]
                 else:
+                    peer.correcting[prefix] = peer.told[prefix]
                     peer.told[prefix] = attributes
-            yield from (Command(line, address, -1) for line in _lines(address, action, attributes, prefixes))
+            for line in _lines(address, action, attributes, prefixes):
+                yield Command(line, address, -1, {p: Step(action, attributes, None) for p in line.prefixes})
 
     def up(self, address: str, generation: int, families: Sequence[str]) -> None:
         peer = self._peer(address)
         self._lose(peer)
         peer.up, peer.generation, peer.families = True, generation, tuple(families)
+        # What ExaBGP has not read yet came too late: it repeats what it was told before that.
+        peer.told |= peer.correcting
+        peer.correcting = {}
         wanted = (self._wanted or {}).get(address, {})
         peer.held.update(p for p in (*wanted, *peer.told) if family_of(p) in peer.families)
         peer.again = set(wanted)
@@ -188,6 +196,10 @@ class Ledger:
 
     def answered(self, command: Command, ok: bool, now: float) -> None:
         peer = self._peer(command.peer)
+        if command.generation == -1:
+            for prefix in command.steps:
+                peer.correcting.pop(prefix, None)
+            return
         if command.generation != peer.generation or not peer.up:
             return
         for prefix, step in command.steps.items():
@@ -323,6 +335,10 @@ class Ledger:
         told = peer.told.get(prefix)
         if family_of(prefix) not in peer.families:
             return None
+        if again and prefix not in peer.confirmed and wanted is not None and told is not None and wanted != told:
+            # ExaBGP repeats at up what it was told before, and could send it behind what it is told now (fault 1).
+            self._mark(peer, prefix, "held")
+            return Step("announce", told, told)
         if wanted is not None and (again or wanted != told):
             repeat = again and prefix in peer.confirmed and wanted == told
             if not repeat:

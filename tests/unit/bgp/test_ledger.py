@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -267,6 +268,45 @@ def test_table_goes_in_batches_of_one_attribute_set_and_family() -> None:
     lines = [line for line in answered(ledger) if "eor" not in line]
     assert len(lines) == 5
     assert max(len(line.split(" nlri ")[1].split()) for line in lines) == BATCH
+
+
+def test_what_changes_right_after_up_waits_for_what_the_cache_repeats() -> None:
+    """Or the old attributes go out behind the new ones (fault 1): hypothesis found it, and the peer kept them."""
+    ledger = Ledger()
+    ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[0], PREFIXES[1]: ATTRIBUTES[1]}})
+    ledger.up(PEERS[0], 1, FAMILIES)
+    answered(ledger)
+    ledger.reported(PEERS[0], PREFIXES[:2], [])
+    ledger.down(PEERS[0])
+    ledger.up(PEERS[0], 2, FAMILIES)
+    ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[0], PREFIXES[1]: ATTRIBUTES[0]}})
+    old = f"neighbor {PEERS[0]} announce attributes {ATTRIBUTES[1]} nlri {PREFIXES[1]}"
+    new = f"neighbor {PEERS[0]} announce attributes {ATTRIBUTES[0]} nlri {PREFIXES[1]}"
+    said = answered(ledger)
+    assert old in said
+    assert new not in said
+    ledger.reported(PEERS[0], PREFIXES[:2], [])
+    assert new in answered(ledger)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_correction_that_exabgp_reads_after_up_is_said_once_more(read: bool) -> None:
+    ledger = Ledger()
+    ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[1]}})
+    ledger.up(PEERS[0], 1, FAMILIES)
+    answered(ledger)
+    ledger.down(PEERS[0])
+    ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[0]}})
+    (correction,) = ledger.connected(PEERS[0])
+    if read:
+        ledger.answered(correction, True, 0)
+    ledger.up(PEERS[0], 2, FAMILIES)
+    if not read:
+        ledger.answered(correction, True, 0)
+    said = [line.split()[4:] for line in answered(ledger) if "eor" not in line]
+    assert said == [[*ATTRIBUTES[0 if read else 1].split(), "nlri", PREFIXES[0]]]
+    ledger.reported(PEERS[0], PREFIXES[:1], [])
+    assert len([line for line in answered(ledger) if ATTRIBUTES[0] in line]) == (0 if read else 1)
 
 
 def test_refused_batch_is_said_one_by_one_and_the_bad_one_is_named() -> None:
