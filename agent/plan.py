@@ -12,6 +12,7 @@ import base64
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Address
+from itertools import chain
 from typing import Final, NamedTuple
 
 import msgspec
@@ -42,6 +43,7 @@ from store.model import (
     Condition,
     IPAMBlock,
     IPPool,
+    Meta,
     Node,
     Secret,
 )
@@ -52,6 +54,8 @@ from store.validate import as_number_problem, duration, peer_address, validate
 SETTLE: Final = 1.0
 #: Seconds that a pod's route must have been missing before it is repaired: the CNI server may be at work (R10).
 REPAIR_AFTER: Final = 2.0
+#: What holds where there is none.
+NO_CONFIGURATION: Final = BGPConfiguration(metadata=Meta(name="default"))
 #: Nodes in a full mesh beyond which it is warned of.
 MESH_LIMIT: Final = 100
 
@@ -63,6 +67,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     #: The others; only where the mesh is on, or a BGPPeer has a peerSelector.
     nodes: tuple[Node, ...] = ()
     configuration: BGPConfiguration | None = None
+    #: Those of one node each, ``node.NAME``.
+    node_configurations: tuple[BGPConfiguration, ...] = ()
     peers: tuple[BGPPeer, ...] = ()
     filters: tuple[BGPFilter, ...] = ()
     #: The Secrets that BGPPeers name, as far as they are there.
@@ -147,7 +153,7 @@ def plan(snapshot: Snapshot) -> Plan:
     fresh = fresh_blocks(standing - held, snapshot)
     known = (standing - fresh) | {cidr for cidr in held - standing if still_announced(cidr, snapshot)}
     # R9: install, then announce.
-    announcements = announce(standing & held, peerings, pools)
+    announcements = announce(standing & held, peerings, pools, advertisements(cluster, me.name, notes))
 
     policy = import_policy(me, peers, pools, known, snapshot)
     selection = snapshot.rib.select(policy)
@@ -248,7 +254,7 @@ def router_id(name: str, addresses: Mapping[Family, str]) -> str:
     return addresses.get("ipv4 unicast") or str(IPv4Address(zlib.crc32(name.encode()) or 1))
 
 
-def usable(obj: BGPPeer | BGPFilter | IPPool, notes: Notes) -> bool:
+def usable(obj: BGPPeer | BGPFilter | BGPConfiguration | IPPool, notes: Notes) -> bool:
     """R13: what cannot be read takes down only itself."""
     problems = validate(obj)
     if problems:
@@ -329,6 +335,7 @@ def remote_ends(peer: BGPPeer, me: Identity, snapshot: Snapshot) -> Iterable[Rem
     if not spec.peer_selector:
         if selects(peer, here):
             address, port = peer_address(spec.peer_ip)
+            port = listen_port(cluster, me.name) if spec.passive else port
             yield RemoteEnd(peer.name, address, port, spec.as_number, spec.passive)
         return
     chosen = parse_selector(spec.peer_selector)
@@ -339,13 +346,20 @@ def remote_ends(peer: BGPPeer, me: Identity, snapshot: Snapshot) -> Iterable[Rem
         if (forth or back) and not as_number_problem(peer_as):
             for family, address in node_addresses(node).items():
                 if family in me.addresses:
-                    name = f"{peer.name}-{node.name}"
-                    yield RemoteEnd(name, address, 179, peer_as, waits(me.name, node.name), is_node=True)
+                    passive = waits(me.name, node.name)
+                    port = listen_port(cluster, me.name if passive else node.name)
+                    yield RemoteEnd(f"{peer.name}-{node.name}", address, port, peer_as, passive, is_node=True)
 
 
 def waits(here: str, there: str) -> bool:
     """Of two nodes the one whose name sorts first connects, the other waits."""
     return here > there
+
+
+def listen_port(cluster: Cluster, node: str) -> int:
+    """Where that node is found by those who connect to it."""
+    own = next((c.spec.listen_port for c in cluster.node_configurations if c.name == f"node.{node}"), 0)
+    return own or (cluster.configuration.spec.listen_port if cluster.configuration else 0) or 179
 
 
 def mesh_enabled(configuration: BGPConfiguration | None) -> bool:
@@ -419,7 +433,9 @@ def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peer
     peer_as = node_as(node, snapshot.cluster.configuration)
     if as_number_problem(peer_as):
         return
-    name = f"mesh-{node.name}"
+    name, spec = f"mesh-{node.name}", (snapshot.cluster.configuration or NO_CONFIGURATION).spec
+    secret, value = password_of(spec.node_mesh_password, snapshot.cluster.secrets)
+    passive = waits(me.name, node.name)
     for family, address in node_addresses(node).items():
         local = me.addresses.get(family)
         if local is None:
@@ -434,7 +450,10 @@ def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peer
                 peer_as=peer_as,
                 router_id=me.router_id,
                 families=(family,),
-                passive=waits(me.name, node.name),
+                passive=passive,
+                port=listen_port(snapshot.cluster, me.name if passive else node.name),
+                secret=secret,
+                password=value,
             ),
             Peer(
                 address=address,
@@ -443,6 +462,7 @@ def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peer
                 local_as=me.local_as,
                 families=(family,),
                 interface=interface,
+                max_restart_time=duration(spec.node_mesh_max_restart_time),
             ),
         )
 
@@ -537,25 +557,53 @@ def blackhole(cidr: str) -> Route:
     return Route(prefix=cidr, protocol=PROTO_BLOCKS, metric=METRIC_BLOCKS, kind="blackhole")
 
 
-def announce(blocks: set[str], peerings: Iterable[Peering], pools: Iterable[IPPool]) -> list[Announcement]:
+class Advertisement(NamedTuple):
+    """What every peer hears blocks inside a prefix with."""
+
+    within: PrefixSet
+    communities: tuple[str, ...]
+
+
+def advertisements(cluster: Cluster, node: str, notes: Notes) -> list[Advertisement]:
+    """The node's own prefixAdvertisements if it has any, else the cluster's; names become what they stand for."""
+    own = [c for c in cluster.node_configurations if c.name == f"node.{node}"]
+    for configuration in (*own, cluster.configuration):
+        if configuration is None or not configuration.spec.prefix_advertisements or not usable(configuration, notes):
+            continue
+        named = {c.name: c.value for c in configuration.spec.communities}
+        return [
+            Advertisement(PrefixSet([one.cidr]), tuple(named.get(text, text) for text in one.communities))
+            for one in configuration.spec.prefix_advertisements
+        ]
+    return []
+
+
+def announce(
+    blocks: set[str], peerings: Iterable[Peering], pools: Iterable[IPPool], advertised: Sequence[Advertisement] = ()
+) -> list[Announcement]:
     """Each block to each peer of its family, next hop our end of the session; not those of disableBGPExport pools, nor
     what the peer's filters reject (R12)."""
     private = PrefixSet(pool.spec.cidr for pool in pools if pool.spec.disable_bgp_export)
-    exported = [(cidr, prefix) for cidr in blocks if not private.covers(prefix := parse(cidr))]
+    exported = []
+    for cidr in blocks:
+        prefix = parse(cidr)
+        if not private.covers(prefix):
+            given = (one.communities for one in advertised if one.within.covers(prefix))
+            exported.append((cidr, filters.Candidate(prefix, communities=tuple(chain.from_iterable(given)))))
     found = []
     for session, _, exports in peerings:
-        for cidr, prefix in exported:
+        for cidr, candidate in exported:
             if family_of(cidr) not in session.families:
                 continue
-            rule = exports.decide(filters.Candidate(prefix))
+            rule = exports.decide(candidate)
             if rule.accept:
-                found.append(announcement(cidr, session, rule))
+                found.append(announcement(cidr, session, rule, candidate.communities))
     return found
 
 
-def announcement(cidr: str, session: Session, rule: filters.Rule) -> Announcement:
-    """The block as this peer is to hear of it, with what the export rule gives it."""
-    communities, large = filters.split_communities(rule.add)
+def announcement(cidr: str, session: Session, rule: filters.Rule, given: Sequence[str] = ()) -> Announcement:
+    """The block as this peer is to hear of it: with the communities ``given`` to all, and what the export rule adds."""
+    communities, large = filters.split_communities((*given, *rule.add))
     # An AS_PATH that is said is sent as it is; an eBGP peer expects our AS first (RFC 4271, 5.1.2).
     own = (session.local_as,) if session.peer_as != session.local_as else ()
     return Announcement(

@@ -120,7 +120,7 @@ class View:
         else:
             self._nodes_wanted.clear()
         if self._complete():
-            self._cluster = self._read(configuration)
+            self._cluster = self._read()
             self._unsaved.set()
         self._on_change()
 
@@ -132,18 +132,21 @@ class View:
         needed = self._always() + ([self._nodes] if self._nodes_wanted.is_set() else [])
         return all(informer.synced for informer in needed)
 
-    def _read(self, configuration: BGPConfiguration | None) -> Cluster:
+    def _read(self) -> Cluster:
         with_nodes = self._nodes_wanted.is_set()
         standing: dict[str, str] = {}
-        configurations = tuple(self._sane([configuration] if configuration else [], standing))
+        configurations = {c.name: c for c in self._sane(self._configurations.items.values(), standing)}
+        default = configurations.pop("default", None)
         filters = {f.name: f for f in self._sane(self._filters.items.values(), standing)}
         peers = tuple(self._sane(self._peers.items.values(), standing, also=self._without_filter))
         self._keep_filters(peers, filters, standing)
-        self._secrets.want(frozenset(p.spec.password.secret_key_ref.name for p in peers if p.spec.password))
+        passwords = [p.spec.password for p in peers] + [default.spec.node_mesh_password if default else None]
+        self._secrets.want(frozenset(p.secret_key_ref.name for p in passwords if p))
         return Cluster(
             node=self._own_node.items.get(self._node),
             nodes=tuple(n for n in self._nodes.items.values() if n.name != self._node) if with_nodes else (),
-            configuration=configurations[0] if configurations else None,
+            configuration=default,
+            node_configurations=tuple(configurations.values()),
             peers=peers,
             filters=tuple(filters.values()),
             secrets=self._secrets.present(),
@@ -223,7 +226,10 @@ class View:
         self._cluster = Cluster(
             node=next((n for n in nodes if n.name == self._node), None),
             nodes=tuple(n for n in nodes if n.name != self._node),
-            configuration=next((o for o in kept if isinstance(o, BGPConfiguration)), None),
+            configuration=next((o for o in kept if isinstance(o, BGPConfiguration) and o.name == "default"), None),
+            node_configurations=tuple(
+                o for o in kept if isinstance(o, BGPConfiguration) and o.name.startswith("node.")
+            ),
             peers=tuple(o for o in kept if isinstance(o, BGPPeer)),
             filters=tuple(o for o in kept if isinstance(o, BGPFilter)),
             pools=tuple(o for o in kept if isinstance(o, IPPool)),
@@ -280,6 +286,7 @@ def _objects(cluster: Cluster) -> list[lastgood.Kept]:
     return [
         *(o for o in single if o is not None),
         *cluster.nodes,
+        *cluster.node_configurations,
         *cluster.peers,
         *cluster.filters,
         *cluster.pools,

@@ -19,6 +19,7 @@ from store.model import (
     BGPFilterSpec,
     BGPNodeStatusStatus,
     BGPPeerSpec,
+    Community,
     CommunityMatch,
     FilterOperation,
     FilterRule,
@@ -31,6 +32,7 @@ from store.model import (
     IPAMConfigurationSpec,
     IPPoolSpec,
     IPReservationSpec,
+    PrefixAdvertisement,
     PrefixLength,
     PrependASPath,
     Resource,
@@ -39,8 +41,11 @@ from store.model import (
 from store.validate import (
     COMMUNITY_PATTERN,
     INTERFACE_PATTERN,
+    MAX_ADVERTISEMENTS,
     MAX_AS_NUMBERS,
     MAX_BLOCKS,
+    MAX_COMMUNITIES,
+    MAX_COMMUNITY_NAME,
     MAX_FILTERS,
     MAX_OPERATIONS,
     MAX_RULES,
@@ -255,10 +260,11 @@ _ONE_WAY = _rule(
     at=".nodeSelector",
 )
 
+_IS_COMMUNITY = f"self.matches(r'^({COMMUNITY_PATTERN})$')"
+_COMMUNITY_OR_NAME = "write communities as 65001:100 or 65001:1:100, or a name that stands in communities"
 _COMMUNITY = _check(
     _rule(
-        f"self.matches(r'^{COMMUNITY_PATTERN}$') && "
-        "self.split(':').all(n, int(n) <= (self.split(':').size() == 2 ? 65535 : 4294967295))",
+        _IS_COMMUNITY,
         "write a community as 65001:100 (two numbers to 65535) or as 65001:1:100 (three to 4294967295)",
     ),
     maxLength=32,
@@ -432,6 +438,28 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
         "x-kubernetes-list-type": "set",
         "items": _check(_CIDR, maxLength=_CIDR_LENGTH),
     },
+    (BGPConfigurationSpec, "nodeMeshMaxRestartTime"): _check(*_DURATION, maxLength=64),
+    (BGPConfigurationSpec, "listenPort"): {
+        "minimum": 0,
+        "maximum": 65535,
+        "description": "Where those find us who connect to us; 0 is 179.",
+    },
+    (BGPConfigurationSpec, "communities"): {
+        "maxItems": MAX_ADVERTISEMENTS,
+        "x-kubernetes-list-type": "map",
+        "x-kubernetes-list-map-keys": ["name"],
+    },
+    (BGPConfigurationSpec, "prefixAdvertisements"): {
+        "maxItems": MAX_ADVERTISEMENTS,
+        "description": "What blocks inside a prefix are announced with.",
+    },
+    (Community, "name"): _check(_NAME, maxLength=MAX_COMMUNITY_NAME),
+    (Community, "value"): _COMMUNITY,
+    (PrefixAdvertisement, "cidr"): _check(_CIDR, maxLength=_CIDR_LENGTH),
+    (PrefixAdvertisement, "communities"): {
+        "maxItems": MAX_COMMUNITIES,
+        "items": _check(_rule(f"!self.contains(':') || {_IS_COMMUNITY}", _COMMUNITY_OR_NAME), maxLength=_NAME_LENGTH),
+    },
     (BGPPeerSpec, "peerIP"): _check(*_PEER, maxLength=64),
     (BGPPeerSpec, "asNumber"): _check(*_AS_NUMBER, minimum=0, maximum=4294967294),
     (BGPPeerSpec, "peerSelector"): _check(_SELECTOR, maxLength=_SELECTOR_LENGTH),
@@ -492,6 +520,16 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
 #: Rules on a struct, where one field is measured by another.
 STRUCTS: Mapping[type, Schema] = {
     IPPoolSpec: _check(*_POOL),
+    BGPConfigurationSpec: _check(
+        _rule(
+            # No name has a colon.
+            "!has(self.prefixAdvertisements) || self.prefixAdvertisements.all(p, !has(p.communities) || "
+            "p.communities.all(c, c.contains(':') || "
+            "(has(self.communities) && self.communities.exists(d, d.name == c))))",
+            _COMMUNITY_OR_NAME,
+            at=".prefixAdvertisements",
+        )
+    ),
     BGPPeerSpec: _check(*_WHO, _ONE_WAY, *_PASSIVE),
     FilterRuleV4: _filter_rule(4),
     FilterRuleV6: _filter_rule(6),
@@ -517,10 +555,24 @@ OBJECTS: Mapping[type[Resource], Sequence[dict[str, str]]] = {
     ),
     BGPConfiguration: (
         _rule(
-            "self.metadata.name == 'default'",
-            "write default: one configuration holds for all nodes; for the AS number of one node set "
+            "self.metadata.name == 'default' || self.metadata.name.startsWith('node.')",
+            "write default, for all nodes, or node.NAME for one of them; for the AS number of one node set "
             "the annotation underlay.network/as-number on it",
             at=".metadata.name",
+        ),
+        *(
+            _rule(
+                f"!self.metadata.name.startsWith('node.') || !has(self.spec) || !has(self.spec.{name}){asks}",
+                "leave it out: it holds for all nodes and stands in default",
+                at=f".spec.{name}",
+            )
+            for name, asks in (
+                ("asNumber", " || self.spec.asNumber == 64512"),
+                ("nodeToNodeMeshEnabled", " || self.spec.nodeToNodeMeshEnabled"),
+                ("importCIDRs", " || self.spec.importCIDRs.size() == 0"),
+                ("nodeMeshPassword", ""),
+                ("nodeMeshMaxRestartTime", " || self.spec.nodeMeshMaxRestartTime == '120s'"),
+            )
         ),
     ),
 }

@@ -22,10 +22,7 @@ class Unserved(msgspec.Struct, frozen=True):
 
 
 _SERVICES = "announcing service addresses is not served yet: leave it out"
-_COMMUNITIES = "communities are not served yet: leave it out, or set them on the router"
-_PASSWORD = (
-    "a session's password is not served yet: leave the peer out until it is, an open session is not what you ask"
-)
+_OPTIONAL = "a session that asks for a password never goes without one: write false, or leave it out"
 _PRIORITY = (
     "a route's priority is not chosen by filter: imports have one metric below every foreign route's, and blocks are "
     "announced alike; leave it out, and prefer paths by prependASPath or on the router"
@@ -113,21 +110,15 @@ UNSERVED: Mapping[type[Resource], Mapping[str, Unserved]] = {
         "spec.serviceExternalIPs": Unserved(([],), _SERVICES),
         "spec.serviceLoadBalancerIPs": Unserved(([],), _SERVICES),
         "spec.serviceLoadBalancerAggregation": Unserved(("Enabled",), _SERVICES),
-        "spec.communities": Unserved(([],), _COMMUNITIES),
-        "spec.prefixAdvertisements": Unserved(([],), _COMMUNITIES),
-        "spec.listenPort": Unserved((0, 179), "the mesh uses port 179: leave it out"),
         "spec.bindMode": Unserved(("None", "NodeIP"), "sessions begin at the node's own address: write NodeIP"),
-        "spec.nodeMeshPassword": Unserved((), _PASSWORD),
-        "spec.nodeMeshMaxRestartTime": Unserved(("120s", "2m", "2m0s"), "in the mesh it is 120s: leave it out"),
+        "spec.nodeMeshPassword.secretKeyRef.optional": Unserved((False,), _OPTIONAL),
         "spec.ignoredInterfaces": Unserved(([],), "nothing is learnt from interfaces here: leave it out"),
         "spec.localWorkloadPeeringIPV4": Unserved(("",), _WORKLOADS),
         "spec.localWorkloadPeeringIPV6": Unserved(("",), _WORKLOADS),
         "spec.programClusterRoutes": Unserved(("Enabled",), "the agent always writes the routes: leave it out"),
     },
     BGPPeer: {
-        "spec.password.secretKeyRef.optional": Unserved(
-            (False,), "a session that asks for a password has one: leave it out"
-        ),
+        "spec.password.secretKeyRef.optional": Unserved((False,), _OPTIONAL),
         "spec.localWorkloadSelector": Unserved(("",), _WORKLOADS),
         "spec.keepOriginalNextHop": Unserved((False,), "every route goes out with the node as next hop: leave it out"),
         "spec.nextHopMode": Unserved(("Auto", "Self"), "every route goes out with the node as next hop: leave it out"),

@@ -215,22 +215,6 @@ class IPAMBlock(Resource, frozen=True, kw_only=True, tag="IPAMBlock"):
 # -- routing -----------------------------------------------------------------------------------------------------
 
 
-class BGPConfigurationSpec(_Struct, frozen=True, kw_only=True):
-    as_number: int = 64512
-    node_to_node_mesh_enabled: bool = True
-    #: Prefixes outside our pools that may be imported from any peer (R11).
-    import_cidrs: tuple[str, ...] = field(default=(), name="importCIDRs")
-
-
-class BGPConfiguration(Resource, frozen=True, kw_only=True, tag="BGPConfiguration"):
-    """Cluster-wide BGP defaults. The one that counts is named ``default``."""
-
-    PLURAL: ClassVar[str] = "bgpconfigurations"
-    SHORT: ClassVar[tuple[str, ...]] = ("bgpconfig", "bgpconfigs")
-
-    spec: BGPConfigurationSpec = BGPConfigurationSpec()
-
-
 class SecretKeyRef(_Struct, frozen=True, kw_only=True):
     """A value of a Secret in the namespace that the agent is told (``--namespace``)."""
 
@@ -240,6 +224,45 @@ class SecretKeyRef(_Struct, frozen=True, kw_only=True):
 
 class BGPPassword(_Struct, frozen=True, kw_only=True):
     secret_key_ref: SecretKeyRef
+
+
+class Community(_Struct, frozen=True, kw_only=True):
+    """A name for a community, as 65001:100 or 65001:1:100 (large)."""
+
+    name: str
+    value: str
+
+
+class PrefixAdvertisement(_Struct, frozen=True, kw_only=True):
+    """What blocks inside ``cidr`` are announced with: communities, or their names."""
+
+    cidr: str
+    communities: tuple[str, ...] = ()
+
+
+class BGPConfigurationSpec(_Struct, frozen=True, kw_only=True):
+    as_number: int = 64512
+    node_to_node_mesh_enabled: bool = True
+    #: Prefixes outside our pools that may be imported from any peer (R11).
+    import_cidrs: tuple[str, ...] = field(default=(), name="importCIDRs")
+    #: As ``BGPPeerSpec.password`` and ``max_restart_time``, for the sessions of the mesh.
+    node_mesh_password: BGPPassword | None = None
+    node_mesh_max_restart_time: str = "120s"
+    # From here on a node may have its own.
+    #: Where those find us who connect to us: the other nodes, and peers that are waited for. 0: 179.
+    listen_port: int = 0
+    communities: tuple[Community, ...] = ()
+    prefix_advertisements: tuple[PrefixAdvertisement, ...] = ()
+
+
+class BGPConfiguration(Resource, frozen=True, kw_only=True, tag="BGPConfiguration"):
+    """BGP of all nodes, if it is named ``default``; of one, if it is named ``node.NAME``: what that says of
+    ``listenPort`` and ``prefixAdvertisements`` holds there instead."""
+
+    PLURAL: ClassVar[str] = "bgpconfigurations"
+    SHORT: ClassVar[tuple[str, ...]] = ("bgpconfig", "bgpconfigs")
+
+    spec: BGPConfigurationSpec = BGPConfigurationSpec()
 
 
 class BGPPeerSpec(_Struct, frozen=True, kw_only=True):

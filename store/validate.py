@@ -18,7 +18,9 @@ from store.model import (
     ANNOTATION_ASN,
     BLOCK_LIMIT,
     BGPConfiguration,
+    BGPConfigurationSpec,
     BGPFilter,
+    BGPPassword,
     BGPPeer,
     BGPPeerSpec,
     EndpointSlice,
@@ -51,9 +53,28 @@ MAX_FILTERS = 16
 MAX_RULES = 128
 MAX_OPERATIONS = 10
 MAX_AS_NUMBERS = 10
+#: Named communities of a configuration, prefixes that it says anything of, communities of one of them.
+MAX_ADVERTISEMENTS = 32
+MAX_COMMUNITIES = 8
+#: Characters of a community's name.
+MAX_COMMUNITY_NAME = 63
 INTERFACE_PATTERN = r"[*A-Za-z0-9:._-]{1,15}"
-_NUMBER = r"(0|[1-9][0-9]{0,9})"
-COMMUNITY_PATTERN = rf"{_NUMBER}:{_NUMBER}(:{_NUMBER})?"
+
+
+def _up_to(limit: str) -> str:
+    """A regular expression for the numbers from 0 to ``limit``, each in its one spelling."""
+    shorter = f"[1-9][0-9]{{0,{len(limit) - 2}}}"
+    same = (
+        f"{limit[:i]}[{0 if i else 1}-{int(digit) - 1}][0-9]{{{len(limit) - i - 1}}}"
+        for i, digit in enumerate(limit)
+        if digit != "0"
+    )
+    return f"(0|{shorter}|{'|'.join(same)}|{limit})"
+
+
+_16, _32 = _up_to("65535"), _up_to("4294967295")
+#: A standard community (RFC 1997), or a large one (RFC 8092); one regular expression, as CEL reckons the cost of more.
+COMMUNITY_PATTERN = f"{_16}:{_16}|{_32}:{_32}:{_32}"
 
 #: Which kinds ``validate_against`` wants to see beside an object of this kind.
 BESIDE: Mapping[type[Resource], type[Resource]] = {IPPool: IPPool, IPAMBlock: IPPool}
@@ -440,15 +461,77 @@ def _as_number(field: str, number: int) -> Iterator[Problem]:
 
 
 def _bgp_configuration(configuration: BGPConfiguration) -> Iterator[Problem]:
-    if configuration.name != "default":
-        yield Problem(
-            "metadata.name",
-            configuration.name,
-            f"write default: one configuration holds for all nodes; for the AS number of one node set the annotation "
-            f"{ANNOTATION_ASN} on it",
+    spec = configuration.spec
+    if configuration.name.startswith("node."):
+        yield from _of_one_node(spec)
+    elif configuration.name != "default":
+        remedy = (
+            f"write default, for all nodes, or node.NAME for one of them; for the AS number of one node set the "
+            f"annotation {ANNOTATION_ASN} on it"
         )
-    yield from _as_number("spec.asNumber", configuration.spec.as_number)
-    yield from _cidrs("spec.importCIDRs", configuration.spec.import_cidrs)
+        yield Problem("metadata.name", configuration.name, remedy)
+    yield from _as_number("spec.asNumber", spec.as_number)
+    yield from _cidrs("spec.importCIDRs", spec.import_cidrs)
+    yield from _password("spec.nodeMeshPassword", spec.node_mesh_password)
+    yield from _restart_time("spec.nodeMeshMaxRestartTime", spec.node_mesh_max_restart_time)
+    if not 0 <= spec.listen_port <= 65535:
+        yield Problem("spec.listenPort", spec.listen_port, "write a port, 1..65535; 0 is 179")
+    yield from _communities(spec)
+
+
+def _of_one_node(spec: BGPConfigurationSpec) -> Iterator[Problem]:
+    for part in msgspec.structs.fields(BGPConfigurationSpec):
+        value = getattr(spec, part.name)
+        if part.name not in _OF_ONE_NODE and value != part.default:
+            remedy = "leave it out: it holds for all nodes and stands in default"
+            if part.name == "as_number":
+                remedy += f"; for the AS number of one node set the annotation {ANNOTATION_ASN} on it"
+            yield Problem(f"spec.{part.encode_name}", value, remedy)
+
+
+_OF_ONE_NODE = ("listen_port", "communities", "prefix_advertisements")
+
+
+def _communities(spec: BGPConfigurationSpec) -> Iterator[Problem]:
+    names = [community.name for community in spec.communities]
+    for i, community in enumerate(spec.communities):
+        field = f"spec.communities[{i}]"
+        if not _is_name(community.name) or len(community.name) > MAX_COMMUNITY_NAME:
+            remedy = f"{_NAME_REMEDY}, at most {MAX_COMMUNITY_NAME} of them"
+            yield Problem(f"{field}.name", community.name, remedy)
+        yield from _community(f"{field}.value", community.value)
+    if len(set(names)) != len(names):
+        yield Problem("spec.communities", names, "name each once")
+    for i, advertisement in enumerate(spec.prefix_advertisements):
+        field = f"spec.prefixAdvertisements[{i}]"
+        yield from _cidr(f"{field}.cidr", advertisement.cidr)
+        for text in advertisement.communities:
+            if text not in names and not is_community(text):
+                remedy = "write a community as 65001:100 or 65001:1:100, or a name that stands in communities"
+                yield Problem(f"{field}.communities", text, remedy)
+        if len(advertisement.communities) > MAX_COMMUNITIES:
+            yield Problem(f"{field}.communities", len(advertisement.communities), f"at most {MAX_COMMUNITIES}")
+    for name, count in (("communities", len(names)), ("prefixAdvertisements", len(spec.prefix_advertisements))):
+        if count > MAX_ADVERTISEMENTS:
+            yield Problem(f"spec.{name}", count, f"at most {MAX_ADVERTISEMENTS}")
+
+
+def _password(field: str, password: BGPPassword | None) -> Iterator[Problem]:
+    if password is None:
+        return
+    ref = password.secret_key_ref
+    if not _is_name(ref.name):
+        yield Problem(f"{field}.secretKeyRef.name", ref.name, f"name a Secret: {_NAME_REMEDY}")
+    if not _is_secret_key(ref.key):
+        yield Problem(f"{field}.secretKeyRef.key", ref.key, _SECRET_KEY_REMEDY)
+
+
+def _restart_time(field: str, text: str) -> Iterator[Problem]:
+    try:
+        if not 0 <= duration(text) <= 4095:
+            yield Problem(field, text, "write 0s..4095s (RFC 4724 has 12 bits for it)")
+    except ValueError as e:
+        yield Problem(field, text, str(e))
 
 
 def _bgp_peer(peer: BGPPeer) -> Iterator[Problem]:
@@ -473,11 +556,7 @@ def _bgp_peer(peer: BGPPeer) -> Iterator[Problem]:
     if not 0 <= spec.num_allowed_local_as_numbers <= 10:
         remedy = "write 0..10: how often our own AS may stand in a received path"
         yield Problem("spec.numAllowedLocalASNumbers", spec.num_allowed_local_as_numbers, remedy)
-    try:
-        if not 0 <= duration(spec.max_restart_time) <= 4095:
-            yield Problem("spec.maxRestartTime", spec.max_restart_time, "write 0s..4095s (RFC 4724 has 12 bits for it)")
-    except ValueError as e:
-        yield Problem("spec.maxRestartTime", spec.max_restart_time, str(e))
+    yield from _restart_time("spec.maxRestartTime", spec.max_restart_time)
     if not 3 <= spec.hold_time <= 65535:
         remedy = "write 3..65535 seconds: 3 is RFC 4271's least, and a session without one finds no dead peer"
         yield Problem("spec.holdTime", spec.hold_time, remedy)
@@ -498,12 +577,7 @@ def _bgp_peer(peer: BGPPeer) -> Iterator[Problem]:
 
 
 def _session(spec: BGPPeerSpec) -> Iterator[Problem]:
-    if spec.password is not None:
-        ref = spec.password.secret_key_ref
-        if not _is_name(ref.name):
-            yield Problem("spec.password.secretKeyRef.name", ref.name, f"name a Secret: {_NAME_REMEDY}")
-        if not _is_secret_key(ref.key):
-            yield Problem("spec.password.secretKeyRef.key", ref.key, _SECRET_KEY_REMEDY)
+    yield from _password("spec.password", spec.password)
     if spec.source_address not in ("", "UseNodeIP", "None"):
         yield Problem("spec.sourceAddress", spec.source_address, "write UseNodeIP or None, or leave it out")
     if spec.local_as_number is not None:
@@ -599,11 +673,8 @@ def _community(field: str, text: str) -> Iterator[Problem]:
 
 
 def is_community(text: str) -> bool:
-    """A standard community (RFC 1997) or a large one (RFC 8092), each number in its one spelling."""
-    if not re.fullmatch(COMMUNITY_PATTERN, text):
-        return False
-    numbers = [int(part) for part in text.split(":")]
-    return max(numbers) <= (65535 if len(numbers) == 2 else 4294967295)
+    """A standard community or a large one, each number in its one spelling."""
+    return re.fullmatch(COMMUNITY_PATTERN, text) is not None
 
 
 def _as_numbers(field: str, numbers: tuple[int, ...], *, least: int) -> Iterator[Problem]:

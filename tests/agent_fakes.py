@@ -328,6 +328,10 @@ def configuration(**changes: Any) -> BGPConfiguration:
     return BGPConfiguration(metadata=Meta(name="default"), spec=spec)
 
 
+def of_node(name: str, **changes: Any) -> BGPConfiguration:
+    return BGPConfiguration(metadata=Meta(name=f"node.{name}"), spec=BGPConfigurationSpec(**changes))
+
+
 def cluster(**changes: Any) -> Cluster:
     """Node 1 with a block of each family and a session of each family to each of two ToRs."""
     values: dict[str, Any] = {

@@ -32,7 +32,8 @@ def exported(*rules: FilterRuleV4) -> frozenset[Announcement]:
     made = BGPFilter(metadata=Meta(name="f"), spec=BGPFilterSpec(export_v4=rules))
     exports = compiled([made], "export", external=True)
     met = {cidr: exports.decide(Candidate(parse(cidr))) for cidr in (BLOCK, OTHER)}
-    return frozenset(announcement(cidr, session("4"), rule) for cidr, rule in met.items() if rule.accept)
+    given = {BLOCK: ("65100:9",), OTHER: ()}  # as prefixAdvertisements do
+    return frozenset(announcement(cidr, session("4"), rule, given[cidr]) for cidr, rule in met.items() if rule.accept)
 
 
 def test_what_export_rules_say_is_what_the_router_gets(router: Router, node: Node) -> None:
@@ -46,7 +47,7 @@ def test_what_export_rules_say_is_what_the_router_gets(router: Router, node: Nod
             await until(lambda: router.paths() == {BLOCK: (NODE_AS,), OTHER: (NODE_AS,)})
             driver.set_announcements(exported(decorate))
             await until(lambda: router.paths() == {BLOCK: (NODE_AS, 65009, 4200000000), OTHER: (NODE_AS,)})
-            assert router.communities(BLOCK) == {"65100:7", "65100:7:8"}
+            assert router.communities(BLOCK) == {"65100:7", "65100:7:8", "65100:9"}
             assert router.communities(OTHER) == set()
             driver.set_announcements(exported(decorate, FilterRuleV4(action="Reject")))
             await until(lambda: router.paths().keys() == {BLOCK})

@@ -14,7 +14,7 @@ from agent.plan import Snapshot, plan
 from agent.rib import Rib
 from lab.net import Net
 from store.model import BGPPassword, Meta, Secret, SecretKeyRef
-from tests.agent_fakes import bgp_peer, cluster
+from tests.agent_fakes import bgp_peer, cluster, configuration, of_node
 from tests.agent_fakes import node as a_node
 from tests.bgp.conftest import SESSIONS, Node, announce, run, session, until
 from tests.bgp.routers import NODE4, NODE6, NODE_AS, TOR4, TOR6, Router, wire
@@ -105,13 +105,14 @@ def test_a_peer_that_is_waited_for_connects(bird: Router, node: Node) -> None:
     run(main())
 
 
-def test_two_nodes_that_a_selector_joins_have_what_they_need_to_meet(net: Net, tmp_path: Path, node: Node) -> None:
-    """The sessions that each of them plans for itself, with a password, fit together."""
+@pytest.mark.parametrize("mesh", [True, False], ids=["mesh", "peerSelector"])
+def test_two_nodes_have_what_they_need_to_meet(net: Net, tmp_path: Path, node: Node, mesh: bool) -> None:
+    """The sessions that each of them plans for itself, with a password and a port, fit together."""
     wire(net)
     (tmp_path / "other").mkdir()
     other = Node(net, tmp_path / "other", "tor")
     ref = BGPPassword(secret_key_ref=SecretKeyRef(name="rack", key="k"))
-    peer = bgp_peer("rack", "", as_number=0, peer_selector="rack == 'a'", node="node-1", password=ref, ttl_security=0)
+    peer = bgp_peer("rack", "", as_number=0, peer_selector="rack == 'a'", node="node-1", password=ref)
     rack = Secret(metadata=Meta(name="rack", namespace="underlay-system"), data={"k": b"hunter2"})
     nodes = {
         "node-1": a_node("node-1", NODE4, NODE6, rack="a"),
@@ -124,7 +125,12 @@ def test_two_nodes_that_a_selector_joins_have_what_they_need_to_meet(net: Net, t
             node=name,
             now=0.0,
             cluster=cluster(
-                node=here, nodes=tuple(n for n in nodes.values() if n != here), peers=(peer,), secrets=(rack,)
+                node=here,
+                nodes=tuple(n for n in nodes.values() if n != here),
+                peers=() if mesh else (peer,),
+                secrets=(rack,),
+                configuration=configuration(node_to_node_mesh_enabled=mesh, node_mesh_password=ref, listen_port=1179),
+                node_configurations=(of_node("node-2", listen_port=1180),),
             ),
             kernel=KernelState(),
             speaker=SpeakerState(known=True),

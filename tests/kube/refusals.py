@@ -213,6 +213,35 @@ BAD: dict[str, Case] = {
     "configuration of another name": configuration(name="mine"),
     **{f"configuration imports {c!r}": configuration(importCIDRs=[c]) for c in (*NOT_CANONICAL, "10.0.0.1", "")},
     "configuration imports twice": configuration(importCIDRs=["10.0.0.0/8", "10.0.0.0/8"]),
+    **{
+        f"configuration of a node: {spec}": configuration(name="node.node-1", **spec)
+        for spec in (
+            *({"asNumber": 64513}, {"nodeToNodeMeshEnabled": False}, {"importCIDRs": ["10.0.0.0/8"]}),
+            *({"nodeMeshPassword": {"secretKeyRef": {"name": "a", "key": "b"}}}, {"nodeMeshMaxRestartTime": "60s"}),
+        )
+    },
+    **{f"configuration port {p}": configuration(listenPort=p) for p in (-1, 65536, "179")},
+    **{
+        f"configuration communities {c}": configuration(communities=c)
+        for c in (
+            *(
+                [{"name": "A", "value": "1:1"}],
+                [{"name": "a" * 64, "value": "1:1"}],
+                [{"name": "a", "value": "1"}],
+                [{"name": "a"}],
+                [{"value": "1:1"}],
+            ),
+            [{"name": "a", "value": "1:1"}, {"name": "a", "value": "1:2"}],
+        )
+    },
+    **{
+        f"configuration advertises {a}": configuration(prefixAdvertisements=[a])
+        for a in (
+            *({"cidr": "10.0.0.1/8"}, {"communities": ["1:1"]}, {"cidr": "10.0.0.0/8", "communities": ["a"]}),
+            *({"cidr": "10.0.0.0/8", "communities": ["65536:1"]}, {"cidr": "10.0.0.0/8", "communities": ["1:1"] * 9}),
+        )
+    },
+    **{f"configuration restart time {t}": configuration(nodeMeshMaxRestartTime=t) for t in NO_DURATION},
     **{f"peer {ip!r}": peer(ip) for ip in (*NO_PEER, 179)},
     **{f"peer AS {n}": peer(asNumber=n) for n in (0, 23456, 65535, 4294967295)},
     "peer without AS": Case(BGPPeer, "peer", {"peerIP": "10.0.0.1"}),
@@ -355,6 +384,24 @@ GOOD: dict[str, Case] = {
         asNumber=64512, nodeToNodeMeshEnabled=False, importCIDRs=["10.0.0.0/8", "0.0.0.0/0"]
     ),
     "configuration of nothing": configuration(),
+    "configuration of a node": configuration(
+        name="node.node-1.example.org",
+        listenPort=1179,
+        communities=[{"name": "rack", "value": "65001:7"}, {"name": "r.2", "value": "4294967295:0:1"}],
+        prefixAdvertisements=[{"cidr": "fd00::/8", "communities": ["rack", "r.2", "1:1"]}, {"cidr": "10.0.0.0/8"}],
+    ),
+    "configuration of a node with nothing": configuration(name="node.a"),
+    "configuration of a node without spec": Case(BGPConfiguration, "node.a", None),
+    "configuration of a node as the API server fills it": configuration(
+        name="node.a", asNumber=64512, nodeToNodeMeshEnabled=True, nodeMeshMaxRestartTime="120s", importCIDRs=[]
+    ),
+    "configuration of the mesh": configuration(
+        nodeMeshPassword={"secretKeyRef": {"name": "mesh", "key": "k"}}, nodeMeshMaxRestartTime="0s", listenPort=0
+    ),
+    "configuration of many": configuration(
+        communities=[{"name": f"c{i}", "value": f"65001:{i}"} for i in range(32)],
+        prefixAdvertisements=[{"cidr": f"10.{i}.0.0/16", "communities": [f"c{i}"]} for i in range(32)],
+    ),
     "configuration without spec": Case(BGPConfiguration, "default", None),
     **{f"configuration AS {n}": configuration(asNumber=n) for n in (1, 23455, 65534, 65536, 4294967294)},
     **{

@@ -84,7 +84,7 @@ def test_the_schema_is_structural_and_every_list_says_how_it_merges(kind: type[R
     for path, node in leaves(schema(kind)):
         assert node["type"] in ("object", "array", "string", "integer", "boolean"), path
         if node["type"] == "array":
-            assert node["x-kubernetes-list-type"] in ("atomic", "set"), path
+            assert node["x-kubernetes-list-type"] in ("atomic", "set", "map"), path
 
 
 @pytest.mark.parametrize("kind", CUSTOM)

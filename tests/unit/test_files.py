@@ -115,7 +115,7 @@ spec:
     assert configuration.spec.node_to_node_mesh_enabled is False
     assert isinstance(peer, BGPPeer)
     assert peer.spec.peer_ip == "[fd00::1]:1179"
-    left_out = {"logSeverityScreen", "serviceClusterIPs", "listenPort", "keepOriginalNextHop"}
+    left_out = {"logSeverityScreen", "serviceClusterIPs", "keepOriginalNextHop"}
     stamps = ["metadata.uid", "metadata.creationTimestamp"]
     said = [note.split(": ")[1].split()[0] for note in notes]
     assert sorted(said) == sorted([*(f"spec.{field}" for field in left_out), *stamps, "spec.allowedUses"])

@@ -23,14 +23,17 @@ from store.model import (
     AddCommunity,
     Allocation,
     BGPPassword,
+    Community,
+    CommunityMatch,
     FilterOperation,
     FilterRuleV4,
     Meta,
+    PrefixAdvertisement,
     PrependASPath,
     Secret,
     SecretKeyRef,
 )
-from tests.agent_fakes import FakeKernel, bgp_filter, bgp_peer, block, cluster, configuration, node, pool
+from tests.agent_fakes import FakeKernel, bgp_filter, bgp_peer, block, cluster, configuration, node, of_node, pool
 
 V4, V6 = "ipv4 unicast", "ipv6 unicast"
 OWN4, OWN6 = "10.244.1.0/26", "fd00:10:244::40/122"
@@ -203,6 +206,59 @@ def test_import_rules_reach_the_rib_with_the_interfaces_they_ask_for() -> None:
     wanted = plan(snapshot(cluster=at, rib=rib_with(told, cluster=at)))
     assert wanted.selection.best == {"10.244.8.0/26": (NextHop("10.0.2.0", 3),)}
     assert wanted.selection.refused["10.0.1.0"] == {"10.244.8.0/26": Refusal.RejectedByFilter}
+
+
+def test_a_mesh_with_password_ports_and_restart_time() -> None:
+    ref = BGPPassword(secret_key_ref=SecretKeyRef(name="mesh", key="k"))
+    secret = Secret(metadata=Meta(name="mesh", namespace="underlay-system"), data={"k": b"hunter2"})
+    whole = configuration(
+        node_to_node_mesh_enabled=True, node_mesh_password=ref, node_mesh_max_restart_time="30s", listen_port=1179
+    )
+    at = cluster(
+        configuration=whole,
+        node_configurations=(of_node("node-1", listen_port=1181), of_node("node-2", listen_port=1182)),
+        nodes=(node("node-0", "10.9.0.2"), node("node-2", "10.9.0.3"), node("node-3", "10.9.0.4")),
+        peers=(bgp_peer("waited", "10.0.1.0", passive=True), bgp_peer("tor", "10.0.2.0:1790")),
+        secrets=(secret,),
+    )
+    wanted = plan(snapshot(cluster=at))
+    assert wanted.sessions is not None
+    # A session that waits is on our own port, one that connects goes to the other's.
+    assert {(s.name, s.port, s.passive, s.password) for s in wanted.sessions} == {
+        ("mesh-node-0", 1181, True, "aHVudGVyMg=="),
+        ("mesh-node-2", 1182, False, "aHVudGVyMg=="),
+        ("mesh-node-3", 1179, False, "aHVudGVyMg=="),
+        ("waited", 1181, True, ""),
+        ("tor", 1790, False, ""),
+    }
+    assert {p.max_restart_time for p in wanted.peers if p.name.startswith("mesh")} == {30.0}
+
+
+def test_blocks_carry_the_communities_of_their_prefixes_and_export_rules_see_them() -> None:
+    named = (Community(name="pods", value="65100:1"), Community(name="large", value="65100:1:1"))
+    whole = configuration(
+        communities=named,
+        prefix_advertisements=(
+            PrefixAdvertisement(cidr="10.244.0.0/16", communities=("pods", "65100:2")),
+            PrefixAdvertisement(cidr="10.244.1.0/24", communities=("large", "pods")),
+            PrefixAdvertisement(cidr="10.245.0.0/16", communities=("65100:9",)),
+        ),
+    )
+    rejects = FilterRuleV4(action="Reject", communities=CommunityMatch(values=("65100:1:1",)))
+    peers = (bgp_peer("tor", "10.0.1.0"), bgp_peer("picky", "10.0.2.0", filters=("picky",)))
+    at = cluster(configuration=whole, peers=peers, filters=(bgp_filter("picky", export_v4=(rejects,)),))
+
+    def told(**changes: Any) -> set[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+        announcements = plan(snapshot(cluster=replace(at, **changes))).announcements
+        assert announcements is not None
+        return {(a.peer, a.communities, a.large_communities) for a in announcements}
+
+    assert told() == {("10.0.1.0", ("65100:1", "65100:2"), ("65100:1:1",))}
+    # A node's own stand in for the cluster's.
+    own = of_node("node-1", prefix_advertisements=(PrefixAdvertisement(cidr=OWN4, communities=("65100:5",)),))
+    others = of_node("node-2", prefix_advertisements=(PrefixAdvertisement(cidr=OWN4, communities=("65100:6",)),))
+    mine = told(node_configurations=(own, others))
+    assert mine == {("10.0.1.0", ("65100:5",), ()), ("10.0.2.0", ("65100:5",), ())}
 
 
 def racks(here: str) -> Any:

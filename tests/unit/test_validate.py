@@ -19,6 +19,7 @@ from store.model import (
     BGPPassword,
     BGPPeer,
     BGPPeerSpec,
+    Community,
     CommunityMatch,
     FilterOperation,
     FilterRuleV4,
@@ -36,13 +37,14 @@ from store.model import (
     NodeSpec,
     NodeStatus,
     OwnerReference,
+    PrefixAdvertisement,
     PrefixLength,
     PrependASPath,
     Resource,
     SecretKeyRef,
     block_name,
 )
-from store.validate import block_size, duration, overlaps, peer_address, validate, validate_against
+from store.validate import block_size, duration, is_community, overlaps, peer_address, validate, validate_against
 
 
 def pool(cidr: str = "10.0.0.0/16", name: str = "pool", **spec: Any) -> IPPool:
@@ -241,9 +243,45 @@ def test_the_annotation_is_a_plain_number(text: str) -> None:
 
 
 def test_one_bgp_configuration_holds_for_all() -> None:
-    refused(BGPConfiguration(metadata=Meta(name="node.node-1")), "metadata.name", ANNOTATION_ASN)
+    refused(BGPConfiguration(metadata=Meta(name="mine")), "metadata.name", ANNOTATION_ASN)
     spec = BGPConfigurationSpec(import_cidrs=("10.0.0.1/24",))
     refused(BGPConfiguration(metadata=Meta(name="default"), spec=spec), "spec.importCIDRs[0]", "write 10.0.0.0/24")
+
+
+def test_a_bgp_configuration_of_one_node_says_what_a_node_may_have_of_its_own() -> None:
+    def of(name: str, **spec: Any) -> BGPConfiguration:
+        return BGPConfiguration(metadata=Meta(name=name), spec=BGPConfigurationSpec(**spec))
+
+    named = (Community(name="rack", value="65001:7"),)
+    own: dict[str, Any] = {
+        "listen_port": 1179,
+        "communities": named,
+        "prefix_advertisements": (PrefixAdvertisement(cidr="10.244.0.0/16", communities=("rack", "1:2:3")),),
+    }
+    password = BGPPassword(secret_key_ref=SecretKeyRef(name="mesh", key="k"))
+    shared: dict[str, Any] = {
+        "as_number": 64513,
+        "node_to_node_mesh_enabled": False,
+        "import_cidrs": ("10.9.0.0/16",),
+        "node_mesh_password": password,
+        "node_mesh_max_restart_time": "60s",
+    }
+    assert {f.name for f in msgspec.structs.fields(BGPConfigurationSpec)} == own.keys() | shared.keys()
+    assert validate(of("default", **own, **shared)) == ()
+    assert validate(of("node.node-1.example.org", **own)) == ()
+    assert len(validate(of("node.node-1", **own, **shared))) == len(shared)
+    refused(of("node.node-1", as_number=64513), "spec.asNumber", ANNOTATION_ASN)
+    refused(of("default", listen_port=65536), "spec.listenPort", "1..65535")
+    refused(of("default", node_mesh_max_restart_time="2d"), "spec.nodeMeshMaxRestartTime", "with its unit")
+    refused(of("default", communities=named * 2), "spec.communities", "once")
+    refused(of("default", communities=(Community(name="a", value="1"),)), "spec.communities[0].value", "65001:100")
+    long = (Community(name="a" * 64, value="1:1"),)
+    refused(of("default", communities=long), "spec.communities[0].name", "at most 63")
+    unnamed = (PrefixAdvertisement(cidr="10.244.0.0/16", communities=("rack",)),)
+    refused(of("default", prefix_advertisements=unnamed), "spec.prefixAdvertisements[0].communities", "in communities")
+    many = (PrefixAdvertisement(cidr="10.0.0.0/8", communities=("1:1",) * 9),)
+    refused(of("default", prefix_advertisements=many), "spec.prefixAdvertisements[0].communities", "at most 8")
+    refused(of("default", prefix_advertisements=many * 33), "spec.prefixAdvertisements", "at most 32")
 
 
 @pytest.mark.parametrize(
@@ -493,3 +531,13 @@ def test_any_text_is_judged_without_a_crash(text: str) -> None:
     ):
         validate(obj)
     validate(block(allocations=(given_to(text),)))
+
+
+@given(st.integers(0, 70000), st.integers(0, 70000), st.integers(0, 2**33), st.sampled_from(["", "0", " "]))
+def test_a_community_has_two_numbers_of_16_bits_or_three_of_32(a: int, b: int, c: int, before: str) -> None:
+    assert is_community(f"{before}{a}:{b}") is (not before and a < 65536 and b < 65536)
+    assert is_community(f"{a}:{before}{c}:{b}") is (not before and c < 2**32)
+    for edge in (0, 9, 10, 99, 100, 999, 1000, 9999, 10000, 65535, 65536, 99999):
+        assert is_community(f"{edge}:0") is (edge < 65536)
+    for edge in (4294967295, 4294967296, 4294967300, 4300000000, 999999999, 1000000000, 9999999999, 3999999999):
+        assert is_community(f"0:{edge}:0") is (edge < 2**32)

@@ -19,6 +19,7 @@ from store.clock import SystemClock
 from store.errors import Unavailable
 from store.memory import MemoryStore
 from store.model import (
+    BGPConfiguration,
     BGPFilter,
     BGPNodeStatus,
     BGPNodeStatusStatus,
@@ -28,7 +29,7 @@ from store.model import (
     Secret,
     SecretKeyRef,
 )
-from tests.agent_fakes import bgp_filter, bgp_peer, block, configuration, node, pool
+from tests.agent_fakes import bgp_filter, bgp_peer, block, configuration, node, of_node, pool
 
 
 def run(main: Awaitable[None]) -> None:
@@ -239,6 +240,26 @@ def test_other_nodes_are_followed_without_mesh_while_a_peer_selects_among_them(t
             assert [n.name for n in found.nodes] == ["node-2"]
             await store.delete(BGPPeer, "rack")
             await until(view, lambda c: not c.nodes)
+
+    run(main())
+
+
+def test_configurations_of_nodes_are_told_apart_and_the_mesh_password_is_followed(tmp_path: Path) -> None:
+    async def main() -> None:
+        store, path = await filled(), tmp_path / "snapshot.json"
+        await store.create(of_node("node-2", listen_port=1179))
+        default = await store.get(BGPConfiguration, "default")
+        ref = BGPPassword(secret_key_ref=SecretKeyRef(name="mesh", key="k"))
+        await store.update(replace(default, spec=replace(default.spec, node_mesh_password=ref)))
+        await store.create(Secret(metadata=Meta(name="mesh", namespace="underlay-system"), data={"k": b"hunter2"}))
+        async with viewing(store, path) as view:
+            found = await until(view, lambda c: c.secrets)
+            assert found.configuration is not None
+            assert found.configuration.name == "default"
+            assert [c.name for c in found.node_configurations] == ["node.node-2"]
+            await until(view, lambda _: path.exists() and "1179" in path.read_text())
+        kept = lastgood.load(path)
+        assert {o.name for o in kept if isinstance(o, BGPConfiguration)} == {"default", "node.node-2"}
 
     run(main())
 
