@@ -56,8 +56,16 @@ def test_a_password_is_used_and_kept_and_never_gone_without(router: Router, node
             await until(lambda: len(driver.state().refused) == 2)
             assert (node.folder / "exabgp.conf").read_text() == before
             assert router.table().keys() == PREFIXES
+        holders = {f.name for f in node.folder.iterdir() if f.is_file() and _tells(f, password)}
+        assert holders == {"exabgp.conf", "sessions.json"}
+        assert {(node.folder / name).stat().st_mode & 0o777 for name in holders} == {0o600}
 
     run(main())
+
+
+def _tells(path: Path, password: str) -> bool:
+    content = path.read_bytes()
+    return password.encode() in content or base64.b64encode(password.encode()) in content
 
 
 def test_an_open_session_does_not_stand_in_for_one_with_a_password(bird: Router, node: Node) -> None:
