@@ -83,8 +83,11 @@ class Peer:
     families: tuple[str, ...] = ()
     #: Prefix -> attributes, as ExaBGP was told them last; it keeps them while the peer is down.
     told: dict[str, str] = field(default_factory=dict)
-    #: Prefix -> attributes that ``connected`` corrects, until ExaBGP has read the correction.
-    correcting: dict[str, str] = field(default_factory=dict)
+    #: Prefix -> attributes (None: withdrawn now) that ``connected`` corrects, until ExaBGP has read the correction.
+    correcting: dict[str, str | None] = field(default_factory=dict)
+    #: The same of prefixes of which ExaBGP may have several things to say, in any order: they wait for the End-of-RIB
+    #: after the whole table.
+    unsure: dict[str, str | None] = field(default_factory=dict)
     #: What the peer may hold of us, and that part of it whose present attributes were reported as sent.
     held: set[str] = field(default_factory=set)
     confirmed: set[str] = field(default_factory=set)
@@ -92,6 +95,8 @@ class Peer:
     #: Prefixes to look at again, and those to announce even if ExaBGP was told them.
     dirty: set[str] = field(default_factory=set)
     again: set[str] = field(default_factory=set)
+    #: Prefixes that ExaBGP repeats in this session, and that were not said in it yet.
+    repeats: set[str] = field(default_factory=set)
     #: Prefixes whose batch was refused: one by one, to find the one at fault.
     single: set[str] = field(default_factory=set)
     #: Families whose End-of-RIB after the whole table is due.
@@ -166,10 +171,9 @@ class Ledger:
                 stale.setdefault(("announce", wanted[prefix], family_of(prefix)), []).append(prefix)
         for (action, attributes, _), prefixes in stale.items():
             for prefix in prefixes:
-                if action == "withdraw":
-                    del peer.told[prefix]
-                else:
-                    peer.correcting[prefix] = peer.told[prefix]
+                told = peer.told.pop(prefix)
+                peer.correcting[prefix] = told if action == "announce" else None
+                if action == "announce":
                     peer.told[prefix] = attributes
             for line in _lines(address, action, attributes, prefixes):
                 yield Command(line, address, -1, {p: Step(action, attributes, None) for p in line.prefixes})
@@ -178,13 +182,14 @@ class Ledger:
         peer = self._peer(address)
         self._lose(peer)
         peer.up, peer.generation, peer.families = True, generation, tuple(families)
-        # What ExaBGP has not read yet came too late: it repeats what it was told before that.
-        peer.told |= peer.correcting
+        # What ExaBGP has not read yet comes behind what it repeats.
+        peer.unsure |= peer.correcting
         peer.correcting = {}
         wanted = (self._wanted or {}).get(address, {})
         peer.held.update(p for p in (*wanted, *peer.told) if family_of(p) in peer.families)
         peer.again = set(wanted)
-        peer.dirty = {*wanted, *peer.told}
+        peer.repeats = set(peer.told)
+        peer.dirty = {*wanted, *peer.told, *peer.unsure}
         peer.owed = set(families) if self._wanted is not None else set()
         self._change(peer).states.update(dict.fromkeys(peer.held, "held"))
 
@@ -243,6 +248,8 @@ class Ledger:
             if peer.steps.get(prefix) is step and step.answered:
                 self._end(peer, prefix, step)
         if barrier.whole:
+            for prefix in [p for p in peer.unsure if family_of(p) == family]:
+                self._make_sure(peer, prefix)
             mine = {p for p in peer.held if family_of(p) == family}
             self._drop(peer, mine - peer.told.keys() - peer.steps.keys())
 
@@ -311,12 +318,23 @@ class Ledger:
             peer.stray[family] = peer.stray.get(family, 0) + len(waiting)
         peer.up = False
         peer.confirmed = set()
+        peer.unsure = {p: s.attributes for p, s in peer.steps.items() if not s.answered and s.action == "announce"}
         peer.steps, peer.barriers = {}, {}
-        peer.dirty, peer.again, peer.single, peer.owed = set(), set(), set(), set()
+        peer.dirty, peer.again, peer.repeats, peer.single, peer.owed = set(), set(), set(), set(), set()
+
+    def _make_sure(self, peer: Peer, prefix: str) -> None:
+        """Nothing is on its way any more, and what the peer has is not known. What ExaBGP believes to have told it would
+        not send: so the old comes first, if need be, and then the new."""
+        old = peer.unsure.pop(prefix)
+        if old is not None:
+            peer.told[prefix] = old
+        peer.repeats.add(prefix)
+        peer.again.add(prefix)
+        peer.dirty.add(prefix)
 
     def _changes_for(self, peer: Peer, wanted: Mapping[str, str]) -> Iterator[Command]:
         batches: dict[tuple[Action, str, str, str], dict[str, Step]] = {}
-        for prefix in sorted(peer.dirty - peer.steps.keys()):
+        for prefix in sorted(peer.dirty - peer.steps.keys() - peer.unsure.keys()):
             peer.dirty.discard(prefix)
             again = prefix in peer.again
             peer.again.discard(prefix)
@@ -335,10 +353,13 @@ class Ledger:
         told = peer.told.get(prefix)
         if family_of(prefix) not in peer.families:
             return None
-        if again and prefix not in peer.confirmed and wanted is not None and told is not None and wanted != told:
-            # ExaBGP repeats at up what it was told before, and could send it behind what it is told now (fault 1).
-            self._mark(peer, prefix, "held")
-            return Step("announce", told, told)
+        if prefix in peer.repeats:
+            # ExaBGP repeats at up what it was told before, and could send that behind what it is told now (fault 1): so
+            # that is said first. Until it is sent, a withdrawal would be lost too.
+            peer.repeats.discard(prefix)
+            if told is not None and wanted != told:
+                self._mark(peer, prefix, "held")
+                return Step("announce", told, told)
         if wanted is not None and (again or wanted != told):
             repeat = again and prefix in peer.confirmed and wanted == told
             if not repeat:
