@@ -323,8 +323,8 @@ class Ledger:
         peer.dirty, peer.again, peer.repeats, peer.single, peer.owed = set(), set(), set(), set(), set()
 
     def _make_sure(self, peer: Peer, prefix: str) -> None:
-        """Nothing is on its way any more, and what the peer has is not known. What ExaBGP believes to have told it would
-        not send: so the old comes first, if need be, and then the new."""
+        """Nothing is on its way any more, and what the peer has is not known. ExaBGP sends nothing that it believes to
+        have sent: so the old comes first, if need be, and then the new."""
         old = peer.unsure.pop(prefix)
         if old is not None:
             peer.told[prefix] = old

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -295,6 +294,9 @@ def corrected(*, read: bool) -> Ledger:
     ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[1]}})
     ledger.up(PEERS[0], 1, FAMILIES)
     answered(ledger)
+    ledger.reported(PEERS[0], PREFIXES[:1], [])
+    for family in FAMILIES:
+        ledger.reported_end(PEERS[0], family)
     ledger.down(PEERS[0])
     ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[0]}})
     (correction,) = ledger.connected(PEERS[0])
