@@ -263,7 +263,7 @@ class Containerd:
         return self.release.root / "usr/bin" / name
 
     def _inside(self, argv: Sequence[str]) -> list[str]:
-        return ["nsenter", "--target", str(self._holder), "--mount", "--uts", "--pid", *argv]
+        return ["nsenter", "--target", str(self._holder), "--mount", "--root", "--uts", "--pid", *argv]
 
 
 def fetch(address: str, port: int = 80) -> str:
