@@ -67,7 +67,8 @@ class Node:
         """A shim has called for that container and has no answer yet."""
         for environment in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
-                shim = environment.with_name("exe").readlink() == self.plugin.shim
+                # By its name: it runs in another mount namespace, whose paths may begin elsewhere.
+                shim = environment.with_name("exe").readlink().name == self.plugin.shim.name
                 if shim and f"CNI_CONTAINERID={container}\0".encode() in environment.read_bytes():
                     return "unix_stream" in environment.with_name("wchan").read_text()
         return False
