@@ -35,6 +35,10 @@ test)
     need runc "runc: what containerd starts containers with" has runc
     need containernetworking-plugins "portmap, bandwidth, tuning: what is chained behind us" test -x /usr/lib/cni/portmap
     need busybox-static "busybox without libraries: the image of those containers" static_busybox
+    if [ "$(uname -m)" = x86_64 ]; then
+        need gcc-aarch64-linux-gnu "a compiler for arm64: builds the other shim" has aarch64-linux-gnu-gcc
+        need qemu-user-static "qemu: runs that shim here" has qemu-aarch64-static
+    fi
     need ca-certificates "whom to trust where Go's modules come from" test -s "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}"
     ;;
 bench)
