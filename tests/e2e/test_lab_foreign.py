@@ -36,7 +36,7 @@ def blocks(lab: Lab, node: str) -> dict[str, dict[str, Any]]:
 
 
 def conditions(block: dict[str, Any]) -> dict[str, str]:
-    return {c["type"]: c["message"] for c in block["status"].get("conditions", ())}
+    return {c["type"]: c["message"] for c in block.get("status", {}).get("conditions", ())}
 
 
 def announce(lab: Lab, router: str, *prefixes: str) -> None:

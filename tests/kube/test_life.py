@@ -451,6 +451,12 @@ def test_a_node_that_is_cut_off_and_whose_node_is_deleted(
         if not announced:
             life.silent.add("node-2")
         await life.people.delete(Node, "node-2")
+
+        async def marked() -> bool:
+            block = await life.block(left)
+            return block is not None and bool(block.metadata.deletion_timestamp)
+
+        await life.until(marked, 40)  # by Kubernetes' garbage collector, in real time
         for i in range(16):
             await life.add(one, f"1{i}")  # their pool has two blocks: from here on node-1 wants the other
         began = life.clock.monotonic()

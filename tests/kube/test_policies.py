@@ -279,7 +279,7 @@ def test_the_block_of_a_dead_node_can_be_claimed_by_another(installed: Installed
     cluster.request("PUT", blocks.at(THEIRS), _with_meta(ownerReferences=[reference])(mine), token=blocks.two)
     cluster.request("DELETE", "/api/v1/nodes/node-2")
     # The garbage collector is an account of its own, which no policy of ours speaks of.
-    eventually(lambda: "deletionTimestamp" in blocks.get(THEIRS)["metadata"])
+    eventually(lambda: "deletionTimestamp" in blocks.get(THEIRS)["metadata"], limit=40)
     if how == "PUT":
         cluster.request("PUT", blocks.at(THEIRS), _with_meta(finalizers=[])(blocks.get(THEIRS)), token=blocks.one)
     else:
