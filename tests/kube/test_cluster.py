@@ -16,6 +16,7 @@ import pytest
 from lab.kube.cluster import Cluster, Refused
 from lab.kube.installed import crds
 from tests.conftest import eventually
+from tests.kube.world import COLLECTED
 
 NODES = "/api/v1/nodes"
 BLOCKS = "/apis/underlay.network/v1/ipamblocks"
@@ -115,7 +116,7 @@ def test_the_garbage_collector_takes_a_block_with_its_node_and_only_marks_one_wi
     cluster.request("DELETE", f"{NODES}/node-1")
     path = f"{BLOCKS}/10-0-0-0-26"
     # Its collector may be looking for new kinds, which it does every 30 s, or come back from a test's restart.
-    assert eventually(lambda: "deletionTimestamp" in cluster.request("GET", path)["metadata"], limit=30)
+    assert eventually(lambda: "deletionTimestamp" in cluster.request("GET", path)["metadata"], limit=COLLECTED)
     cluster.request("PATCH", path, {"metadata": {"finalizers": None}}, content_type="application/merge-patch+json")
     assert gone(cluster, path)
 

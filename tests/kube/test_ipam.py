@@ -26,7 +26,7 @@ from store.model import (
 )
 from tests.ipam_fakes import Rig, attachment, link_name
 from tests.ipam_fakes import pool as a_pool
-from tests.kube.world import CLOCK, SETTINGS, World, adds, run, soon
+from tests.kube.world import CLOCK, COLLECTED, SETTINGS, World, adds, run, soon
 
 SMALL = a_pool("small", "10.1.0.0/24", 28)
 
@@ -44,7 +44,7 @@ def test_a_node_deleted_and_made_again_disturbs_no_pod(installed: Installed, tmp
             block = await world.block(old)
             return bool(block and block.metadata.deletion_timestamp) and rig.phases()[old] is Phase.MARKED
 
-        await soon(marked)
+        await soon(marked, COLLECTED)
         (other,) = await adds(rig, ["2"])
         node = await world.people.create(Node(metadata=Meta(name="node-1")))
 
@@ -85,7 +85,7 @@ def test_a_dead_nodes_blocks_come_free_by_another_nodes_token(installed: Install
             block = await world.block(left)
             return block is not None and block.spec.node == "node-1"
 
-        await soon(taken, 25)
+        await soon(taken, COLLECTED)
         assert CLOCK.monotonic() - began >= SETTINGS.grace
         await adds(rig, [f"more{i}" for i in range(19)])
         world.rigs.remove(dead)

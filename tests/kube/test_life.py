@@ -35,7 +35,7 @@ from store.memory import MemoryStore
 from store.model import IPAMBlock, IPPool, Meta, Node, R, block_name
 from tests.ipam_fakes import Rig, attachment
 from tests.ipam_fakes import pool as a_pool
-from tests.kube.world import CLOCK, World
+from tests.kube.world import CLOCK, COLLECTED, World
 
 UNDERLAYCTL = Path(sys.executable).parent / "underlayctl"
 SETTINGS = Settings(rest=1.0, withdrawn=0.2, blackhole_limit=0.3, backoff_max=0.5)
@@ -286,7 +286,7 @@ def test_what_people_delete_under_live_pods(installed: Installed, tmp_path: Path
             block = await life.block(old)
             return bool(block and block.metadata.deletion_timestamp) and one.phases()[old] is Phase.MARKED
 
-        await life.until(marked)
+        await life.until(marked, COLLECTED)
         assert old in {f["address"] for f in (await life.findings())["BlockOfNoNode"]}
         await life.add(one, "while-gone")
         await life.people.create(Node(metadata=Meta(name="node-1")))
@@ -456,7 +456,7 @@ def test_a_node_that_is_cut_off_and_whose_node_is_deleted(
             block = await life.block(left)
             return block is not None and bool(block.metadata.deletion_timestamp)
 
-        await life.until(marked, 40)  # by Kubernetes' garbage collector, in real time
+        await life.until(marked, COLLECTED)
         for i in range(16):
             await life.add(one, f"1{i}")  # their pool has two blocks: from here on node-1 wants the other
         began = life.clock.monotonic()

@@ -15,6 +15,7 @@ from lab.kube.cluster import Cluster, Refused
 from lab.kube.installed import AGENT, CNI, NAMESPACE, SPEAKER, Installed, Wire, denial, manifest, pod_token
 from tests.conftest import eventually
 from tests.kube.objects import OWNER, block, node_status, path, pool, status_of
+from tests.kube.world import COLLECTED
 
 MERGE = "application/merge-patch+json"
 APPLY = "application/apply-patch+yaml"
@@ -279,7 +280,7 @@ def test_the_block_of_a_dead_node_can_be_claimed_by_another(installed: Installed
     cluster.request("PUT", blocks.at(THEIRS), _with_meta(ownerReferences=[reference])(mine), token=blocks.two)
     cluster.request("DELETE", "/api/v1/nodes/node-2")
     # The garbage collector is an account of its own, which no policy of ours speaks of.
-    eventually(lambda: "deletionTimestamp" in blocks.get(THEIRS)["metadata"], limit=40)
+    eventually(lambda: "deletionTimestamp" in blocks.get(THEIRS)["metadata"], limit=COLLECTED)
     if how == "PUT":
         cluster.request("PUT", blocks.at(THEIRS), _with_meta(finalizers=[])(blocks.get(THEIRS)), token=blocks.one)
     else:

@@ -19,7 +19,7 @@ from lab.kube.installed import Installed
 from store.model import IPAMBlock, Node
 from tests.ipam_fakes import attachment, link_name
 from tests.ipam_fakes import pool as a_pool
-from tests.kube.world import World, run, soon
+from tests.kube.world import COLLECTED, World, run, soon
 
 SMALL = a_pool("small", "10.1.0.0/24", 28)
 PODS = "/api/v1/namespaces/default/pods"
@@ -143,7 +143,7 @@ def test_a_dead_nodes_block_is_shown_found_and_released(installed: Installed, tm
             block = await world.block(cidr)
             return block is not None and bool(block.metadata.deletion_timestamp)
 
-        await soon(marked)
+        await soon(marked, COLLECTED)
         code, out, _ = await command("ipam", "show", "--block", cidr)
         assert code == 0
         assert "deleting,no-node" in out

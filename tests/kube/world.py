@@ -34,6 +34,8 @@ SETTINGS = Settings(
     absence_gap=12.0,  # a look comes with every claim that finds nothing, 5 s apart at rest
     recheck=2.0,
 )
+#: Seconds in which Kubernetes' garbage collector deletes what a Node owned: at once, or in its next round.
+COLLECTED = 40.0
 CLOCK = SystemClock()
 
 
@@ -121,18 +123,22 @@ class _Counted:
 
 
 async def _agent(rig: Rig, blocks: Informer[IPAMBlock]) -> None:
-    """A blackhole for each own block that is not on its way out, or has live pods; for a new one only while no foreign
-    route leads into it (docs/decisions/0010). What was seen last stands while the API server is away (R14)."""
+    """A blackhole for each own block that is not on its way out; for a new one only while no foreign route leads there
+    (docs/decisions/0010). A block with live pods keeps its blackhole whatever the store says, and what was seen last
+    stands while the API server is away (R14)."""
+
+    def lives(cidr: str) -> bool:
+        return any(ip_address(address) in ip_network(cidr) for address in rig.kernel.live())
+
     while True:
         if blocks.synced:
-            live = [ip_address(address) for address in rig.kernel.live()]
-            wanted = set()
+            present = rig.kernel.blackholes()
+            wanted = {cidr for cidr in present if lives(cidr)}
             for block in blocks.items.values():
                 cidr = block.spec.cidr
-                lives = any(address in ip_network(cidr) for address in live)
                 ends = block.status.releasing or bool(block.metadata.deletion_timestamp)
-                new = cidr not in rig.kernel.blackholes()
-                if lives or not (ends or (new and rig.kernel.foreign_routes(cidr))):
+                foreign = cidr not in present and rig.kernel.foreign_routes(cidr)
+                if lives(cidr) or not (ends or foreign):
                     wanted.add(cidr)
             rig.kernel.set_blackholes(wanted)
         await asyncio.sleep(0.05)
