@@ -19,7 +19,7 @@ from ipam.model import KernelView, News, Settings
 from ipam.pool import Pools, Want, claim_ahead, surplus
 from store.clock import Clock
 from store.errors import Invalid, StoreError
-from store.model import FINALIZER_OWNER, Condition, IPAMBlock, Writer
+from store.model import FINALIZER_OWNER, IPAMBlock, Writer
 from store.waiting import Moved, until
 
 log = logging.getLogger(__name__)
@@ -567,6 +567,4 @@ class Keeper:
         self._verdicts[want] = Verdict(before.attempts + 1, error)
 
     def _say(self, kind: str, reason: str, message: str) -> None:
-        self._ledger.say(
-            Condition(type=kind, status="True", reason=reason, message=message, last_transition_time=self._clock.now())
-        )
+        self._ledger.say(kind, reason, message, self._clock.now())

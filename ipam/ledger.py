@@ -216,11 +216,13 @@ class Ledger:
 
     # -- conditions ---------------------------------------------------------------------------------------------------
 
-    def say(self, condition: Condition) -> None:
-        """Sets a condition; every block carries them. The same one again keeps its time."""
-        present = self.conditions.get(condition.type)
-        if present is None or (present.reason, present.message) != (condition.reason, condition.message):
-            self.conditions[condition.type] = condition
+    def say(self, kind: str, reason: str, message: str, now: str) -> None:
+        """Sets the condition of that type; every block carries them. ``now`` is a time stamp; the same one again keeps
+        its time."""
+        present = self.conditions.get(kind)
+        if present is None or (present.reason, present.message) != (reason, message):
+            condition = Condition(type=kind, status="True", reason=reason, message=message, last_transition_time=now)
+            self.conditions[kind] = condition
             self._all_changed()
             self.tell(of_condition(condition))
 

@@ -11,7 +11,7 @@ from ipaddress import ip_address, ip_network
 
 from ipam.ledger import Ledger
 from store.clock import Clock
-from store.model import Condition, IPAMBlock
+from store.model import IPAMBlock
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +61,7 @@ class Lost:
             self._ledger.unsay("BlockLost")
             return
         message = "; ".join(dict.fromkeys(self._why.values()))
-        self._ledger.say(
-            Condition(
-                type="BlockLost",
-                status="True",
-                reason="NotOurs",
-                message=message,
-                last_transition_time=self._clock.now(),
-            )
-        )
+        self._ledger.say("BlockLost", "NotOurs", message, self._clock.now())
 
 
 # -- words -----------------------------------------------------------------------------------------------------------

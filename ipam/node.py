@@ -510,9 +510,7 @@ class NodeIPAM:
     # -- what people hear of ------------------------------------------------------------------------------------------
 
     def _say(self, kind: str, reason: str, message: str) -> None:
-        self._ledger.say(
-            Condition(type=kind, status="True", reason=reason, message=message, last_transition_time=self._clock.now())
-        )
+        self._ledger.say(kind, reason, message, self._clock.now())
 
     def _heard(self, news: News) -> None:
         self._tell(news)

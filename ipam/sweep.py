@@ -9,7 +9,6 @@ from ipam.errors import IPAMError, KernelUnavailable
 from ipam.ledger import Ledger
 from ipam.model import Attachment, KernelView, Lease, News, Settings
 from store.clock import Clock
-from store.model import Condition
 
 log = logging.getLogger(__name__)
 
@@ -177,12 +176,4 @@ class Sweep:
                 self._ledger.add_stray(address, links.get(index, ""))
 
     def _stop(self, reason: str, message: str) -> None:
-        self._ledger.say(
-            Condition(
-                type="SweepStopped",
-                status="True",
-                reason=reason,
-                message=message,
-                last_transition_time=self._clock.now(),
-            )
-        )
+        self._ledger.say("SweepStopped", reason, message, self._clock.now())

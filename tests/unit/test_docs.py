@@ -222,7 +222,7 @@ def test_fields_of_the_kinds_are_in_the_docs() -> None:
 def test_every_condition_is_in_the_docs() -> None:
     """Types are written where they are raised, in one of these ways."""
     code = "".join(path.read_text() for package in ("agent", "ipam") for path in (ROOT / package).rglob("*.py"))
-    types = set(re.findall(r'(?:notes\.add\(|_say\(|type=)\s*"([A-Z][A-Za-z]+)"', code))
+    types = set(re.findall(r'(?:notes\.add\(|(?<!un)say\(|type=)\s*"([A-Z][A-Za-z]+)"', code))
     types |= set(re.findall(r'(?:\bkind = |return \(?)\s*"([A-Z][a-z]+[A-Z][A-Za-z]+)"', code))
     assert {"NextHopNotOnLink", "KernelRefused", "KernelUnavailable", "MaxPrefixesExceeded", "SweepStopped"} <= types
     assert _told_at_three_in_the_morning("Conditions") == types
