@@ -35,6 +35,25 @@ def address_number(text: str) -> tuple[int, int]:
     return 32, int(IPv4Address(text))
 
 
+def is_prefix(text: str) -> bool:
+    """Whether ``parse`` takes it."""
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+def length_of(prefix: str) -> int:
+    """The mask's length of a prefix."""
+    return int(prefix.partition("/")[2])
+
+
+def is_inside(address: str, prefix: str) -> bool:
+    """Whether the address is in the prefix; False if they are of different families."""
+    return (":" in address) == (":" in prefix) and subnet(address, length_of(prefix)) == prefix
+
+
 @lru_cache(maxsize=4096)
 def subnet(address: str, length: int) -> str:
     """The prefix of that length that holds the address, in canonical text."""

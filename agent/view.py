@@ -17,7 +17,8 @@ from msgspec.structs import replace
 
 from agent import lastgood
 from agent.config import NAMESPACE
-from agent.plan import Cluster, mesh_enabled
+from agent.plan import Cluster
+from agent.plan.sessions import mesh_enabled
 from agent.secrets import Secrets
 from store.base import Store
 from store.clock import Clock

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.fib import Link
-from agent.plan import sysctl_name
+from agent.plan.imports import sysctl_name
 from cni.marks import LINK_GROUP, LINK_GROUP_DOOMED
 
 ROOT: Final = Path("/proc/sys")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from agent.bgp.model import Announcement
 from agent.filters import Candidate, compiled
-from agent.plan import announcement
+from agent.plan.exports import announcement
 from agent.prefix import parse
 from agent.rib import Peer, Policy, Refusal, Rib, Selection
 from store.model import (

@@ -9,7 +9,9 @@ from msgspec.structs import replace
 
 from agent.bgp.model import Announcement, Attributes, EndOfRib, Received, SessionUp, SpeakerState, Update
 from agent.fib import Installed, KernelState, Link, NextHop, Route
-from agent.plan import REPAIR_AFTER, SETTLE, Plan, Snapshot, plan
+from agent.plan import Plan, Snapshot, plan
+from agent.plan.exports import SETTLE
+from agent.plan.pods import REPAIR_AFTER
 from agent.rib import Refusal, Rib
 from cni.marks import (
     LINK_GROUP,

@@ -1,0 +1,113 @@
+"""The plan: from all that store, kernel, peers and speaker say to all that is wanted of them. Pure.
+
+``plan`` reads one ``Snapshot`` and returns one ``Plan``; nothing is remembered between two. Order (R9) comes of that: a
+block is announced only once its blackhole *is seen* in the kernel, and loses its blackhole only once its withdrawal *is
+seen* to be sent. Each module decides one part: ``identity``, ``sessions``, ``exports`` (blocks and announcements),
+``imports``, ``pods``, and ``notes`` what people should know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from agent.adjrib import FAMILIES
+from agent.bgp.model import Family
+from agent.fib import Route, RouteKey
+from agent.plan.exports import (
+    SETTLE,
+    advertisements,
+    announce,
+    blackhole,
+    fresh_blocks,
+    routed_elsewhere,
+    standing_blocks,
+    still_announced,
+)
+from agent.plan.identity import Identity, identify
+from agent.plan.imports import import_policy, imports, uplink_sysctls, uplinks
+from agent.plan.model import Cluster, Notes, Plan, Snapshot, usable
+from agent.plan.notes import note_forwarding, note_own_blocks, note_refused_routes, note_speaker, note_standing
+from agent.plan.pods import REPAIR_AFTER, missing_pod_routes, overdue
+from agent.plan.sessions import below_maximum, wanted_sessions
+from agent.rib import Peer
+from cni.marks import PROTO_BLOCKS, PROTO_IMPORTS
+
+__all__ = ["Cluster", "Plan", "Snapshot", "plan"]
+
+
+def plan(snapshot: Snapshot) -> Plan:
+    """The whole plan for this snapshot. Equal snapshots give equal plans."""
+    notes = Notes()
+    kernel, cluster = snapshot.kernel, snapshot.cluster
+    me = identify(snapshot, notes)
+    pools = [pool for pool in cluster.pools if usable(pool, notes)]
+
+    wanted = wanted_sessions(me, snapshot, notes) if me.local_as else []
+    peers = tuple(sorted((peering.peer for peering in wanted), key=lambda p: p.address))
+    peerings = [peering for peering in wanted if below_maximum(peering.peer, snapshot.rib, notes)]
+    sessions = [peering.session for peering in peerings]
+
+    held = {prefix for prefix, protocol, _ in kernel.routes if protocol == PROTO_BLOCKS}
+    standing = standing_blocks(snapshot, held)
+    fresh = fresh_blocks(standing - held, snapshot)
+    known = (standing - fresh) | {cidr for cidr in held - standing if still_announced(cidr, snapshot)}
+    # R9: install, then announce.
+    announcements = announce(standing & held, peerings, pools, advertisements(cluster, me.name, notes))
+
+    policy = import_policy(me, peers, pools, known, snapshot)
+    selection = snapshot.rib.select(policy)
+    # R5: what others announce stays in the kernel, where the CNI server sees it, and the block has no blackhole.
+    blackholes = known | (fresh - routed_elsewhere(fresh, selection, notes))
+    missing = missing_pod_routes(snapshot)
+
+    routes: dict[RouteKey, Route] = {}
+    for route in (
+        *(blackhole(cidr) for cidr in blackholes),
+        *(route for address, route in missing.items() if overdue(address, snapshot)),
+        *imports(selection, me, kernel.links),
+    ):
+        routes[route.key] = route
+
+    note_standing(cluster, notes)
+    note_speaker(snapshot, sessions, notes)
+    note_refused_routes(peers, selection, notes)
+    note_own_blocks(peers, selection, snapshot.rib, notes)
+    note_forwarding(kernel, standing, notes)
+    return Plan(
+        routes=routes,
+        deletable=deletable(snapshot, me, peers),
+        sysctls=uplink_sysctls(uplinks(routes.values(), peers), kernel),
+        sessions=frozenset(sessions) if me.local_as else None,
+        announcements=frozenset(announcements) if me.local_as else None,
+        peers=peers,
+        conditions=notes.conditions(),
+        selection=selection,
+        local_as=me.local_as,
+        router_id=me.router_id,
+        missing=frozenset(missing),
+        wake_at=wake_at(snapshot, held - standing, missing),
+    )
+
+
+def deletable(snapshot: Snapshot, me: Identity, peers: Iterable[Peer]) -> frozenset[tuple[int, Family]]:
+    """R8: nothing is deleted before every source has reported once. For blocks the sources are the store and the
+    speaker; for imports also each peer of the family. Pod routes are the CNI server's to delete (R10)."""
+    if not (snapshot.cluster.live and snapshot.speaker.known):
+        return frozenset()
+    blocks = {(PROTO_BLOCKS, family) for family in FAMILIES}
+    if not me.local_as:
+        return frozenset(blocks)
+    peers = tuple(peers)
+    return frozenset(blocks) | {
+        (PROTO_IMPORTS, family)
+        for family in FAMILIES
+        if all(snapshot.rib.reported(p, family, snapshot.now) for p in peers if family in p.families)
+    }
+
+
+def wake_at(snapshot: Snapshot, going: Iterable[str], missing: Iterable[str]) -> float | None:
+    """The first moment from now on at which time alone changes the plan."""
+    at = [snapshot.rib.deadline(snapshot.now)]
+    at += [t + SETTLE for cidr in going if (t := snapshot.speaker.withdrawn_at.get(cidr)) is not None]
+    at += [snapshot.missing.get(address, snapshot.now) + REPAIR_AFTER for address in missing]
+    return min((t for t in at if t is not None and t > snapshot.now), default=None)

@@ -1,0 +1,101 @@
+"""What a plan is made of, what it is, and what people are told of it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from agent.bgp.model import Announcement, Family, Session, SpeakerState
+from agent.fib import KernelState, Route, RouteKey
+from agent.rib import Peer, Rib, Selection
+from store.model import BGPConfiguration, BGPFilter, BGPPeer, Condition, IPAMBlock, IPPool, Node, Secret
+from store.validate import validate
+
+
+class Cluster(msgspec.Struct, frozen=True, kw_only=True):
+    """What the store says, as far as this node is concerned."""
+
+    node: Node | None = None
+    #: The others; only where the mesh is on, or a BGPPeer has a peerSelector.
+    nodes: tuple[Node, ...] = ()
+    configuration: BGPConfiguration | None = None
+    #: Those of one node each, ``node.NAME``.
+    node_configurations: tuple[BGPConfiguration, ...] = ()
+    peers: tuple[BGPPeer, ...] = ()
+    filters: tuple[BGPFilter, ...] = ()
+    #: The Secrets that BGPPeers name, as far as they are there.
+    secrets: tuple[Secret, ...] = ()
+    pools: tuple[IPPool, ...] = ()
+    #: This node's own blocks.
+    blocks: tuple[IPAMBlock, ...] = ()
+    #: CIDRs that were this node's blocks, and that another node was seen to own.
+    taken: frozenset[str] = frozenset()
+    #: What stands here as it last could be used, as ``BGPPeer tor-1``, and what is wrong with it now (R13).
+    standing: Mapping[str, str] = {}
+    #: Whether the store itself said it (False: it is the last good view, from disk).
+    live: bool = True
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a plan is made of. ``rib`` is asked, never changed. ``now`` is monotonic, in seconds."""
+
+    node: str
+    now: float
+    cluster: Cluster
+    kernel: KernelState
+    speaker: SpeakerState
+    rib: Rib
+    #: (container id, interface) -> the name of its veth.
+    link_name: Callable[[str, str], str]
+    #: Pod addresses whose route was already missing before, and since when.
+    missing: Mapping[str, float] = {}
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that is wanted. Each member is a whole set, not a change."""
+
+    routes: Mapping[RouteKey, Route]
+    #: (route protocol, family) of ours whose unwanted routes may go: every source of theirs has reported (R8).
+    deletable: frozenset[tuple[int, Family]]
+    sysctls: Mapping[str, str]
+    #: None: unknown, the speaker keeps what it has.
+    sessions: frozenset[Session] | None
+    announcements: frozenset[Announcement] | None
+    peers: tuple[Peer, ...]
+    conditions: tuple[Condition, ...]
+    selection: Selection
+    local_as: int = 0
+    router_id: str = ""
+    #: Pod addresses whose route is missing.
+    missing: frozenset[str] = frozenset()
+    #: When time alone will make the plan another one.
+    wake_at: float | None = None
+
+
+class Notes:
+    """What people should know: messages by condition type."""
+
+    def __init__(self) -> None:
+        self._messages: dict[str, list[str]] = {}
+
+    def add(self, kind: str, message: str) -> None:
+        self._messages.setdefault(kind, []).append(message)
+
+    def conditions(self) -> tuple[Condition, ...]:
+        return tuple(
+            Condition(type=kind, status="True", reason=kind, message="; ".join(some(sorted(messages))))
+            for kind, messages in sorted(self._messages.items())
+        )
+
+
+def usable(obj: BGPPeer | BGPFilter | BGPConfiguration | IPPool, notes: Notes) -> bool:
+    """R13: what cannot be read takes down only itself."""
+    problems = validate(obj)
+    if problems:
+        notes.add("ObjectNotUsable", f"{obj.kind()} {obj.name}: {problems[0]}")
+    return not problems
+
+
+def some(messages: list[str], limit: int = 8) -> list[str]:
+    return messages if len(messages) <= limit else [*messages[:limit], f"and {len(messages) - limit} more"]
