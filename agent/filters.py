@@ -14,6 +14,7 @@ import msgspec
 
 from agent.prefix import Prefix, parse
 from store.model import BGPFilter, FilterRule
+from store.validate import WELL_KNOWN_COMMUNITIES
 
 Direction = Literal["import", "export"]
 
@@ -125,7 +126,7 @@ def _compiled(rule: FilterRule, name: str) -> Rule:
         if operation.prepend_as_path is not None:
             prepend = operation.prepend_as_path.prefix + prepend
         if operation.add_community is not None:
-            add += (operation.add_community.value,)
+            add += (canonical(operation.add_community.value),)
     return Rule(
         name=name,
         accept=rule.action == "Accept",
@@ -134,11 +135,16 @@ def _compiled(rule: FilterRule, name: str) -> Rule:
         max=longest,
         negated=rule.match_operator in ("NotEqual", "NotIn"),
         interface=rule.interface,
-        community=rule.communities.values[0] if rule.communities else "",
+        community=canonical(rule.communities.values[0]) if rule.communities else "",
         as_path=rule.as_path_prefix,
         prepend=prepend,
         add=add,
     )
+
+
+def canonical(community: str) -> str:
+    """A community in numbers, which is how ExaBGP tells those that it receives; a well-known name is one of them."""
+    return WELL_KNOWN_COMMUNITIES.get(community, community)
 
 
 def split_communities(communities: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -31,11 +31,17 @@ from agent.bgp.model import (
 from agent.fib import NextHop
 from agent.filters import EMPTY, Candidate, Filter, Rule, split_communities
 from agent.prefix import Prefix, PrefixSet, parse
+from store.validate import WELL_KNOWN_COMMUNITIES
 
 #: Members of one ECMP route at most.
 ECMP_LIMIT: Final = 16
 #: What a path without LOCAL_PREF, or from an external peer, is worth (RFC 4271, 5.1.5).
 LOCAL_PREF: Final = 100
+
+#: Whoever announces the route is about to go (RFC 8326): it is worth no LOCAL_PREF at all.
+GRACEFUL_SHUTDOWN: Final = WELL_KNOWN_COMMUNITIES["graceful-shutdown"]
+#: Whoever announces it lost its own source and keeps it for want of a better one (RFC 9494).
+LLGR_STALE: Final = WELL_KNOWN_COMMUNITIES["llgr-stale"]
 
 #: Attributes whose verdict is remembered, per peer.
 _PATHS_KEPT: Final = 4096
@@ -297,9 +303,20 @@ class Path(NamedTuple):
 
 
 def local_pref(path: Path) -> int:
+    if GRACEFUL_SHUTDOWN in path.route.attributes.communities:
+        return 0
     # From an external peer it is to be ignored (RFC 4271, 5.1.5).
     value = None if path.external else path.route.attributes.local_pref
     return LOCAL_PREF if value is None else value
+
+
+def is_llgr_stale(path: Path) -> bool:
+    return LLGR_STALE in path.route.attributes.communities
+
+
+def fresh_over_llgr_stale(paths: list[Path]) -> list[Path]:
+    """RFC 9494, 4.3: the least preferred of all, whatever else is said for it."""
+    return [p for p in paths if not is_llgr_stale(p)] or paths
 
 
 def highest_local_pref(paths: list[Path]) -> list[Path]:
@@ -331,7 +348,14 @@ def external_over_internal(paths: list[Path]) -> list[Path]:
 
 
 #: What is equal after the last step is ECMP.
-DECISION: Final = (highest_local_pref, shortest_as_path, lowest_origin, lowest_med, external_over_internal)
+DECISION: Final = (
+    fresh_over_llgr_stale,
+    highest_local_pref,
+    shortest_as_path,
+    lowest_origin,
+    lowest_med,
+    external_over_internal,
+)
 
 
 def best_paths(paths: list[Path]) -> list[Path]:
@@ -351,7 +375,7 @@ def all_alike(paths: list[Path]) -> bool:
 
 def _looks(path: Path) -> tuple[object, ...]:
     a = path.route.attributes
-    return local_pref(path), len(a.as_path), a.origin, a.med, path.external
+    return is_llgr_stale(path), local_pref(path), len(a.as_path), a.origin, a.med, path.external
 
 
 def ecmp(paths: Iterable[Path]) -> tuple[NextHop, ...]:

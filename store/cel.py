@@ -49,6 +49,7 @@ from store.validate import (
     MAX_FILTERS,
     MAX_OPERATIONS,
     MAX_RULES,
+    NAMED_COMMUNITY_PATTERN,
 )
 
 Schema = dict[str, Any]
@@ -264,8 +265,9 @@ _IS_COMMUNITY = f"self.matches(r'^({COMMUNITY_PATTERN})$')"
 _COMMUNITY_OR_NAME = "write communities as 65001:100 or 65001:1:100, or a name that stands in communities"
 _COMMUNITY = _check(
     _rule(
-        _IS_COMMUNITY,
-        "write a community as 65001:100 (two numbers to 65535) or as 65001:1:100 (three to 4294967295)",
+        f"self.matches(r'^({NAMED_COMMUNITY_PATTERN})$')",
+        "write a community as 65001:100 (two numbers to 65535), as 65001:1:100 (three to 4294967295), "
+        "or a well-known one by its name, as no-export",
     ),
     maxLength=32,
 )

@@ -227,7 +227,7 @@ class BGPPassword(_Struct, frozen=True, kw_only=True):
 
 
 class Community(_Struct, frozen=True, kw_only=True):
-    """A name for a community, as 65001:100 or 65001:1:100 (large)."""
+    """A name for a community, as 65001:100, 65001:1:100 (large) or no-export."""
 
     name: str
     value: str
@@ -317,7 +317,7 @@ class PrefixLength(_Struct, frozen=True, kw_only=True):
 
 
 class CommunityMatch(_Struct, frozen=True, kw_only=True):
-    #: One community, as 65001:100 or 65001:1:100.
+    #: One community, as 65001:100, 65001:1:100 or no-export.
     values: tuple[str, ...]
 
 

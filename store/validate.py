@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -75,6 +75,18 @@ def _up_to(limit: str) -> str:
 _16, _32 = _up_to("65535"), _up_to("4294967295")
 #: A standard community (RFC 1997), or a large one (RFC 8092); one regular expression, as CEL reckons the cost of more.
 COMMUNITY_PATTERN = f"{_16}:{_16}|{_32}:{_32}:{_32}"
+#: Communities that everybody knows by a name (IANA, "BGP Well-known Communities"), and their numbers.
+WELL_KNOWN_COMMUNITIES: Final[Mapping[str, str]] = {
+    "graceful-shutdown": "65535:0",
+    "llgr-stale": "65535:6",
+    "no-llgr": "65535:7",
+    "blackhole": "65535:666",
+    "no-export": "65535:65281",
+    "no-advertise": "65535:65282",
+    "no-export-subconfed": "65535:65283",
+    "no-peer": "65535:65284",
+}
+NAMED_COMMUNITY_PATTERN = "|".join((COMMUNITY_PATTERN, *WELL_KNOWN_COMMUNITIES))
 
 #: Which kinds ``validate_against`` wants to see beside an object of this kind.
 BESIDE: Mapping[type[Resource], type[Resource]] = {IPPool: IPPool, IPAMBlock: IPPool}
@@ -667,8 +679,11 @@ def _filter_cidr(field: str, version: int, rule: FilterRule) -> Iterator[Problem
 
 
 def _community(field: str, text: str) -> Iterator[Problem]:
-    if not is_community(text):
-        remedy = "write a community as 65001:100 (two numbers to 65535) or as 65001:1:100 (three to 4294967295)"
+    if text not in WELL_KNOWN_COMMUNITIES and not is_community(text):
+        remedy = (
+            "write a community as 65001:100 (two numbers to 65535), as 65001:1:100 (three to 4294967295), "
+            "or a well-known one by its name, as no-export"
+        )
         yield Problem(field, text, remedy)
 
 

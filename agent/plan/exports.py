@@ -98,7 +98,7 @@ def advertisements(cluster: Cluster, node: str, notes: Notes) -> list[Advertisem
     for configuration in (*own, cluster.configuration):
         if configuration is None or not configuration.spec.prefix_advertisements or not usable(configuration, notes):
             continue
-        named = {c.name: c.value for c in configuration.spec.communities}
+        named = {c.name: filters.canonical(c.value) for c in configuration.spec.communities}
         return [
             Advertisement(PrefixSet([one.cidr]), tuple(named.get(text, text) for text in one.communities))
             for one in configuration.spec.prefix_advertisements

@@ -290,7 +290,7 @@ BAD: dict[str, Case] = {
     "rule peer type": rule(peerType="ebgp"),
     **{
         f"rule community {c!r}": rule(communities={"values": [c]})
-        for c in ("", "1", "1:2:3:4", "65536:0", "01:1", "1:4294967296:1", "no-export", "1:1 ", ":1", "1:")
+        for c in ("", "1", "1:2:3:4", "65536:0", "01:1", "1:4294967296:1", "no-such", "1:1 ", ":1", "1:")
     },
     **{f"rule communities {c}": rule(communities={"values": c}) for c in ([], ["1:1", "1:2"])},
     **{f"rule path {p}": rule(asPathPrefix=p) for p in ([0], [23456], ["1"], [1] * 11)},

@@ -86,6 +86,7 @@ def test_by_prefix(changes: dict[str, Any], prefix: str, meets: bool) -> None:
         ({"communities": CommunityMatch(values=("65001:1",))}, {"communities": ("65001:1", "65001:2")}, True),
         ({"communities": CommunityMatch(values=("65001:1:2",))}, {"communities": ("65001:1:2",)}, True),
         ({"communities": CommunityMatch(values=("65001:1",))}, {"communities": ("65001:1:2", "65001:12")}, False),
+        ({"communities": CommunityMatch(values=("no-export",))}, {"communities": ("65535:65281",)}, True),
         ({"source": "RemotePeers"}, {}, True),
         ({"peer_type": "eBGP"}, {}, True),
         ({"peer_type": "iBGP"}, {}, False),
@@ -131,6 +132,13 @@ def test_operations_are_done_in_order() -> None:
     )
     met = importing(rule("Accept", operations=operations)).decide(route())
     assert (met.prepend, met.add) == ((3, 1, 2), ("65001:1", "65001:1:1"))
+
+
+@pytest.mark.parametrize("text", ["no-export", "65535:65281"])
+def test_a_well_known_community_is_the_same_by_name_and_by_number(text: str) -> None:
+    add = (FilterOperation(add_community=AddCommunity(value=text)),)
+    met = importing(rule("Accept", operations=add)).decide(route())
+    assert split_communities(met.add) == (("65535:65281",), ())
 
 
 def test_communities_are_told_apart_by_their_numbers() -> None:

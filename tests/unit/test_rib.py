@@ -276,6 +276,47 @@ def test_local_pref_counts_between_internal_paths_and_not_from_external_peers() 
     assert chosen(route(local_pref=50), other(local_pref=300)) == (ONE, TWO)
 
 
+SHUTDOWN, STALE = "65535:0", "65535:6"
+
+
+@pytest.mark.parametrize("as_number", [TOR, US], ids=["external", "internal"])
+def test_a_peer_that_shuts_down_gracefully_is_left_before_its_session_goes(as_number: int) -> None:
+    """RFC 8326: worth no LOCAL_PREF at all, whoever says it; and better than nothing."""
+    both = (peer(peer_as=as_number), peer(B, peer_as=as_number))
+    path = (TOR,)
+    leaving = route(as_path=path, communities=("65001:1", SHUTDOWN), local_pref=500)
+    assert chosen(leaving, other(as_path=(TOR, 1, 2), local_pref=50), *both) == (TWO,)
+    assert chosen(route(as_path=(TOR, 1)), other(as_path=path, communities=(SHUTDOWN,)), *both) == (ONE,)
+    assert chosen(leaving, other(as_path=path, communities=(SHUTDOWN,)), *both) == (ONE, TWO)
+    rib, at = rib_of(leaving, at=policy(*both))
+    assert rib.select(at).best == {"10.244.2.0/26": (ONE,)}
+
+
+def test_one_that_says_it_later_and_takes_it_back() -> None:
+    at = policy(peer(), peer(B))
+    rib, _ = rib_of(route(), at=at)
+    told(rib, route(next_hop=B), address=B)
+    assert rib.select(at).best["10.244.2.0/26"] == (ONE, TWO)
+    told(rib, route(communities=(SHUTDOWN,)))
+    assert rib.select(at).best["10.244.2.0/26"] == (TWO,)
+    told(rib, route())
+    assert rib.select(at).best["10.244.2.0/26"] == (ONE, TWO)
+
+
+def test_our_own_filter_may_drain_a_peer() -> None:
+    drained = Filter(v4=(Rule(name="drain", accept=True, add=(SHUTDOWN,)),))
+    assert chosen(route(), other(as_path=(65002, 1, 2)), peer(imports=drained), peer(B, peer_as=65002)) == (TWO,)
+
+
+def test_a_long_lived_stale_route_is_the_last_resort() -> None:
+    """RFC 9494, 4.3: less than any other, also than one with a graceful shutdown."""
+    stale = route(communities=(STALE,))
+    assert chosen(stale, other(as_path=(65002, 1, 2), communities=(SHUTDOWN,))) == (TWO,)
+    internal = (peer(peer_as=US), peer(B, peer_as=US))
+    assert chosen(route(local_pref=900, communities=(STALE,)), other(local_pref=1), *internal) == (TWO,)
+    assert chosen(stale, other(communities=(STALE,))) == (ONE, TWO)
+
+
 def test_external_over_internal_when_all_else_is_equal() -> None:
     assert chosen(route(), other(as_path=(7,)), peer(), peer(B, peer_as=US)) == (ONE,)
 

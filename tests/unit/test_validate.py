@@ -275,6 +275,9 @@ def test_a_bgp_configuration_of_one_node_says_what_a_node_may_have_of_its_own() 
     refused(of("default", node_mesh_max_restart_time="2d"), "spec.nodeMeshMaxRestartTime", "with its unit")
     refused(of("default", communities=named * 2), "spec.communities", "once")
     refused(of("default", communities=(Community(name="a", value="1"),)), "spec.communities[0].value", "65001:100")
+    unknown = (Community(name="a", value="no-such"),)
+    refused(of("default", communities=unknown), "spec.communities[0].value", "by its name")
+    assert validate(of("default", communities=(Community(name="a", value="no-export"),))) == ()
     long = (Community(name="a" * 64, value="1:1"),)
     refused(of("default", communities=long), "spec.communities[0].name", "at most 63")
     unnamed = (PrefixAdvertisement(cidr="10.244.0.0/16", communities=("rack",)),)
@@ -389,7 +392,7 @@ def test_a_filter() -> None:
     refuse(".source", "RemotePeers", source="Local")
     refuse(".interface", "at most 15", interface="a" * 16)
     refuse(".peerType", "eBGP", peer_type="ebgp")
-    for community in ("", "1", "1:2:3:4", "65536:0", "01:1", "1:4294967296:1", "no-export", "1:1 "):
+    for community in ("", "1", "1:2:3:4", "65536:0", "01:1", "1:4294967296:1", "no-such", "1:1 "):
         refuse(".communities.values", "65001:100", communities=CommunityMatch(values=(community,)))
     refuse(".communities.values", "another rule", communities=CommunityMatch(values=("1:1", "1:2")))
     refuse(".asPathPrefix[0]", "23456", as_path_prefix=(23456,))
