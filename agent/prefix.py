@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+_OCTETS: Final = {str(number): number for number in range(256)}
 
 
 class Prefix(NamedTuple):
@@ -32,7 +34,11 @@ def address_number(text: str) -> tuple[int, int]:
     """An address as (width of its family, number). Raises ValueError."""
     if ":" in text:
         return 128, int(IPv6Address(text))
-    return 32, int(IPv4Address(text))
+    try:
+        a, b, c, d = text.split(".")
+        return 32, _OCTETS[a] << 24 | _OCTETS[b] << 16 | _OCTETS[c] << 8 | _OCTETS[d]
+    except (KeyError, ValueError):
+        return 32, int(IPv4Address(text))  # says what is wrong with it
 
 
 def is_prefix(text: str) -> bool:
