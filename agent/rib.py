@@ -43,8 +43,8 @@ GRACEFUL_SHUTDOWN: Final = WELL_KNOWN_COMMUNITIES["graceful-shutdown"]
 #: Whoever announces it lost its own source and keeps it for want of a better one (RFC 9494).
 LLGR_STALE: Final = WELL_KNOWN_COMMUNITIES["llgr-stale"]
 
-#: Attributes whose verdict is remembered, per peer.
-_PATHS_KEPT: Final = 4096
+#: Attributes with a next hop whose verdict is remembered, per peer.
+_WAYS_KEPT: Final = 4096
 
 IPv6_LINK_LOCAL: Final = PrefixSet(["fe80::/10"])
 
@@ -127,26 +127,30 @@ class Context:
         # The most specific subnet first: it is where the kernel would send.
         self._on_link = [(PrefixSet([cidr]), interface) for cidr, interface in sorted(policy.on_link, key=_by_length)]
         self.interfaces = dict(policy.interfaces)
-        self._hops: dict[str, NextHop | Refusal] = {}
-        # Routes share attributes by the thousand, so they are known by the object; kept, so that its id stays its own.
-        self._paths: dict[int, tuple[Attributes, Refusal | None]] = {}
+        # Routes share attributes and next hops by the thousand. Attributes are known by the object, which is kept so
+        # that its id stays its own.
+        self._ways: dict[tuple[int, str, int], tuple[Attributes, NextHop | Refusal, Worth]] = {}
 
-    def path(self, attributes: Attributes) -> Refusal | None:
-        """Which of ``PATH_RULES`` refuses these attributes, if any; each value is looked at once."""
-        found = self._paths.get(id(attributes))
+    def way(self, route: Received, bits: int) -> tuple[Attributes, NextHop | Refusal, Worth]:
+        """The route's attributes; where a route of that family (32, 128) with them leads, or why it is refused,
+        whatever its prefix; and what it is worth. Each is worked out once."""
+        attributes = route.attributes
+        key = (id(attributes), route.next_hop, bits)
+        found = self._ways.get(key)
         if found is None:
-            refused = next((refusal for refusal, applies in PATH_RULES if applies(attributes, self)), None)
-            if len(self._paths) >= _PATHS_KEPT:
-                self._paths.clear()
-            found = self._paths[id(attributes)] = (attributes, refused)
-        return found[1]
-
-    def hop(self, next_hop: str) -> NextHop | Refusal:
-        """Where that next hop is, or why it is refused; each is worked out once."""
-        found = self._hops.get(next_hop)
-        if found is None:
-            found = self._hops[next_hop] = self._find_hop(next_hop)
+            if len(self._ways) >= _WAYS_KEPT:
+                self._ways.clear()
+            way = self._find_way(attributes, route.next_hop, bits)
+            found = self._ways[key] = (attributes, way, worth(attributes, external=self.peer.external))
         return found
+
+    def _find_way(self, attributes: Attributes, next_hop: str, bits: int) -> NextHop | Refusal:
+        for refusal, applies in PATH_RULES:
+            if applies(attributes, self):
+                return refusal
+        if bits == 128 and ":" not in next_hop:  # the other way round is RFC 8950
+            return Refusal.NextHopFamily
+        return self._find_hop(next_hop)
 
     def _find_hop(self, next_hop: str) -> NextHop | Refusal:
         if is_martian(next_hop):
@@ -223,10 +227,6 @@ def own_cluster_list(path: Attributes, context: Context) -> bool:
     return context.router_id in path.cluster_list
 
 
-def next_hop_family(prefix: Prefix, next_hop: str) -> bool:
-    return prefix.bits == 128 and ":" not in next_hop  # the other way round is RFC 8950
-
-
 #: In this order, prefix before path before next hop before own blocks; the first rule that says yes is the reason.
 PREFIX_RULES: Final[tuple[tuple[Refusal, Callable[[Prefix, Context], bool]], ...]] = (
     (Refusal.DefaultRouteRefused, refused_default),
@@ -241,31 +241,20 @@ PATH_RULES: Final[tuple[tuple[Refusal, Callable[[Attributes, Context], bool]], .
 )
 
 
-def judge(route: Received, prefix: Prefix, context: Context) -> NextHop | Refusal:
-    """Where the route leads if it may come in, else why not."""
-    for refusal, applies in PREFIX_RULES:
-        if applies(prefix, context):
-            return refusal
-    refused = context.path(route.attributes)
-    if refused is not None:
-        return refused
-    if next_hop_family(prefix, route.next_hop):
-        return Refusal.NextHopFamily
-    hop = context.hop(route.next_hop)
-    # Last, so that it is said of others' routes only, and not of our own that came back.
-    return Refusal.OwnBlock if isinstance(hop, NextHop) and context.own.covers(prefix) else hop
-
-
 def admit(route: Received, prefix: Prefix, context: Context) -> Path | Refusal:
     """The path that the route is for the choice among paths, as the peer's filters leave it; else why it is refused.
     Filters come last, so that they can let in nothing that the rules refuse (R11)."""
-    hop = judge(route, prefix, context)
+    for refusal, applies in PREFIX_RULES:
+        if applies(prefix, context):
+            return refusal
+    attributes, hop, value = context.way(route, prefix.bits)
     if isinstance(hop, Refusal):
         return hop
-    external = context.peer.external
+    # Behind the others, so that it is said of others' routes only, and not of our own that came back.
+    if context.own.covers(prefix):
+        return Refusal.OwnBlock
     if not context.peer.imports.applies_to(prefix):
-        return Path(route, hop, external)
-    attributes = route.attributes
+        return Path(route, hop, value)
     rule = context.peer.imports.decide(
         Candidate(
             prefix,
@@ -276,13 +265,14 @@ def admit(route: Received, prefix: Prefix, context: Context) -> Path | Refusal:
     )
     if not rule.accept:
         return Refusal.RejectedByFilter
-    return Path(decorated(route, rule), hop, external)
+    if not rule.prepend and not rule.add:
+        return Path(route, hop, value)
+    changed = decorated(route, rule)
+    return Path(changed, hop, worth(changed.attributes, external=context.peer.external))
 
 
 def decorated(route: Received, rule: Rule) -> Received:
     """The route with what the rule gives it."""
-    if not rule.prepend and not rule.add:
-        return route
     before = route.attributes
     communities, large = split_communities((*before.communities, *before.large_communities, *rule.add))
     attributes = msgspec.structs.replace(
@@ -294,57 +284,71 @@ def decorated(route: Received, rule: Rule) -> Received:
 # -- best path (RFC 4271, 9.1.2.2): each step keeps the better ones ------------------------------------------------
 
 
-class Path(NamedTuple):
-    """A route that was let in, and the peer that told it."""
+class Worth(NamedTuple):
+    """All that the choice looks at."""
 
-    route: Received
-    hop: NextHop
+    llgr_stale: bool
+    local_pref: int
+    as_path: int
+    origin: int
+    med: int
     external: bool
 
 
-def local_pref(path: Path) -> int:
-    if GRACEFUL_SHUTDOWN in path.route.attributes.communities:
-        return 0
-    # From an external peer it is to be ignored (RFC 4271, 5.1.5).
-    value = None if path.external else path.route.attributes.local_pref
-    return LOCAL_PREF if value is None else value
+def worth(attributes: Attributes, *, external: bool) -> Worth:
+    """What a path with these attributes is worth, from a peer that is ``external`` (eBGP) or not."""
+    local_pref = attributes.local_pref
+    if local_pref is None or external:  # from an external peer it is to be ignored (RFC 4271, 5.1.5)
+        local_pref = LOCAL_PREF
+    return Worth(
+        llgr_stale=LLGR_STALE in attributes.communities,
+        local_pref=0 if GRACEFUL_SHUTDOWN in attributes.communities else local_pref,
+        as_path=len(attributes.as_path),
+        origin=_ORIGINS[attributes.origin],
+        med=attributes.med,
+        external=external,
+    )
 
 
-def is_llgr_stale(path: Path) -> bool:
-    return LLGR_STALE in path.route.attributes.communities
+class Path(NamedTuple):
+    """A route that was let in, where it leads, and what it is worth."""
+
+    route: Received
+    hop: NextHop
+    worth: Worth
 
 
 def fresh_over_llgr_stale(paths: list[Path]) -> list[Path]:
     """RFC 9494, 4.3: the least preferred of all, whatever else is said for it."""
-    return [p for p in paths if not is_llgr_stale(p)] or paths
+    return [p for p in paths if not p.worth.llgr_stale] or paths
 
 
 def highest_local_pref(paths: list[Path]) -> list[Path]:
-    best = max(map(local_pref, paths))
-    return [p for p in paths if local_pref(p) == best]
+    best = max(p.worth.local_pref for p in paths)
+    return [p for p in paths if p.worth.local_pref == best]
 
 
 def shortest_as_path(paths: list[Path]) -> list[Path]:
-    best = min(len(p.route.attributes.as_path) for p in paths)
-    return [p for p in paths if len(p.route.attributes.as_path) == best]
+    best = min(p.worth.as_path for p in paths)
+    return [p for p in paths if p.worth.as_path == best]
 
 
 def lowest_origin(paths: list[Path]) -> list[Path]:
-    best = min(_ORIGINS[p.route.attributes.origin] for p in paths)
-    return [p for p in paths if _ORIGINS[p.route.attributes.origin] == best]
+    best = min(p.worth.origin for p in paths)
+    return [p for p in paths if p.worth.origin == best]
 
 
 def lowest_med(paths: list[Path]) -> list[Path]:
     """MED compares only paths through the same neighbouring AS."""
     best: dict[tuple[int, ...], int] = {}
     for path in paths:
-        neighbour, med = path.route.attributes.as_path[:1], path.route.attributes.med
+        neighbour, med = path.route.attributes.as_path[:1], path.worth.med
         best[neighbour] = min(best.get(neighbour, med), med)
-    return [p for p in paths if p.route.attributes.med == best[p.route.attributes.as_path[:1]]]
+    return [p for p in paths if p.worth.med == best[p.route.attributes.as_path[:1]]]
 
 
 def external_over_internal(paths: list[Path]) -> list[Path]:
-    return [p for p in paths if p.external] or paths
+    return [p for p in paths if p.worth.external] or paths
 
 
 #: What is equal after the last step is ECMP.
@@ -361,21 +365,11 @@ DECISION: Final = (
 def best_paths(paths: list[Path]) -> list[Path]:
     """The paths that are equally good and better than the others."""
     for step in DECISION:
-        if all_alike(paths):
+        first = paths[0].worth
+        if all(path.worth == first for path in paths):  # as the paths through two ToRs mostly are
             break
         paths = step(paths)
     return paths
-
-
-def all_alike(paths: list[Path]) -> bool:
-    """Equal in everything that any step looks at, as the paths through two ToRs mostly are."""
-    first = _looks(paths[0])
-    return all(_looks(path) == first for path in paths[1:])
-
-
-def _looks(path: Path) -> tuple[object, ...]:
-    a = path.route.attributes
-    return is_llgr_stale(path), local_pref(path), len(a.as_path), a.origin, a.med, path.external
 
 
 def ecmp(paths: Iterable[Path]) -> tuple[NextHop, ...]:
@@ -478,35 +472,44 @@ class Rib:
             self._contexts = contexts(policy)
             self._best, self._refused, self._sets = {}, {a: {} for a in self._contexts}, {}
             self._changed = {prefix for a in self._contexts if a in self.peers for prefix in self.peers[a].routes}
-        for prefix in self._changed:
-            self._decide(prefix)
+        self._decide(self._changed)
         self._changed = set()
         return Selection(self._best, self._refused)
 
-    def _decide(self, prefix: str) -> None:
-        try:
-            parsed: Prefix | None = parse(prefix)
-        except ValueError:
-            parsed = None
-        paths: list[Path] = []
-        for address, context in self._contexts.items():
-            known = self.peers.get(address)
-            route = known.routes.get(prefix) if known else None
-            refused = self._refused[address]
-            if route is None:
+    def _decide(self, prefixes: Iterable[str]) -> None:
+        told = [
+            (context, self.peers[address].routes if address in self.peers else {}, self._refused[address])
+            for address, context in self._contexts.items()
+        ]
+        for prefix in prefixes:
+            try:
+                parsed: Prefix | None = parse(prefix)
+            except ValueError:
+                parsed = None
+            paths: list[Path] = []
+            for context, routes, refused in told:
+                route = routes.get(prefix)
+                if route is not None:
+                    path = admit(route, parsed, context) if parsed else Refusal.InvalidPrefix
+                    if isinstance(path, Path):
+                        paths.append(path)
+                    else:
+                        refused[prefix] = path
+                        continue
                 refused.pop(prefix, None)
-                continue
-            path = admit(route, parsed, context) if parsed else Refusal.InvalidPrefix
-            if isinstance(path, Refusal):
-                refused[prefix] = path
+            if paths:
+                self._best[prefix] = self._hops(best_paths(paths) if len(paths) > 1 else paths)
             else:
-                refused.pop(prefix, None)
-                paths.append(path)
-        if paths:
-            hops = ecmp(best_paths(paths))
-            self._best[prefix] = self._sets.setdefault(hops, hops)  # equal sets are one object
-        else:
-            self._best.pop(prefix, None)
+                self._best.pop(prefix, None)
+
+    def _hops(self, paths: list[Path]) -> tuple[NextHop, ...]:
+        """As ``ecmp``, and equal sets are one object."""
+        as_told = tuple([p.hop for p in paths])
+        found = self._sets.get(as_told)
+        if found is None:
+            hops = ecmp(paths)
+            found = self._sets[as_told] = self._sets.setdefault(hops, hops)
+        return found
 
 
 def _same(a: Peer | None, b: Peer) -> bool:
