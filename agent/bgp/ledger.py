@@ -83,10 +83,11 @@ class Peer:
     families: tuple[str, ...] = ()
     #: Prefix -> attributes, as ExaBGP was told them last; it keeps them while the peer is down.
     told: dict[str, str] = field(default_factory=dict)
-    #: Prefix -> attributes (None: withdrawn now) that ``connected`` corrects, until ExaBGP has read the correction.
-    correcting: dict[str, str | None] = field(default_factory=dict)
-    #: The same of prefixes of which ExaBGP may have several things to say, in any order: they wait for the End-of-RIB
-    #: after the whole table.
+    #: Prefix -> the last change that ExaBGP may not have read yet, whichever session it was said in, and the attributes
+    #: before it (None: nothing is to be said before what is wanted).
+    unread: dict[str, tuple[Step, str | None]] = field(default_factory=dict)
+    #: Prefix -> attributes before, of what was unread at ``up``: ExaBGP may have several things to say, in any order.
+    #: It waits for the End-of-RIB after the whole table.
     unsure: dict[str, str | None] = field(default_factory=dict)
     #: What the peer may hold of us, and that part of it whose present attributes were reported as sent.
     held: set[str] = field(default_factory=set)
@@ -170,21 +171,20 @@ class Ledger:
             elif wanted[prefix] != attributes:
                 stale.setdefault(("announce", wanted[prefix], family_of(prefix)), []).append(prefix)
         for (action, attributes, _), prefixes in stale.items():
-            for prefix in prefixes:
-                told = peer.told.pop(prefix)
-                peer.correcting[prefix] = told if action == "announce" else None
+            steps = {prefix: Step(action, attributes, peer.told.pop(prefix)) for prefix in prefixes}
+            for prefix, step in steps.items():
+                _say(peer, prefix, step)
                 if action == "announce":
                     peer.told[prefix] = attributes
             for line in _lines(address, action, attributes, prefixes):
-                yield Command(line, address, -1, {p: Step(action, attributes, None) for p in line.prefixes})
+                yield Command(line, address, -1, {p: steps[p] for p in line.prefixes})
 
     def up(self, address: str, generation: int, families: Sequence[str]) -> None:
         peer = self._peer(address)
         self._lose(peer)
         peer.up, peer.generation, peer.families = True, generation, tuple(families)
         # What ExaBGP has not read yet comes behind what it repeats.
-        peer.unsure |= peer.correcting
-        peer.correcting = {}
+        peer.unsure = {p: before for p, (_, before) in peer.unread.items() if family_of(p) in peer.families}
         wanted = (self._wanted or {}).get(address, {})
         peer.held.update(p for p in (*wanted, *peer.told) if family_of(p) in peer.families)
         peer.again = set(wanted)
@@ -201,10 +201,9 @@ class Ledger:
 
     def answered(self, command: Command, ok: bool, now: float) -> None:
         peer = self._peer(command.peer)
-        if command.generation == -1:
-            for prefix in command.steps:
-                peer.correcting.pop(prefix, None)
-            return
+        for prefix, step in command.steps.items():
+            if prefix in peer.unread and peer.unread[prefix][0] is step:
+                del peer.unread[prefix]
         if command.generation != peer.generation or not peer.up:
             return
         for prefix, step in command.steps.items():
@@ -318,8 +317,7 @@ class Ledger:
             peer.stray[family] = peer.stray.get(family, 0) + len(waiting)
         peer.up = False
         peer.confirmed = set()
-        peer.unsure = {p: s.attributes for p, s in peer.steps.items() if not s.answered and s.action == "announce"}
-        peer.steps, peer.barriers = {}, {}
+        peer.steps, peer.barriers, peer.unsure = {}, {}, {}
         peer.dirty, peer.again, peer.repeats, peer.single, peer.owed = set(), set(), set(), set(), set()
 
     def _make_sure(self, peer: Peer, prefix: str) -> None:
@@ -342,6 +340,7 @@ class Ledger:
             if step is None:
                 continue
             peer.steps[prefix] = step
+            _say(peer, prefix, step)
             alone = prefix if prefix in peer.single else ""
             batches.setdefault((step.action, step.attributes, family_of(prefix), alone), {})[prefix] = step
         for (action, attributes, _, _), steps in batches.items():
@@ -429,6 +428,14 @@ class Ledger:
         if step.before is None and step.action == "announce":
             self._drop(peer, {prefix})
         self._change(peer).refused.append(prefix)
+
+
+def _say(peer: Peer, prefix: str, step: Step) -> None:
+    """Notes it as unread, but for what ExaBGP can have nothing to say before."""
+    if step.action == "withdraw":
+        peer.unread[prefix] = step, None
+    elif step.before not in (None, step.attributes) or prefix in peer.unread:
+        peer.unread[prefix] = step, step.before
 
 
 class _Line(str):

@@ -77,6 +77,11 @@ class Link:
         if self._agent is not None:
             self._send(self._agent, kind, payload)
 
+    @property
+    def room(self) -> bool:
+        """There is an agent, and it is not far behind: more can be told it that could wait."""
+        return self._agent is not None and not self._agent.overflowed and self._agent.queued < self._limit // 2
+
     def tend(self, now: float) -> None:
         """Sends strangers away that say nothing, and greets an agent again that fell behind."""
         for client in list(self._clients.values()):

@@ -15,6 +15,7 @@ import selectors
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from agent.bgp import table as tables
 from agent.bgp import wire
+from agent.bgp.heard import LIMIT, Heard
 from agent.bgp.helper import Speaker, log
 from agent.bgp.ledger import Command, Ledger
 from agent.bgp.link import Link
@@ -36,8 +38,11 @@ PATIENCE = 60.0
 RELOAD_TIME, RELOADS = 3.0, 5
 #: Seconds that a reload waits for what is on its way.
 RELOAD_WAIT = 10.0
-#: Seconds without an UPDATE after which a peer that does not bracket its route refresh is taken to be through.
+#: Seconds without an UPDATE after which a peer that neither brackets its route refresh nor said an End-of-RIB is taken
+#: to be through.
 QUIET = 2.0
+#: Lines of a peer without route refresh that are told again in one turn: ExaBGP must not wait long to be read.
+RETELL = 500
 
 
 @dataclass(eq=False)
@@ -48,6 +53,9 @@ class Session:
     peering: wire.Peering
     #: Families that are told again.
     resyncing: dict[str, Resync] = field(default_factory=dict)
+    #: What a peer told that cannot be asked, and what is left to tell of it again.
+    heard: Heard | None = None
+    retelling: Iterator[bytes] | None = None
 
 
 @dataclass(eq=False)
@@ -80,9 +88,11 @@ class Relay:
         assert_every: float,
         watch_every: float,
         silence: float,
+        heard: int,
     ) -> None:
         self._folder, self._configuration = folder, configuration
         self._assert_every, self._watch_every, self._silence = assert_every, watch_every, silence
+        self._heard_limit = heard
         self._selector = selectors.DefaultSelector()
         self._speaker = Speaker(self._selector, self._event)
         self._agent = Link(self._selector, buffer, greet=self._greet, request=self._request, left=self._left)
@@ -147,9 +157,13 @@ class Relay:
             self._watch()
         self._tell_changes()
         for address, session in self._sessions.items():
-            for family, resync in list(session.resyncing.items()):
+            if session.heard is not None:
+                self._retell(address, session, session.heard)
+            for family, resync in list(session.resyncing.items()) if session.retelling is None else ():
                 silent = now - resync.heard
-                if resync.begun and silent > self._silence:
+                if session.heard is not None and family in session.heard.ended:
+                    self._resynced(address, session, family)
+                elif resync.begun and silent > self._silence:
                     self._ask_routes(address, session, family)  # it never said the end
                 elif not resync.begun and silent > (self._silence if session.peering.enhanced else QUIET):
                     # An ExaBGP peer that has nothing in a family answers nothing, not even begin and end.
@@ -213,7 +227,9 @@ class Relay:
                 opens = self._opens.get(address, {})
                 peering = wire.peering(opens.get("send"), opens.get("receive"))
                 self._base += 1
-                self._sessions[address] = Session(self._base, peering)
+                self._sessions[address] = Session(
+                    self._base, peering, heard=None if peering.refresh else Heard(self._heard_limit)
+                )
                 self._ledger.up(address, self._base, peering.families)
                 self._agent.tell(wire.KIND_UP, {"peer": address, **self._about(self._sessions[address])})
             case "down":
@@ -228,6 +244,8 @@ class Relay:
         session = self._sessions.get(address)
         if session is None:
             return
+        if session.heard is not None:
+            session.heard.take(line)
         if session.resyncing:
             for resync in session.resyncing.values():
                 resync.heard = time.monotonic()
@@ -321,16 +339,31 @@ class Relay:
         return any(session.resyncing for session in self._sessions.values())
 
     def _resync(self, address: str) -> None:
-        """Has a peer tell all its routes again. By route refresh, not from ExaBGP's Adj-RIB-In: that one keeps only the
-        link-local of two next hops (fault 14), needs a second parser, and costs ExaBGP a copy of every route."""
+        """Has a peer tell all its routes again, or tells them itself for one that cannot be asked. Not from ExaBGP's
+        Adj-RIB-In: that one keeps only the link-local of two next hops (fault 14), needs a second parser, and costs
+        ExaBGP a copy of every route."""
         session = self._sessions[address]
         for family in session.peering.families:
             self._agent.tell(wire.KIND_RESYNC, {"peer": address, "generation": session.generation, "family": family})
             self._ask_routes(address, session, family)
-        if not session.peering.refresh:
-            # No other way to hear them again. Graceful restart, where there is any, covers it.
-            log(f"peer {address} has no route refresh (RFC 2918): its session is restarted to hear its routes again")
+        if session.heard is not None:
+            session.retelling = session.heard.again()
+
+    def _retell(self, address: str, session: Session, heard: Heard) -> None:
+        """Tells what such a peer told, as fast as the agent reads it."""
+        if session.resyncing and not heard.whole:
+            # No other way to hear it again. Graceful restart, where there is any, covers it.
+            log(f"peer {address} has no route refresh (RFC 2918) and too many routes to keep: its session is restarted")
+            session.resyncing, session.retelling = {}, None
             self._speaker.say(f"neighbor {address} teardown 4")
+        for _ in range(RETELL):
+            if session.retelling is None or not self._agent.room:
+                break
+            line = next(session.retelling, None)
+            if line is None:
+                session.retelling = None
+            else:
+                self._agent.pass_on(wire.KIND_UPDATE, b"%d %s" % (session.generation, line))
 
     def _ask_routes(self, address: str, session: Session, family: str) -> None:
         session.resyncing[family] = Resync(time.monotonic())
@@ -377,6 +410,7 @@ class Relay:
         """Nobody waits for routes that are told again."""
         for session in self._sessions.values():
             session.resyncing.clear()
+            session.retelling = None
 
     def _take(self, given: tables.Table) -> None:
         self._ledger.want(given.routes)
@@ -435,6 +469,7 @@ def main() -> None:
     parser.add_argument("--assert-every", type=float, default=300, help="seconds between repetitions of the table")
     parser.add_argument("--watch-every", type=float, default=5, help="seconds between looks at ExaBGP's peers")
     parser.add_argument("--silence", type=float, default=10, help="seconds to wait for the answer to a route refresh")
+    parser.add_argument("--heard", type=int, default=LIMIT, help="bytes kept of a peer without route refresh")
     options = parser.parse_args()
     os.umask(0o077)
     # The signals that mean something to ExaBGP may reach its whole group: it speaks to us by closing our input.
@@ -447,6 +482,7 @@ def main() -> None:
         assert_every=options.assert_every,
         watch_every=options.watch_every,
         silence=options.silence,
+        heard=options.heard,
     ).run()
 
 

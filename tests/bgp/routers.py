@@ -71,6 +71,8 @@ class Router:
 
 class Bird(Router):
     kind = "bird"
+    #: What else stands in each of its BGP protocols.
+    options = ""
 
     def start(
         self,
@@ -96,7 +98,7 @@ class Bird(Router):
         sessions = "".join(
             f"protocol bgp node{f} {{\n  local {local} as {TOR_AS};\n  neighbor {peer} as {node_as};\n  direct;\n"
             f"  hold time 9;\n  connect delay time 1; connect retry time 1; error wait time 1,2;\n"
-            f"  {'passive on;' if passive else ''} {restart} {secure}\n{channels}}}\n"
+            f"  {'passive on;' if passive else ''} {restart} {secure} {self.options}\n{channels}}}\n"
             for f, local, peer in (("4", TOR4, NODE4), ("6", TOR6, NODE6))
             if f in families
         )

@@ -11,7 +11,7 @@ import pytest
 from agent.bgp.model import EndOfRib, Resync, SessionDown, SessionUp, SpeakerLost, Update
 from lab.net import Net
 from tests.bgp.conftest import BOTH, SESSIONS, Node, Witness, announce, blocks, run, until
-from tests.bgp.routers import TOR4, Bird, Router
+from tests.bgp.routers import TOR4, TOR6, Bird, Router
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,40 @@ def test_agent_restart_touches_no_session(router: Router, node: Node, net: Net, 
         assert (node.folder / "exabgp.log").read_text() == before, "ExaBGP did something but talk"
         assert witness.seen() == []
         assert router.table().keys() == {a.prefix for a in wanted}
+
+    run(main())
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "too many"])
+def test_agent_restart_with_a_peer_that_cannot_be_asked(bird: Bird, node: Node, kept: bool) -> None:
+    """Without route refresh (RFC 2918) the relay tells what it heard; only for what it cannot keep the session
+    restarts, gracefully."""
+    bird.options = "enable route refresh off;"
+    node.options = () if kept else ("--heard", "100")
+    told = {f"10.9.{i}.0/24" for i in range(20)} | {"fd09::/64"}
+
+    async def main() -> None:
+        bird.start([*told, "10.99.0.0/24"])
+        node.start()
+        async with node.driver() as (driver, events):
+            driver.set_sessions(SESSIONS)
+            driver.set_announcements(blocks(2))
+            await until(lambda: sum(isinstance(e, EndOfRib) for e in events) == 4)
+            config = bird.folder / "bird.conf"
+            config.write_text(config.read_text().replace("  route 10.99.0.0/24 blackhole;\n", ""))
+            bird.ask("configure")
+            await until(lambda: any("10.99.0.0/24" in e.withdrawn for e in events if isinstance(e, Update)))
+        for _ in range(2):
+            async with node.driver() as (driver, events):
+                await until(lambda events=events: sum(isinstance(e, EndOfRib) for e in events) >= 4, limit=20)
+                got = [(e.peer, r) for e in events if isinstance(e, Update) for r in e.announced]
+                assert {r.prefix for _, r in got} == told
+                assert {r.next_hop for peer, r in got if peer == TOR6 and ":" in r.prefix} == {TOR6}
+                restarted = any(isinstance(e, SessionDown) for e in events)
+                assert restarted != kept
+                if kept:
+                    assert {type(e) for e in events} == {SessionUp, Resync, Update, EndOfRib}
+                    assert len(got) == len({(peer, r.prefix) for peer, r in got}), "each is told once"
 
     run(main())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -327,6 +328,57 @@ def test_a_correction_that_exabgp_reads_after_up_is_made_sure_of() -> None:
     assert announced(ledger) == [ATTRIBUTES[1].split()]
     ledger.reported(PEERS[0], PREFIXES[:1], [])
     assert announced(ledger) == [ATTRIBUTES[0].split()]
+
+
+@pytest.mark.parametrize("later", ["nothing", "changed", "changed back"])
+def test_what_exabgp_had_not_read_when_the_session_went_is_made_sure_of(later: str) -> None:
+    """It reads it in the next session, behind or before the old that it repeats, and would not send the new again."""
+    old, new, newest = ATTRIBUTES
+    last = {"nothing": new, "changed": newest, "changed back": old}[later]
+    ledger = Ledger()
+    ledger.want({PEERS[0]: {PREFIXES[0]: old}})
+    ledger.up(PEERS[0], 1, FAMILIES)
+    answered(ledger)
+    ledger.reported(PEERS[0], PREFIXES[:1], [])
+    for family in FAMILIES:
+        ledger.reported_end(PEERS[0], family)
+    ledger.want({PEERS[0]: {PREFIXES[0]: new}})
+    unread = list(ledger.commands(0))
+    assert len(unread) == 1
+    ledger.down(PEERS[0])
+    ledger.want({PEERS[0]: {PREFIXES[0]: last}})
+    unread += ledger.connected(PEERS[0])
+    ledger.up(PEERS[0], 2, FAMILIES)
+    for command in unread:
+        ledger.answered(command, True, 0)
+    assert announced(ledger) == []
+    ledger.reported(PEERS[0], PREFIXES[:1], [])
+    ledger.reported_end(PEERS[0], FAMILIES[0])
+    said = []
+    while lines := announced(ledger):
+        said += lines
+        ledger.reported(PEERS[0], PREFIXES[:1], [])
+    assert [" ".join(words) for words in said] == [old if later == "nothing" else new, last]
+
+
+def test_a_withdrawal_that_exabgp_had_not_read_when_the_session_went_takes_nothing_new() -> None:
+    """Queued with what it withdraws, it may be sent behind what is announced after it."""
+    ledger = Ledger()
+    ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[0]}})
+    ledger.up(PEERS[0], 1, FAMILIES)
+    answered(ledger)
+    ledger.reported(PEERS[0], PREFIXES[:1], [])
+    ledger.want({PEERS[0]: {}})
+    assert [c.steps[PREFIXES[0]].action for c in ledger.commands(0)] == ["withdraw"]
+    ledger.down(PEERS[0])
+    ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[1]}})
+    assert list(ledger.connected(PEERS[0])) == []
+    ledger.up(PEERS[0], 2, FAMILIES)
+    assert announced(ledger) == []
+    ledger.reported_end(PEERS[0], FAMILIES[0])
+    assert announced(ledger) == []
+    ledger.reported_end(PEERS[0], FAMILIES[0])
+    assert announced(ledger) == [ATTRIBUTES[1].split()]
 
 
 def test_refused_batch_is_said_one_by_one_and_the_bad_one_is_named() -> None:
