@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from cni import podnet, server, sources, verbs
-from cni.endpoint import Address, AddressError, Endpoint, parse_address
+from cni.endpoint import Address, AddressError, Endpoint, Page, Reply, health, parse_address
 from cni.errors import CNIError, first_of
 from cni.kernel import NetlinkView
 from cni.lock import alone
@@ -111,7 +111,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
     parser.add_argument(
         "--metrics",
         default=environment.get("UNDERLAY_METRICS", ""),
-        help="where to answer GET /metrics: ADDRESS:PORT or a unix socket's path; nowhere if empty (UNDERLAY_METRICS)",
+        help="where to answer GET for metrics and health: ADDRESS:PORT or a unix socket's path (UNDERLAY_METRICS)",
     )
     parser.add_argument(
         "--pods-may-choose",
@@ -264,12 +264,18 @@ async def _run(
     queue = Queue(directory=options.run, carry_out=handler.carry_out, clock=clock)
     front = server.Server(directory=options.run, carry_out=handler.carry_out, step=step, observe=calls.observe)
 
-    def page() -> bytes:
-        return render((*calls.families(), *families(_state(ipam, store, recorder, check))))
+    def metrics(_: Mapping[str, str]) -> Reply:
+        return Reply(render((*calls.families(), *families(_state(ipam, store, recorder, check)))), CONTENT_TYPE)
 
+    pages: dict[str, Page] = {
+        "/metrics": metrics,
+        # Whoever gets an answer knows that the loop turns: a part that failed would have ended the process.
+        "/healthz": lambda _: health(""),
+        "/readyz": lambda _: health(ipam.refusal()),
+    }
     parts: list[Runs] = [ipam, handler, queue, recorder]
     if options.metrics:
-        parts.append(Endpoint(options.metrics, page, CONTENT_TYPE, clock))
+        parts.append(Endpoint(options.metrics, pages, clock))
     if annotations:
         parts.append(annotations)
     if check:

@@ -1,4 +1,4 @@
-"""Answers ``GET /metrics`` over HTTP, at an address or a unix socket, and nothing else.
+"""Answers ``GET`` over HTTP for a few pages, at an address or a unix socket, and nothing else.
 
 One request a connection, with limits in number, size and time. Whatever goes wrong here is told in the log and harms no
 pod: an address that cannot be had is tried again.
@@ -11,10 +11,11 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -23,7 +24,7 @@ from store.clock import Clock
 
 log = logging.getLogger(__name__)
 
-PATH: Final = "/metrics"
+TEXT: Final = "text/plain; charset=utf-8"
 _REASONS: Final = {
     200: "OK",
     400: "Bad Request",
@@ -31,6 +32,7 @@ _REASONS: Final = {
     405: "Method Not Allowed",
     408: "Request Timeout",
     500: "Internal Server Error",
+    503: "Service Unavailable",
 }
 
 
@@ -47,6 +49,26 @@ class Address(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return self.path or (f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}")
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What a page says; a ``body`` of text gets a line's end."""
+
+    body: bytes | str
+    content_type: str = TEXT
+    code: int = 200
+
+
+#: Makes a page out of the query's values by name (the last one counts); answers at once, on the event loop.
+Page = Callable[[Mapping[str, str]], Reply]
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """A request, as far as it matters here."""
+
+    method: str
+    path: str
+    query: Mapping[str, str] = {}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,20 +95,19 @@ def parse_address(text: str) -> Address:
         raise AddressError(f"{text}: {e}: {wanted}") from e
 
 
+def health(problem: str) -> Reply:
+    """What a probe gets: 200, or 503 with the problem in words."""
+    return Reply(problem, code=503) if problem else Reply("ok")
+
+
 class Endpoint:
-    """``page`` makes what a scrape gets, ``content_type`` says what that is."""
+    """``pages``: path -> what makes the page there."""
 
     def __init__(
-        self,
-        address: Address,
-        page: Callable[[], bytes],
-        content_type: str,
-        clock: Clock,
-        settings: Settings | None = None,
+        self, address: Address, pages: Mapping[str, Page], clock: Clock, settings: Settings | None = None
     ) -> None:
         self._address = address
-        self._page = page
-        self._content_type = content_type
+        self._pages = dict(pages)
         self._clock = clock
         self._settings = settings or Settings()
         self._calls: set[asyncio.Task[None]] = set()
@@ -99,9 +120,9 @@ class Endpoint:
                 server = await asyncio.start_server(self._connected, sock=listener, limit=self._settings.request_bytes)
                 break
             except OSError as e:
-                log.error("no metrics at %s, will try again: %s", self._address, e.strerror or e)  # noqa: TRY400
+                log.error("nothing can be asked at %s, will try again: %s", self._address, e.strerror or e)  # noqa: TRY400
                 await self._clock.sleep(self._settings.retry)
-        log.info("metrics at %s", self._address)
+        log.info("%s at %s", ", ".join(sorted(self._pages)), self._address)
         try:
             async with server:
                 await server.serve_forever()
@@ -128,7 +149,7 @@ class Endpoint:
                 writer.close()
                 await writer.wait_closed()
         except (TimeoutError, OSError) as e:
-            log.info("who asked for metrics went away: %s", str(e) or "no answer in time")
+            log.info("who asked at %s went away: %s", self._address, str(e) or "no answer in time")
         finally:
             writer.transport.abort()
 
@@ -137,38 +158,43 @@ class Endpoint:
             async with asyncio.timeout(self._settings.limit / 2):
                 head = await reader.readuntil(b"\r\n\r\n")
         except TimeoutError:
-            return self._reply(408, "a request ends with an empty line")
+            return _written(Reply("a request ends with an empty line", code=408))
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            return self._reply(400, f"this is no request; type: GET {PATH}")
-        code = judge(head)
-        if code != 200:
-            return self._reply(code, f"type: GET {PATH}")
+            head = b""
+        asked = read(head)
+        if asked is None:
+            return _written(Reply("this is no request; type: GET /metrics HTTP/1.0", code=400))
+        page = self._pages.get(asked.path)
+        if page is None:
+            return _written(Reply(f"there are: {', '.join(sorted(self._pages))}", code=404))
+        if asked.method != "GET":
+            return _written(Reply(f"type: GET {asked.path}", code=405))
         try:
-            page = self._page()
+            return _written(page(asked.query))
         except Exception:
-            log.exception("the metrics cannot be told, by a defect of ours")
-            return self._reply(500, "see the log of underlay-cni on this node")
-        return self._reply(200, page, self._content_type)
-
-    def _reply(self, code: int, body: bytes | str, content_type: str = "text/plain; charset=utf-8") -> bytes:
-        data = f"{body}\n".encode() if isinstance(body, str) else body
-        allow = "Allow: GET\r\n" if code == 405 else ""
-        head = (
-            f"HTTP/1.1 {code} {_REASONS[code]}\r\nContent-Type: {content_type}\r\nContent-Length: {len(data)}\r\n"
-            f"{allow}Connection: close\r\n\r\n"
-        )
-        return head.encode() + data
+            log.exception("%s cannot be told, by a defect of ours", asked.path)
+            return _written(Reply("a defect of ours: see the log of this process", code=500))
 
 
-def judge(head: bytes) -> int:
-    """The code to answer a request's head with: 200 if it asks for the metrics (RFC 9112, section 3)."""
-    words = head.split(b"\r\n", 1)[0].split(b" ")
-    if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
-        return 400
-    method, target, _ = words
-    if target.split(b"?", 1)[0] != PATH.encode():
-        return 404
-    return 200 if method == b"GET" else 405
+def read(head: bytes) -> Asked | None:
+    """The request that a head is (RFC 9112, section 3); None if it is none."""
+    line = head.split(b"\r\n", 1)[0]
+    words = line.split(b" ")
+    if len(words) != 3 or not words[2].startswith(b"HTTP/1.") or not line.isascii():
+        return None
+    method, target = words[0].decode(), words[1].decode()
+    path, _, query = target.partition("?")
+    return Asked(method, path, dict(parse_qsl(query, keep_blank_values=True)))
+
+
+def _written(reply: Reply) -> bytes:
+    data = f"{reply.body}\n".encode() if isinstance(reply.body, str) else reply.body
+    allow = "Allow: GET\r\n" if reply.code == 405 else ""
+    head = (
+        f"HTTP/1.1 {reply.code} {_REASONS[reply.code]}\r\nContent-Type: {reply.content_type}\r\n"
+        f"Content-Length: {len(data)}\r\n{allow}Connection: close\r\n\r\n"
+    )
+    return head.encode() + data
 
 
 def _unlink(path: str) -> None:

@@ -1,25 +1,39 @@
-"""The endpoint for metrics: it answers one question, and nothing that comes to it harms who runs it."""
+"""The endpoint: it answers a few questions, and nothing that comes to it harms who runs it."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from cni.endpoint import Address, AddressError, Endpoint, Settings, parse_address
+from cni.endpoint import Address, AddressError, Endpoint, Page, Reply, Settings, health, parse_address
 from store.clock import SystemClock
 
 SETTINGS = Settings(connections=2, limit=1.0, retry=0.05)
 
 
-def serve(address: Address, story: Callable[[], Awaitable[None]], page: Callable[[], bytes] = lambda: b"a 1\n") -> None:
-    """Runs the story beside an endpoint, and looks that it lived on."""
+def said(query: Mapping[str, str]) -> Reply:
+    """A page that says what it was asked."""
+    return Reply(" ".join(f"{name}={value}" for name, value in query.items()))
+
+
+PAGES: dict[str, Page] = {
+    "/metrics": lambda _: Reply(b"a 1\n", "text/plain"),
+    "/ok": lambda _: health(""),
+    "/ill": lambda _: health("the store is away"),
+    "/said": said,
+}
+
+
+def serve(address: Address, story: Callable[[], Awaitable[None]], page: Callable[[], bytes] | None = None) -> None:
+    """Runs the story beside an endpoint, and looks that it lived on. ``page`` is what ``/metrics`` says."""
+    pages = PAGES | ({"/metrics": lambda _: Reply(page())} if page else {})
 
     async def main() -> None:
-        running = asyncio.create_task(Endpoint(address, page, "text/plain", SystemClock(), SETTINGS).run())
+        running = asyncio.create_task(Endpoint(address, pages, SystemClock(), SETTINGS).run())
         try:
             await story()
             assert not running.done()
@@ -88,6 +102,9 @@ def test_a_scrape_gets_the_page(address: Address) -> None:
         (b"GET  /metrics HTTP/1.1\r\n\r\n", b"400"),
         (b"GET /metrics SPDY/3\r\n\r\n", b"400"),
         (b"\xff" * 200 + b"\r\n\r\n", b"400"),
+        (b"GET /metrics?\xff HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET /metrics/ HTTP/1.1\r\n\r\n", b"404"),
+        (b"HEAD /ok HTTP/1.1\r\n\r\n", b"405"),
     ],
 )
 def test_other_requests_are_refused_by_code(tmp_path: Path, request_: bytes, code: bytes) -> None:
@@ -95,6 +112,31 @@ def test_other_requests_are_refused_by_code(tmp_path: Path, request_: bytes, cod
 
     async def story() -> None:
         assert (await ask(where, request_)).startswith(b"HTTP/1.1 " + code)
+
+    serve(where, story)
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        (b"/ok", b"HTTP/1.1 200 OK|ok\n"),
+        (b"/ill", b"HTTP/1.1 503 Service Unavailable|the store is away\n"),
+        (b"/said", b"HTTP/1.1 200 OK|\n"),
+        (
+            b"/said?peer=10.0.0.1&prefix=10.244.0.0%2F26&all",
+            b"HTTP/1.1 200 OK|peer=10.0.0.1 prefix=10.244.0.0/26 all=\n",
+        ),
+        (b"/said?peer=a&peer=b", b"HTTP/1.1 200 OK|peer=b\n"),
+        (b"/said?=&&&;", b"HTTP/1.1 200 OK|= ;=\n"),
+        (b"/nothing", b"HTTP/1.1 404 Not Found|there are: /ill, /metrics, /ok, /said\n"),
+    ],
+)
+def test_a_page_has_its_path_and_takes_a_query(tmp_path: Path, target: bytes, wanted: bytes) -> None:
+    where = place("unix", tmp_path)
+
+    async def story() -> None:
+        head, _, body = (await ask(where, b"GET " + target + b" HTTP/1.1\r\n\r\n")).partition(b"\r\n\r\n")
+        assert head.split(b"\r\n")[0] + b"|" + body == wanted
 
     serve(where, story)
 
