@@ -129,6 +129,6 @@ def _neighbor(session: Session, name: str) -> str:
         f"family {{ {families} }}",
         f"capability {{ asn4 enable; route-refresh enable; {restart} }}",
         f"api {{ processes [ {_PROCESS} ]; neighbor-changes; "
-        "receive { parsed; update; open; notification; refresh; } send { parsed; update; open; } }",
+        "receive { parsed; update; open; notification; refresh; } send { parsed; update; open; notification; } }",
     ]
     return "\n".join([f"neighbor {session.address} {{", *(f"    {line}" for line in lines), "}", ""])

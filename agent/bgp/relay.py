@@ -29,6 +29,7 @@ from agent.bgp.heard import LIMIT, Heard
 from agent.bgp.helper import Speaker, log
 from agent.bgp.ledger import Command, Ledger
 from agent.bgp.link import Link
+from agent.bgp.past import Past
 
 #: Seconds between looks at what is late while something is on its way, and while nothing is.
 TICK, REST = 0.05, 1.0
@@ -97,6 +98,7 @@ class Relay:
         self._speaker = Speaker(self._selector, self._event)
         self._agent = Link(self._selector, buffer, greet=self._greet, request=self._request, left=self._left)
         self._ledger = Ledger()
+        self._past = Past()
         self._table: tables.Table | None = None
         self._problem = ""
         self._sessions: dict[str, Session] = {}
@@ -214,13 +216,17 @@ class Relay:
                 self._sent(head.peer, neighbor.get("message"))
             case "refresh" if head.direction == "receive":
                 self._refresh(head.peer, neighbor["route-refresh"])
+            case "notification":
+                self._past.notified(head.peer, head.direction, neighbor["notification"])
             case _:
                 return
 
     def _state(self, address: str, state: Any, reason: Any) -> None:
+        now = int(time.time())
         match state:
             case "connected":
                 self._opens.pop(address, None)
+                self._past.connected(address)
                 for command in self._ledger.connected(address):
                     self._say(command)
             case "up":
@@ -231,14 +237,18 @@ class Relay:
                     self._base, peering, heard=None if peering.refresh else Heard(self._heard_limit)
                 )
                 self._ledger.up(address, self._base, peering.families)
-                self._agent.tell(wire.KIND_UP, {"peer": address, **self._about(self._sessions[address])})
+                change = self._past.up(address, self._base, now)
+                about = self._about(self._sessions[address])
+                self._agent.tell(wire.KIND_UP, {"peer": address, **about, "change": change})
             case "down":
                 session = self._sessions.pop(address, None)
+                generation = self._base if session is None else session.generation
+                change = self._past.down(address, generation, str(reason), now, was_up=session is not None)
                 if session is not None:
                     self._ledger.down(address)
-                    self._agent.tell(
-                        wire.KIND_DOWN, {"peer": address, "generation": session.generation, "reason": str(reason)}
-                    )
+                # Also of a connection that never became a session: the agent shows why.
+                about = {"peer": address, "generation": generation, "reason": str(reason)}
+                self._agent.tell(wire.KIND_DOWN, {**about, "change": change})
 
     def _received(self, address: str, line: bytes) -> None:
         session = self._sessions.get(address)
@@ -315,6 +325,7 @@ class Relay:
         elif self._loaded == reload.mark:
             self._reload = None
             self._ledger.forget(self._configured())
+            self._past.forget(self._configured())
             self._agent.tell(wire.KIND_CONF, {"mark": reload.mark, "problem": ""})
         elif reload.signalled == 0:
             # Nothing may be on its way: ExaBGP would forget the signal without a word (fault 2).
@@ -436,6 +447,7 @@ class Relay:
             "wanted": self._ledger.wanted(),
             "held": self._ledger.held(),
             "confirmed": self._ledger.confirmed(),
+            "history": self._past.told(),
         }
         self._ledger.changes()
         self._agent.tell(wire.KIND_HELLO, hello)
@@ -451,6 +463,12 @@ class Relay:
             "graceful": agreed.graceful,
             "restart_time": agreed.restart_time,
             "helper": agreed.helper,
+            "refresh": agreed.refresh,
+            "enhanced": agreed.enhanced,
+            "asn4": agreed.asn4,
+            "extended_next_hop": agreed.extended_next_hop,
+            "hold_time": agreed.hold_time,
+            "router_id": agreed.router_id,
         }
 
     def _tell_changes(self) -> None:

@@ -19,9 +19,9 @@ MARK = "underlay:"
 
 FAMILIES = ("ipv4 unicast", "ipv6 unicast")
 
-KIND_HELLO = "hello"  # all the relay knows: conf, table, peers, pairs wanted, held and confirmed
+KIND_HELLO = "hello"  # all the relay knows: conf, table, peers and their past, pairs wanted, held and confirmed
 KIND_UP = "up"
-KIND_DOWN = "down"
+KIND_DOWN = "down"  # a session ended, or a connection that never became one
 KIND_UPDATE = "update"  # a peer's UPDATE or End-of-RIB
 KIND_RESYNC = "resync"  # a peer's routes of one family come again from here ...
 KIND_END = "end"  # ... to here
@@ -44,6 +44,14 @@ class Peering(NamedTuple):
     #: The peer takes a ROUTE-REFRESH (RFC 2918), and brackets its answer (RFC 7313).
     refresh: bool = False
     enhanced: bool = False
+    #: AS numbers of four bytes in AS_PATH (RFC 6793).
+    asn4: bool = False
+    #: Families whose next hop may be of the other family (RFC 8950), as ``ipv4 unicast ipv6``.
+    extended_next_hop: tuple[str, ...] = ()
+    #: Seconds: the smaller of the two ends' (RFC 4271, 4.2); 0: silence never ends the session.
+    hold_time: int = 0
+    #: The peer's.
+    router_id: str = ""
 
 
 class Head(NamedTuple):
@@ -108,7 +116,21 @@ def peering(sent: Any, received: Any) -> Peering:
         helper=restart is not None and _capability(sent, "64", "graceful-restart") is not None,
         refresh=_capability(received, "2", "route-refresh") is not None,
         enhanced=_capability(received, "70", "enhanced-route-refresh") is not None,
+        asn4=all(_capability(message, "65", "asn4") is not None for message in (sent, received)),
+        extended_next_hop=tuple(sorted(_next_hops(sent) & _next_hops(received))),
+        hold_time=min(_number(sent, "hold_time"), _number(received, "hold_time")),
+        router_id=str(received.get("router_id", "")) if isinstance(received, dict) else "",
     )
+
+
+def _number(message: Any, key: str) -> int:
+    value = message.get(key) if isinstance(message, dict) else None
+    return value if isinstance(value, int) else 0
+
+
+def _next_hops(message: Any) -> set[str]:
+    found = (_capability(message, "5", "nexthop") or {}).get("conversion")
+    return {str(one).replace("/", " ") for one in found} if isinstance(found, list) else set()
 
 
 def _capability(message: Any, number: str, name: str) -> dict[str, Any] | None:

@@ -152,7 +152,7 @@ def test_no_open_raises(sent: Any, received: Any) -> None:
 
 # -- OPEN messages, as ExaBGP 5.0.15 printed them ------------------------------------------------------------------
 
-SENT = {
+SENT: dict[str, Any] = {
     "capabilities": {
         "multiprotocol": {"name": "multiprotocol", "families": ["ipv4/unicast", "ipv6/unicast"]},
         "graceful-restart": {
@@ -163,10 +163,17 @@ SENT = {
         },
         "route-refresh": {"name": "route-refresh", "variant": "RFC"},
         "enhanced-route-refresh": {"name": "enhanced-route-refresh"},
-    }
+        "asn4": {"name": "asn4", "asn4": 65100},
+        "nexthop": {"name": "nexthop", "conversion": ["ipv4/unicast/ipv6", "ipv6/unicast/ipv4"]},
+    },
+    "hold_time": 9,
+    "router_id": "10.0.1.1",
 }
-BIRD = {
+BIRD: dict[str, Any] = {
+    "hold_time": 240,
+    "router_id": "10.0.1.2",
     "capabilities": {
+        "65": {"name": "asn4", "asn4": 65001},
         "1": {"name": "multiprotocol", "families": ["ipv4/unicast", "ipv6/unicast"]},
         "2": {"name": "route-refresh", "variant": "RFC"},
         "64": {
@@ -176,17 +183,25 @@ BIRD = {
             "restart-flags": [],
         },
         "70": {"name": "enhanced-route-refresh"},
-    }
+    },
 }
 BOTH = ("ipv4 unicast", "ipv6 unicast")
 
 
 def without(message: dict[str, Any], *numbers: str) -> dict[str, Any]:
-    return {"capabilities": {k: v for k, v in message["capabilities"].items() if k not in numbers}}
+    return {**message, "capabilities": {k: v for k, v in message["capabilities"].items() if k not in numbers}}
 
 
 def test_all_agreed() -> None:
-    assert wire.peering(SENT, BIRD) == wire.Peering(BOTH, BOTH, 60, helper=True, refresh=True, enhanced=True)
+    agreed = wire.Peering(BOTH, BOTH, 60, helper=True, refresh=True, enhanced=True, asn4=True)
+    assert wire.peering(SENT, BIRD) == agreed._replace(hold_time=9, router_id="10.0.1.2")
+
+
+def test_next_hops_of_the_other_family_are_what_both_offer() -> None:
+    offers = {"5": {"name": "nexthop", "conversion": ["ipv4/unicast/ipv6"]}}
+    peer = {**BIRD, "capabilities": {**BIRD["capabilities"], **offers}}
+    assert wire.peering(SENT, peer).extended_next_hop == ("ipv4 unicast ipv6",)
+    assert wire.peering(without(SENT, "nexthop"), peer).extended_next_hop == ()
 
 
 def test_helper_without_a_family_of_its_own() -> None:
@@ -197,8 +212,8 @@ def test_helper_without_a_family_of_its_own() -> None:
 
 
 def test_capabilities_left_out() -> None:
-    agreed = wire.peering(SENT, without(BIRD, "1", "2", "64", "70"))
-    assert agreed == wire.Peering(families=("ipv4 unicast",))
+    agreed = wire.peering(SENT, without(BIRD, "1", "2", "64", "65", "70"))
+    assert agreed == wire.Peering(families=("ipv4 unicast",), hold_time=9, router_id="10.0.1.2")
     assert not wire.peering(without(SENT, "graceful-restart"), BIRD).helper
 
 
