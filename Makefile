@@ -64,7 +64,7 @@ runtimes: need-test $(VENV)/.test
 	exec $(BIN)/python -m tests.runtime.cnitool >/dev/null
 
 need-lab need-test need-bench: need-%: | build
-	exec sh lab/prepare.sh $*
+	exec sh lab/prepare.sh $* $(if $(findstring --tor frr,$(subst =, ,$(ARGS))),frr)
 
 # A stamp says for which setup.cfg and pyproject.toml the environment was made. The others include the lab's.
 $(VENV)/.lab: EXTRA :=

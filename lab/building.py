@@ -13,7 +13,7 @@ import msgspec
 
 from cni.errors import CNIError, first_of
 from cni.marks import PROTO_IMPORTS
-from lab import oob, rack
+from lab import oob, rack, routers
 from lab.errors import LabError
 from lab.folder import Folder
 from lab.kube.build import Programs
@@ -25,7 +25,7 @@ from lab.probe import Prober
 from lab.processes import Daemon
 from lab.story import Story
 from lab.topology import Link, Router, Topology, node_of_pod, pod_number, rack_name
-from lab.wire import LinkState, Part, Place, PodState, Program, RouterState, State, Step
+from lab.wire import LinkState, Part, Place, PodState, Program, RouterPart, RouterState, State, Step
 from store.base import Store
 from store.clock import Clock
 from store.errors import StoreError, Unavailable
@@ -77,7 +77,7 @@ class Lab:
         self._known: dict[str, tuple[str, ...]] = {}
         self._prober = Prober(self._net)
         self._machines: dict[str, Machine] = {}
-        self._birds: dict[str, Daemon] = {}
+        self._routers: dict[str, dict[RouterPart, Daemon]] = {}
         self._cut: set[Link] = set()
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
@@ -109,6 +109,7 @@ class Lab:
             dir=str(self._folder.path),
             store=self._control.store_url if self._control else self._folder.store_url,
             shape=self._topology.shape,
+            switches=self._topology.switches,
             control_plane={name: d.state() for name, d in self._control.daemons.items()} if self._control else {},
             routers=tuple(self._router_state(router) for router in self._topology.routers),
             links=tuple(
@@ -140,7 +141,7 @@ class Lab:
         if self._control:
             self._control.kubelets.detached(name)
 
-    def kill(self, member: str, part: Part | Program, number: int, restart_after: float) -> None:
+    def kill(self, member: str, part: Part | RouterPart | Program, number: int, restart_after: float) -> None:
         daemons = self._daemons(member)
         daemon = daemons.get(part)
         if daemon is None:
@@ -161,7 +162,7 @@ class Lab:
             self._cut.add(link)
 
     def where(self, name: str) -> Place:
-        """How to get into the namespace of a node, pod, ToR or spine."""
+        """How to get into the namespace of a node, pod, router or switch."""
         if name not in self._net.names:
             raise LabError(f"nothing here is called {name}; there are: {', '.join(self._net.names)}")
         return Place(netns=str(self._net.path(name)), environment=self._environment(name))
@@ -175,15 +176,16 @@ class Lab:
                 self._control.prepare()
             # It starts while the rack is built.
             group.create_task(self._control.run())
-        counts = f"{_count(len(topology.spines), 'spine')}, {_count(len(topology.tors), 'ToR')}"
-        with step(f"namespaces for {counts}, {_count(len(topology.nodes), 'node')}; {len(topology.links)} links"):
+        with step(f"namespaces for {self._census()}; {len(topology.links)} links"):
             rack.build(self._net, topology)
             if self._control:
                 oob.plug(self._net, topology.nodes)
-        with step(f"BIRD on {_count(len(topology.routers), 'router')}"):
-            for router in topology.routers:
-                self._birds[router.name] = bird = self._bird(router)
-                group.create_task(bird.run())
+        if topology.routers:
+            with step(f"{routers.NAME[topology.shape.tor]} on {_count(len(topology.routers), 'router')}"):
+                for router in topology.routers:
+                    self._routers[router.name] = daemons = self._router(router)
+                    for daemon in daemons.values():
+                        group.create_task(daemon.run())
         if self._control:
             with step("etcd and API server"):
                 await self._control.ready(limit=_API_READY_WITHIN)
@@ -237,18 +239,26 @@ class Lab:
         url = self._folder.store_url
         return {node.name: Stores(cni=url, agent=url, operator=url) for node in nodes}
 
-    def _bird(self, router: Router) -> Daemon:
-        home = self._folder.member(router.name)
-        rack.write_bird(self._topology, router, home)
-        return Daemon(
-            self._net,
-            self._clock,
-            member=router.name,
-            name="bird",
-            argv=rack.bird_argv(home),
-            environment={"PATH": PATH},
-            log=home / "bird.log",
-        )
+    def _census(self) -> str:
+        topology = self._topology
+        kinds = (("spine", topology.spines), ("ToR", topology.tors), ("switch", topology.switches))
+        return ", ".join(_count(len(members), what) for what, members in (*kinds, ("node", topology.nodes)) if members)
+
+    def _router(self, router: Router) -> dict[RouterPart, Daemon]:
+        programs = routers.prepare(self._topology, router, self._folder.member(router.name))
+        return {
+            program.name: Daemon(
+                self._net,
+                self._clock,
+                member=router.name,
+                name=program.name,
+                argv=program.argv,
+                environment={"PATH": PATH},
+                log=program.log,
+                after=program.after,
+            )
+            for program in programs
+        }
 
     async def _converge(self, limit: float) -> str:
         """Looks until each block is in the kernel of every router and of every other node. Returns "" then, or what is
@@ -265,7 +275,8 @@ class Lab:
         if bare:
             return f"{bare[0]} has no block"
         everything = frozenset(block for own in blocks.values() for block in own)
-        gap = rack.missing(self._net, [r.name for r in self._topology.routers], everything, protocol="bird")
+        names = [router.name for router in self._topology.routers]
+        gap = rack.missing(self._net, names, everything, protocol=routers.PROTOCOL[self._topology.shape.tor])
         for name in self._machines:
             gap = gap or rack.missing(self._net, [name], everything - set(blocks[name]), protocol=PROTO_IMPORTS)
         return f"{gap[0]} has no route to {gap[1]}" if gap else ""
@@ -293,12 +304,11 @@ class Lab:
         return [Pod(s.pod, s.addresses) for s in sorted(sandboxes, key=lambda s: pod_number(s.pod))]
 
     def _router_state(self, router: Router) -> RouterState:
-        bird = self._birds.get(router.name)
         return RouterState(
             name=router.name,
-            rack=rack_name(router.rack) if router.rack else "",
+            rack=rack_name(router.rack),
             asn=router.asn,
-            processes={"bird": bird.state()} if bird else {},
+            processes={part: daemon.state() for part, daemon in self._routers.get(router.name, {}).items()},
         )
 
     def _machine(self, name: str) -> Machine:
@@ -309,11 +319,11 @@ class Lab:
     def _daemons(self, member: str) -> Mapping[Any, Daemon]:
         if self._control and member == oob.CONTROL_PLANE:
             return self._control.daemons
-        return self._machine(member).daemons
+        return self._routers.get(member) or self._machine(member).daemons
 
     def _environment(self, name: str) -> dict[str, str]:
-        if name in self._birds:
-            return {"BIRD": str(self._folder.member(name) / "bird.ctl")}
+        if name in self._routers:
+            return routers.environment(self._topology.shape.tor, self._folder.member(name))
         if self._control and name == oob.CONTROL_PLANE:
             return self._control.environment
         if name in self._machines:

@@ -15,14 +15,15 @@ from typing import Any, get_args
 import click
 import msgspec
 
-from lab import client, folder, matrix
+from lab import client, folder, matrix, routers
 from lab.errors import LabError
 from lab.folder import Folder
 from lab.kube.build import NotHere, find
 from lab.matrix import Report
+from lab.net import NetError
 from lab.oob import CONTROL_PLANE
 from lab.picture import picture
-from lab.topology import Topology, TopologyError
+from lab.topology import Software, Topology, TopologyError
 from lab.wire import (
     Cable,
     Follow,
@@ -34,6 +35,7 @@ from lab.wire import (
     PodState,
     ProcessState,
     Program,
+    RouterPart,
     State,
     Step,
 )
@@ -47,7 +49,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (LabError, TopologyError) as e:
+        except (LabError, NetError, TopologyError) as e:
             raise click.ClickException(str(e)) from e
 
 
@@ -66,13 +68,22 @@ _dir = click.option(
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """A virtual rack on this machine: BIRD on the routers, Underlay on the nodes, namespaces as pods."""
+    """A virtual rack on this machine: BIRD or FRR on the routers, Underlay on the nodes, namespaces as pods."""
 
 
 @main.command()
-@click.option("--racks", default=2, show_default=True, help="Racks, each with one ToR.")
-@click.option("--nodes", default=2, show_default=True, help="Nodes in each rack.")
+@click.option("--racks", type=int, help="Racks.  [default: 2]")
+@click.option("--nodes", type=int, help="Nodes in each rack, or of the mesh.  [default: 2, or 4]")
 @click.option("--pods", default=3, show_default=True, help="Pods on each node.")
+@click.option("--dual-tor", is_flag=True, help="Two ToRs in each rack, each node linked to both.")
+@click.option("--mesh", is_flag=True, help="No racks: nodes on one segment, every one a peer of every other.")
+@click.option(
+    "--tor",
+    type=click.Choice(get_args(Software)),
+    default="bird",
+    show_default=True,
+    help="What runs on ToRs and spines.",
+)
 @click.option(
     "--store",
     type=click.Choice(["sqlite", "kube"]),
@@ -81,22 +92,23 @@ def main() -> None:
     help="Where objects live: a file, or an API server of the lab's own with our rights and policies.",
 )
 @_dir
-def up(racks: int, nodes: int, pods: int, store: str, where: Folder) -> None:
+def up(where: Folder, store: str, **asked: Any) -> None:
     """Builds the rack, draws it, and shows who reaches whom."""
-    wanted = Topology.build(racks=racks, nodes=nodes, pods=pods).shape
+    wanted = Topology.build(**asked).shape
     if client.alive(where):
         there = client.state(where)
         if (there.shape, there.store.partition(":")[0]) != (wanted, store):
-            r, n, p = there.shape
-            shape = f"--racks {r} --nodes {n} --pods {p} --store {there.store.partition(':')[0]}"
-            raise LabError(f"a lab with {shape} is up in {where.path}; {_down(where)} takes it away")
+            options = f"{there.shape.options} --store {there.store.partition(':')[0]}"
+            raise LabError(f"a lab with {options} is up in {where.path}; {_down(where)} takes it away")
         click.echo(f"A lab is up already in {where.path}; {_down(where)} takes it away.\n")
         _follow(where, told=there.state == "building")
     else:
         begin = time.monotonic()
+        if not wanted.mesh:
+            routers.require(wanted.tor)
         programs = _programs() if store == "kube" else None
         click.echo(f"A lab is being built in {where.path}; {_down(where)} takes it away.")
-        client.start(where, racks=racks, nodes=nodes, pods=pods, programs=programs)
+        client.start(where, wanted, programs=programs)
         _follow(where, told=True)
         click.echo(f"{time.monotonic() - begin:6.2f} s  in all\n")
     state = client.state(where)
@@ -115,7 +127,7 @@ def down(where: Folder) -> None:
 @click.option("-o", "output", type=click.Choice(["json"]), help="For programs.")
 @_dir
 def status(output: str | None, where: Folder) -> None:
-    """Nodes with rack, blocks, pods and processes; the control plane's processes, if there is one."""
+    """Nodes with rack, blocks, pods and processes; the processes of routers and control plane, if there are any."""
     state = client.state(where)
     if output:
         click.echo(msgspec.json.format(msgspec.json.encode(state)).decode())
@@ -145,8 +157,8 @@ def show_matrix(wait: float, where: Folder) -> None:
 @click.argument("name")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def execute(name: str, command: tuple[str, ...], where: Folder) -> None:
-    """Runs a command in a node, a pod, a ToR, the spine or control-plane. In a router, birdc finds its BIRD; in a node,
-    UNDERLAY_NODE, UNDERLAY_RUN and UNDERLAY_STORE are set."""
+    """Runs a command in a node, a pod, a ToR, the spine, the switch or control-plane. In a router, birdc and vtysh find
+    its BIRD or FRR; in a node, UNDERLAY_NODE, UNDERLAY_RUN and UNDERLAY_STORE are set."""
     words = client.enter(where, name, command)
     sys.stdout.flush()
     os.execvp(words[0], words)
@@ -176,13 +188,13 @@ def pod_del(name: str, where: Folder) -> None:
 
 
 @main.command()
-@click.argument("member", metavar="NODE")
-@click.argument("process", type=click.Choice([*get_args(Part), *get_args(Program)]))
+@click.argument("member")
+@click.argument("process", type=click.Choice([*get_args(Part), *get_args(RouterPart), *get_args(Program)]))
 @click.option("--signal", default="9", show_default=True, help="By number or name.")
 @click.option("--restart-after", default=1.0, show_default=True, help="Seconds until it is started again.")
 @_dir
 def kill(member: str, process: Any, signal: str, restart_after: float, where: Folder) -> None:
-    """Kills a process of a node, or of control-plane; the lab starts it again."""
+    """Kills a process of a node, of a router, or of control-plane; the lab starts it again."""
     client.ask(where, Kill(member, process, _signal(signal), restart_after), type(None))
     click.echo(f"{process} of {member}: signal {_signal(signal)}; when it has ended, again in {restart_after:g} s.")
 

@@ -21,6 +21,7 @@ import msgspec
 from lab import folder as folders
 from lab.errors import LabError, NoLab, Refused
 from lab.folder import Folder
+from lab.topology import Shape
 from lab.wire import Answer, Done, Down, Failed, Place, Request, State, Status, Step, Where
 
 T = TypeVar("T")
@@ -62,23 +63,23 @@ def alive(folder: Folder) -> bool:
     return True
 
 
-def start(folder: Folder, *, racks: int, nodes: int, pods: int, programs: Path | None = None) -> None:
+def start(folder: Folder, shape: Shape, *, programs: Path | None = None) -> None:
     """Starts a supervisor for the folder, detached from this process; returns when it answers. ``programs``: the folder
     of a control plane's, which is to be its store. Raises LabError."""
     lock = folders.claim(folder)
     if lock is None:
         raise LabError(f"{folder.path}: another lab is starting or ending there; try again in a moment")
-    shape = [f"--racks={racks}", f"--nodes={nodes}", f"--pods={pods}"]
+    asked = [f"--shape={msgspec.json.encode(shape).decode()}"]
     with folder.log.open("ab") as log, ExitStack() as ours:
         # The lock is held as long as any of them lives.
         passed = [lock]
         if programs:
             # Made here, so that it is in the network namespace of the shells that will use it.
             listener = ours.enter_context(socket.create_server(("127.0.0.1", 0)))
-            shape += [f"--programs={programs}", f"--listener={listener.fileno()}"]
+            asked += [f"--programs={programs}", f"--listener={listener.fileno()}"]
             passed.append(listener.fileno())
         process = subprocess.Popen(
-            [*_unshare(), sys.executable, "-m", "lab.supervisor", str(folder.path), *shape],
+            [*_unshare(), sys.executable, "-m", "lab.supervisor", str(folder.path), *asked],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -123,6 +124,8 @@ def enter(folder: Folder, name: str, command: Sequence[str]) -> list[str]:
     first, *rest = command
     if first == "birdc" and "BIRD" in place.environment:
         rest = ["-s", place.environment["BIRD"], *rest]
+    if first == "vtysh" and "FRR" in place.environment:
+        rest = ["--vty_socket", place.environment["FRR"], *rest]
     return [
         *words,
         "env",

@@ -1,8 +1,8 @@
 #!/bin/sh
-# prepare.sh lab|test|bench: what this goal needs from Debian and does not find, it names, with the reason, and
+# prepare.sh lab|test|bench [frr]: what this goal needs from Debian and does not find, it names, with the reason, and
 # installs as root; without root it says the one line to type. Finds everything there: says nothing, a few ms.
 set -eu
-goal=${1:?usage: prepare.sh lab|test|bench}
+goal=${1:?usage: prepare.sh lab|test|bench [frr]} tor=${2:-bird}
 cd "$(dirname "$0")/.."
 
 packages='' services=''
@@ -23,10 +23,10 @@ need iproute2 "ip: namespaces, links, routes" has ip
 need python3-venv "Python 3.11 or newer with venv: the product itself" python_ok
 need gcc "a compiler: builds the CNI shim" shim_cc
 need bird2 "BIRD: the routers of the lab" has bird
+case $goal-$tor in lab-frr | test-*) need frr "FRR: the lab's other router" test -x /usr/lib/frr/bgpd ;; esac
 case $goal in
 lab) ;;
 test)
-    need frr "FRR: the other router that BGP is tested against" test -x /usr/lib/frr/bgpd
     need iputils-ping "ping: what is lost while something is killed" has ping
     need nftables "nft: what others do to the table of the source check" has nft
     need traceroute "traceroute: the way that packets take" has traceroute

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -16,11 +17,13 @@ from lab.wire import ProcessState
 from store.clock import Clock
 
 RESTART_AFTER: Final = 1.0
+_LOOK_EVERY: Final = 0.02
 _log = logging.getLogger(__name__)
 
 
 class Daemon:
-    """One process of one namespace: what to run, where it logs. ``run()`` keeps it up until it is cancelled."""
+    """One process of one namespace: what to run, where it logs. ``run()`` keeps it up until it is cancelled. ``after``
+    is a unix socket of another that it needs: it is not started before somebody answers there."""
 
     def __init__(
         self,
@@ -32,6 +35,7 @@ class Daemon:
         argv: Sequence[str],
         environment: Mapping[str, str],
         log: Path,
+        after: Path | None = None,
     ) -> None:
         self.member = member
         self.name = name
@@ -40,12 +44,15 @@ class Daemon:
         self._argv = list(argv)
         self._environment = dict(environment)
         self._log = log
+        self._after = after
         self._process: asyncio.subprocess.Process | None = None
         self._starts = 0
         self._restart_after = RESTART_AFTER
 
     async def run(self) -> None:
         while True:
+            while self._after and not answers(self._after):
+                await self._clock.sleep(_LOOK_EVERY)
             self._process = process = await self._start()
             self._starts += 1
             try:
@@ -91,3 +98,13 @@ def kill_all_others() -> None:
         os.kill(-1, signal.SIGKILL)
     except ProcessLookupError:
         _log.debug("there was nobody left to kill")
+
+
+def answers(path: Path) -> bool:
+    """Whether somebody listens on this unix socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True

@@ -1,16 +1,16 @@
-"""A topology made real: its namespaces, cables, addresses and routers. What lab, tests and benches build with."""
+"""A topology made real: its namespaces, cables and addresses. What lab, tests and benches build with."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Final
 
-from lab import bird
-from lab.net import Net, NetError
-from lab.topology import Link, Node, Router, Topology
+from lab.net import Net
+from lab.topology import Link, Node, Topology
 
+#: A switch's one part.
+_BRIDGE: Final = "bridge"
 #: No wait for duplicate address detection on point-to-point links, and no rate limit on what traceroute asks for.
 _SYSCTLS = {
     "net.ipv6.conf.all.accept_dad": "0",
@@ -32,35 +32,18 @@ def build(net: Net, topology: Topology) -> None:
     for name in [*(r.name for r in topology.routers), *(n.name for n in topology.nodes)]:
         net.add(name, forwarding=True)
         net.sysctl(name, _SYSCTLS)
+    for name in topology.switches:
+        net.add(name)
+        net.ip(name, [f"link add name {_BRIDGE} type bridge", f"link set dev {_BRIDGE} up"])
     for link in topology.links:
         net.link(link.upper.name, link.upper.port, link.lower.name, link.lower.port)
         for end in (link.upper, link.lower):
-            net.address(end.name, end.port, end.addresses)
+            if end.name in topology.switches:
+                net.ip(end.name, [f"link set dev {end.port} master {_BRIDGE}"])
+            else:
+                net.address(end.name, end.port, end.addresses)
     for node in topology.nodes:
         net.ip(node.name, _defaults(node))
-
-
-def start_bird(net: Net, topology: Topology, router: Router, folder: Path) -> subprocess.Popen[bytes]:
-    """Writes the router's configuration into ``folder`` and starts BIRD there; control socket ``folder``/bird.ctl, log
-    ``folder``/bird.log."""
-    write_bird(topology, router, folder)
-    return net.spawn(router.name, bird_argv(folder), log=folder / "bird.log")
-
-
-def write_bird(topology: Topology, router: Router, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bird.conf").write_text(bird.configuration(topology, router))
-
-
-def bird_argv(folder: Path) -> list[str]:
-    """BIRD in the foreground. Debian keeps it out of an ordinary user's PATH, hence the full name."""
-    return [_bird("bird"), "-f", "-c", str(folder / "bird.conf"), "-s", str(folder / "bird.ctl")]
-
-
-def birdc(net: Net, router: str, folder: Path, *words: str) -> str:
-    """What the router's BIRD answers to a command that only reads, without its greeting. Raises NetError."""
-    said = net.run(router, [_bird("birdc"), "-r", "-s", str(folder / "bird.ctl"), *words]).stdout
-    return said.partition("Access restricted\n")[2]
 
 
 def cut(net: Net, link: Link) -> None:
@@ -98,16 +81,12 @@ def _cidr(destination: str, family: str, length: int) -> str:
 
 
 def _defaults(node: Node) -> list[str]:
-    """As an installer leaves it: one default route a family, static, no metric given."""
-    v4, v6 = node.gateways
-    return [
-        f"route add 0.0.0.0/0 via {v4} dev {node.tor} proto static",
-        f"route add ::/0 via {v6} dev {node.tor} proto static",
-    ]
-
-
-def _bird(program: str) -> str:
-    for folder in ("/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin"):
-        if (path := Path(folder) / program).exists():
-            return str(path)
-    raise NetError(f"{program} is not installed: apt-get install bird2")
+    """As an installer leaves it: one default route a family, over every uplink, static, no metric given."""
+    if not node.uplinks:
+        return []
+    found = []
+    for place, everything in enumerate(("0.0.0.0/0", "::/0")):
+        ways = [f"via {uplink.gateways[place]} dev {uplink.tor}" for uplink in node.uplinks]
+        to = ways[0] if len(ways) == 1 else " ".join(f"nexthop {way}" for way in ways)
+        found.append(f"route add {everything} proto static {to}")
+    return found

@@ -25,7 +25,7 @@ from lab.folder import Folder
 from lab.kube.build import Programs
 from lab.net import NetError
 from lab.processes import kill_all_others
-from lab.topology import Topology, TopologyError
+from lab.topology import Shape, Topology, TopologyError
 from lab.wire import (
     Answer,
     Cable,
@@ -119,8 +119,7 @@ class Supervisor:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lab.supervisor", description="Started by underlay-lab up.")
     parser.add_argument("folder", type=Path)
-    for number in ("racks", "nodes", "pods"):
-        parser.add_argument(f"--{number}", type=int, required=True)
+    parser.add_argument("--shape", required=True, help="what was asked for, as JSON")
     parser.add_argument("--programs", type=Path, help="folder of etcd, kube-apiserver and kube-controller-manager")
     parser.add_argument("--listener", type=int, help="descriptor of the socket that leads to the API server")
     said = parser.parse_args()
@@ -131,7 +130,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     _watch_children()
     try:
-        topology = Topology.build(racks=said.racks, nodes=said.nodes, pods=said.pods)
+        shape = msgspec.json.decode(said.shape, type=Shape)
+        topology = Topology.build(**msgspec.structs.asdict(shape))
         kube = None
         if said.programs:
             kube = Kube(Programs(said.programs, "given"), socket.socket(fileno=said.listener))

@@ -9,7 +9,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from lab.topology import Shape
+
 Part = Literal["agent", "cni", "exabgp"]
+#: Of a router: BIRD's one, or FRR's two.
+RouterPart = Literal["bird", "zebra", "bgpd"]
 #: Of the control plane.
 Program = Literal["etcd", "kube-apiserver", "kube-controller-manager"]
 
@@ -39,7 +43,7 @@ class PodDel(msgspec.Struct, frozen=True, tag=True):
 
 class Kill(msgspec.Struct, frozen=True, tag=True):
     member: str
-    part: Part | Program
+    part: Part | RouterPart | Program
     signal: int = 9
     #: Seconds after its end until it is started again.
     restart_after: float = 1.0
@@ -136,10 +140,12 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     dir: str
     store: str
-    #: Racks, nodes per rack, pods per node, as asked for.
-    shape: tuple[int, int, int]
+    #: As asked for.
+    shape: Shape
     routers: tuple[RouterState, ...]
     links: tuple[LinkState, ...]
     nodes: tuple[NodeState, ...]
+    #: Names.
+    switches: tuple[str, ...] = ()
     #: Empty where the store is a file.
     control_plane: dict[Program, ProcessState] = {}

@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from cni import netns
 from lab.net import Net
+from lab.routers import let_root_run_frr
 
 NODE4, TOR4 = "10.0.1.1", "10.0.1.2"
 NODE6, TOR6 = "fd00:1::1", "fd00:1::2"
@@ -189,7 +189,7 @@ class Frr(Router):
             lines += [f"  network {r}" for r in routes if (":" in r) == (family == "6")]
             lines += [f"  neighbor {peer} activate" for peer in peers]
             lines += [" exit-address-family"]
-        _let_root_run_frr(self.folder.parent)
+        let_root_run_frr(self.folder.parent)
         config = self.folder / "frr.conf"
         config.write_text("\n".join(lines) + "\n")
         zebra = self.folder / "zebra.conf"
@@ -248,17 +248,6 @@ class Frr(Router):
         for process in (self.process, self._zebra):
             process.kill()
             process.wait()
-
-
-def _let_root_run_frr(folder: Path) -> None:
-    """FRR starts only as a member of ``frrvty``: in our mount namespace, root is one (and it has a mapped group id)."""
-    groups = Path("/etc/group")
-    text = groups.read_text()
-    if re.search(r"^frrvty:x:0:root$", text, re.MULTILINE):
-        return
-    changed = folder / "group"
-    changed.write_text(re.sub(r"^frrvty:.*$", "frrvty:x:0:root", text, flags=re.MULTILINE))
-    netns.mount(str(changed), groups, flags=netns.MS_BIND)
 
 
 KINDS = {"bird": Bird, "frr": Frr}

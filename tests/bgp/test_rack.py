@@ -1,19 +1,24 @@
-"""The lab's routers by themselves: BIRD takes the configuration, uses both spines, takes only pools from a node."""
+"""The lab's routers by themselves: they take the configuration, use both spines, take only pools from a node."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from lab import rack
+from lab import rack, routers
 from lab.bird import protocol_name
 from lab.net import Net
-from lab.topology import Node, Topology
+from lab.topology import Node, Software, Topology
 from tests.conftest import eventually
 
-MAP = Topology.build(racks=2, nodes=1, pods=0, spines=2)
+MAPS: Mapping[Software, Topology] = {
+    "bird": Topology.build(racks=2, nodes=1, pods=0, spines=2),
+    "frr": Topology.build(racks=2, nodes=1, pods=0, spines=2, tor="frr"),
+}
+MAP = MAPS["bird"]
 
 SPEAKER = """
 log stderr all;
@@ -28,17 +33,23 @@ protocol bgp tor6 {{ local {v6} as {asn}; neighbor {tor6} as {tor_asn}; connect 
 """
 
 
+@pytest.fixture(params=["bird", "frr"])
+def software(request: pytest.FixtureRequest) -> Software:
+    return request.param
+
+
 @pytest.fixture
-def fabric(net: Net, tmp_path: Path) -> Net:
+def fabric(software: Software, net: Net, tmp_path: Path) -> Net:
     rack.build(net, MAP)
     for router in MAP.routers:
-        rack.start_bird(net, MAP, router, tmp_path / router.name)
+        routers.start(net, MAPS[software], router, tmp_path / router.name)
     return net
 
 
 def speak(net: Net, folder: Path, node: Node, prefixes: list[str]) -> None:
     """A BIRD in the node that announces the prefixes, good and bad."""
     folder.mkdir()
+    (uplink,) = node.uplinks
     lines = {
         family: " ".join(f"route {p} blackhole;" for p in prefixes if (":" in p) == (family == 6)) for family in (4, 6)
     }
@@ -46,43 +57,50 @@ def speak(net: Net, folder: Path, node: Node, prefixes: list[str]) -> None:
         SPEAKER.format(
             v4=node.addresses[0],
             v6=node.addresses[1],
-            tor4=node.gateways[0],
-            tor6=node.gateways[1],
+            tor4=uplink.gateways[0],
+            tor6=uplink.gateways[1],
             asn=node.asn,
-            tor_asn=node.tor_asn,
+            tor_asn=uplink.asn,
             routes4=lines[4],
             routes6=lines[6],
         )
     )
-    net.spawn(node.name, rack.bird_argv(folder), log=folder / "log")
+    net.spawn(node.name, routers.bird_argv(folder), log=folder / "log")
 
 
 def test_equal_paths_over_both_spines_are_one_route(fabric: Net) -> None:
     for family, prefix in (("-4", "10.2.0.0/31"), ("-6", "fd00:10:2::/127")):
 
         def hops(family: str = family, prefix: str = prefix) -> bool:
-            told = json.loads(fabric.run("tor-1", ["ip", family, "-j", "route", "show", prefix]).stdout)
+            told = json.loads(fabric.run("tor-1", ["ip", family, "-j", "route", "show", prefix]).stdout or "[]")
             return [len(route.get("nexthops", ())) for route in told] == [2]
 
         eventually(hops, limit=20)
 
 
-def test_a_tor_takes_blocks_of_the_pools_and_nothing_else(fabric: Net, tmp_path: Path) -> None:
+def test_a_tor_takes_blocks_of_the_pools_and_nothing_else(software: Software, fabric: Net, tmp_path: Path) -> None:
     good = ["10.244.7.64/26", "10.244.9.9/32", "fd00:10:244::700/122", "fd00:10:244::909/128"]
     bad = ["10.244.0.0/16", "10.244.8.0/25", "192.0.2.0/26", "10.1.0.0/31", "fd00:10:244::/112", "2001:db8::/122"]
     speak(fabric, tmp_path / "node", MAP.nodes[0], good + bad)
 
-    def taken(router: str, *words: str) -> set[str]:
-        said = rack.birdc(fabric, router, tmp_path / router, "show", "route", "primary", *words)
-        return {line.split()[0] for line in said.splitlines() if "unicast" in line}
-
     def probe() -> bool:
-        told = {r for f in (4, 6) for r in taken("tor-1", "protocol", protocol_name("node-1", f))}
+        told = {r for f in (4, 6) for r in accepted(software, fabric, tmp_path / "tor-1", f)}
         assert told == set(good)
-        return set(good) <= taken("tor-2")
+        return rack.routes(fabric, "tor-2", protocol=routers.PROTOCOL[software]) >= set(good)
 
     eventually(probe, limit=20)
-    assert not set(bad) - {"10.1.0.0/31"} & taken("spine-1")
+    assert not (set(bad) - {"10.1.0.0/31"}) & rack.routes(fabric, "spine-1")
+
+
+def accepted(software: Software, net: Net, folder: Path, family: int) -> set[str]:
+    """What tor-1 holds from node-1 over the session of this family."""
+    if software == "bird":
+        words = ("show", "route", "primary", "protocol", protocol_name("node-1", family))
+        said = routers.birdc(net, "tor-1", folder, *words)
+        return {line.split()[0] for line in said.splitlines() if "unicast" in line}
+    peer = MAP.nodes[0].addresses[(4, 6).index(family)]
+    told = json.loads(routers.vtysh(net, "tor-1", folder, f"show bgp ipv{family} unicast neighbors {peer} routes json"))
+    return set(told["routes"])
 
 
 def test_a_cut_takes_the_carrier_and_a_mend_gives_everything_back(fabric: Net, tmp_path: Path) -> None:
@@ -97,7 +115,7 @@ def test_a_cut_takes_the_carrier_and_a_mend_gives_everything_back(fabric: Net, t
     eventually(
         lambda: (rack.routes(fabric, "node-1"), rack.routes(fabric, "tor-1", protocol="kernel")) == before, limit=10
     )
-    fabric.run("node-1", ["ping", "-c", "1", "-W", "2", "-6", MAP.nodes[0].gateways[1]])
+    fabric.run("node-1", ["ping", "-c", "1", "-W", "2", "-6", MAP.nodes[0].uplinks[0].gateways[1]])
 
 
 def test_missing_names_who_lacks_what(fabric: Net) -> None:

@@ -76,7 +76,7 @@ def test_up_again_shows_it_and_another_shape_is_refused(lab: Lab) -> None:
     other = lab.command("up", "--racks", "1", check=False)
     assert other.returncode == 1
     assert "underlay-lab down" in other.stderr
-    assert lab.state().shape == (2, 2, 3)
+    assert lab.state().shape == MAP.shape
 
 
 def test_the_store_agrees_with_every_nodes_journal_and_kernel(lab: Lab) -> None:
@@ -136,10 +136,9 @@ def test_bird_holds_one_route_a_block_and_nothing_else_of_ours(lab: Lab) -> None
         held = bird_routes(lab, router.name)
         assert {r for r in held if in_a_pool(r)} == everything, router.name
     for node in MAP.nodes:
-        name = node.name.replace("-", "_")
-        told = bird_routes(lab, node.tor, "protocol", f"{name}_v4") | bird_routes(
-            lab, node.tor, "protocol", f"{name}_v6"
-        )
+        (uplink,) = node.uplinks
+        sessions = [protocol_name(node.name, family) for family in (4, 6)]
+        told = {route for name in sessions for route in bird_routes(lab, uplink.tor, "protocol", name)}
         assert told == set(own[node.name])
 
 

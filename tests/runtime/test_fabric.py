@@ -13,7 +13,7 @@ import pytest
 from cni.install import answers
 from cni.marks import LINK_PREFIX, PROTO_IMPORTS, PROTO_PODS
 from ipam import journal
-from lab import rack
+from lab import rack, routers
 from lab.net import Net
 from lab.objects import objects
 from lab.topology import Topology
@@ -38,7 +38,7 @@ class Fabric:
         self.machines: dict[str, Containerd] = {}
         rack.build(self.net, MAP)
         for router in MAP.routers:
-            rack.start_bird(self.net, MAP, router, folder / router.name)
+            routers.start(self.net, MAP, router, folder / router.name)
         asyncio.run(self._fill())
         for node in MAP.nodes:
             run, state = self.run(node.name), folder / node.name / "state"

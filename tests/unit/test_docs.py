@@ -137,7 +137,7 @@ def test_command_lines_are_found_and_wrong_ones_refused() -> None:
     found = [line for page in PAGES for line in command_lines(page)]
     for program in ("underlayctl", "underlay-lab", "make"):
         assert sum(line.startswith(program) for line in found) >= 3
-    for wrong in ("underlayctl got x", "underlayctl get x --colour", "underlay-lab kill node-1 bird", "make tea"):
+    for wrong in ("underlayctl got x", "underlayctl get x --colour", "underlay-lab kill node-1 init", "make tea"):
         with pytest.raises((click.ClickException, AssertionError)):
             parse(wrong)
 
