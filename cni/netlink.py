@@ -101,6 +101,11 @@ def attr(kind: int, value: bytes) -> bytes:
     return _ATTR.pack(length + 4, kind) + value + _PADDING[length & 3]
 
 
+def attr_header(kind: int, length: int) -> bytes:
+    """What stands before a value of ``length`` bytes, for a message that is put together in pieces."""
+    return _ATTR.pack(length + 4, kind)
+
+
 def attr_u32(kind: int, value: int) -> bytes:
     return _ATTR_U32.pack(8, kind, value)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Final
 
 from agent.delta import group_hops
@@ -21,6 +22,7 @@ from cni.netlink import (
     Message,
     Netlink,
     attr,
+    attr_header,
     attr_u32,
     attributes,
 )
@@ -55,9 +57,10 @@ def replace(route: Route, nexthop_id: int) -> Message:
 
 def delete(route: Route) -> Message:
     """The route with this prefix, metric, kind and protocol number, whatever it leads to."""
-    family, address, length = _destination(route.prefix)
-    header = HEADER.pack(family, length, 0, 0, _TABLE_MAIN, route.protocol, _NOWHERE, _type(route), 0)
-    return Message(RTM_DELROUTE, header + attr(_RTA_DST, address) + attr_u32(_RTA_PRIORITY, route.metric))
+    address, _, length = route.prefix.partition("/")
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    before, behind = _around(family, length, route.protocol, route.metric, route.kind, None, "", 0)
+    return Message(RTM_DELROUTE, before + socket.inet_pton(family, address) + behind)
 
 
 def dump(netlink: Netlink) -> dict[RouteKey, tuple[Route, int]]:
@@ -100,22 +103,41 @@ def resolve(
 
 
 def _body(route: Route, nexthop_id: int) -> bytes:
-    family, address, length = _destination(route.prefix)
-    hop = route.nexthops[0] if route.nexthops and not nexthop_id else None
+    """Routes by the thousand differ only in where they go: what stands around that is made once."""
+    address, _, length = route.prefix.partition("/")
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    before, behind = _around(
+        family, length, route.protocol, route.metric, route.kind, route.nexthops, route.src, nexthop_id
+    )
+    return before + socket.inet_pton(family, address) + behind
+
+
+@lru_cache(maxsize=1024)
+def _around(
+    family: int,
+    length: str,
+    protocol: int,
+    metric: int,
+    kind: str,
+    nexthops: tuple[NextHop, ...] | None,
+    src: str,
+    nexthop_id: int,
+) -> tuple[bytes, bytes]:
+    """A route's message up to its destination, and after it; ``nexthops`` None: wherever it leads to."""
+    hop = nexthops[0] if nexthops and not nexthop_id else None
     # IPv6 knows no scopes; in IPv4 a route without a gateway must say that its destination is on the link.
     scope = _LINK if family == socket.AF_INET and hop is not None and not hop.gateway else _UNIVERSE
-    parts = [
-        HEADER.pack(family, length, 0, 0, _TABLE_MAIN, route.protocol, scope, _type(route), 0),
-        attr(_RTA_DST, address),
-        attr_u32(_RTA_PRIORITY, route.metric),
-    ]
-    if route.src:
-        parts.append(attr(_RTA_PREFSRC, _packed(route.src)))
+    if nexthops is None:
+        scope = _NOWHERE
+    header = HEADER.pack(family, int(length), 0, 0, _TABLE_MAIN, protocol, scope, _type(kind), 0)
+    parts = [attr_u32(_RTA_PRIORITY, metric)]
+    if src:
+        parts.append(attr(_RTA_PREFSRC, _packed(src)))
     if nexthop_id:
         parts.append(attr_u32(_RTA_NH_ID, nexthop_id))
     if hop is not None:
         parts += _hop(family, hop)
-    return b"".join(parts)
+    return header + attr_header(_RTA_DST, 16 if family == socket.AF_INET6 else 4), b"".join(parts)
 
 
 def _hop(family: int, hop: NextHop) -> Iterator[bytes]:
@@ -128,13 +150,8 @@ def _hop(family: int, hop: NextHop) -> Iterator[bytes]:
     yield attr_u32(_RTA_OIF, hop.interface)
 
 
-def _type(route: Route) -> int:
-    return _BLACKHOLE if route.kind == "blackhole" else _UNICAST
-
-
-def _destination(prefix: str) -> tuple[int, bytes, int]:
-    address, _, length = prefix.partition("/")
-    return socket.AF_INET6 if ":" in prefix else socket.AF_INET, _packed(address), int(length)
+def _type(kind: str) -> int:
+    return _BLACKHOLE if kind == "blackhole" else _UNICAST
 
 
 def _packed(address: str) -> bytes:

@@ -116,16 +116,16 @@ class Kernel:
 def message(operation: Operation) -> Message:
     """The netlink request for an operation (a sysctl has none: ValueError)."""
     match operation:
+        case AddRoute():  # the ones that come by the thousand first
+            return routes.add(operation.route, operation.nexthop_id)
+        case DeleteRoute():
+            return routes.delete(operation.route)
+        case ReplaceRoute(route=route, nexthop_id=id_):
+            return routes.replace(route, id_)
         case AddNextHop(id=id_, hop=hop):
             return nexthops.add(id_, hop)
         case AddGroup(id=id_, members=members):
             return nexthops.add_group(id_, members)
-        case AddRoute(route=route, nexthop_id=id_):
-            return routes.add(route, id_)
-        case ReplaceRoute(route=route, nexthop_id=id_):
-            return routes.replace(route, id_)
-        case DeleteRoute(route=route):
-            return routes.delete(route)
         case DeleteNextHop(id=id_):
             return nexthops.delete(id_)
     raise ValueError(f"{operation!r} is not for netlink")
