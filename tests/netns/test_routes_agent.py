@@ -2,119 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 from msgspec.structs import replace
 
 from lab.net import Net
 from store.base import Store, mutate
-from store.clock import SystemClock
-from store.errors import NotFound
-from store.model import (
-    ANNOTATION_ASN,
-    BGPConfiguration,
-    BGPConfigurationSpec,
-    BGPNodeStatus,
-    BGPPeer,
-    BGPPeerSpec,
-    IPAMBlock,
-    IPAMBlockSpec,
-    IPPool,
-    IPPoolSpec,
-    Meta,
-    Node,
-    NodeAddress,
-    NodeStatus,
-    block_name,
-)
-from store.open import open_store
+from store.model import BGPNodeStatus, IPAMBlock, block_name
 from tests.bgp import routers
+from tests.bgp.agents import OWN4, OWN6, Agent, block, peers
 from tests.conftest import eventually
 
-T = TypeVar("T")
-OWN4, OWN6 = "10.244.1.0/26", "fd00:10:244::40/122"
 FAR = ("10.244.2.0/26", "10.244.3.0/26", "fd00:10:244::80/122", "192.0.2.0/24", "10.244.1.8/29")
-
-
-class Agent:
-    """Store, speaker and agent of one node beside a BIRD."""
-
-    def __init__(self, net: Net, folder: Path) -> None:
-        self.net, self.folder = net, folder
-        routers.wire(net)
-        self.bird = routers.Bird(net, folder)
-        self.url = f"sqlite:{folder / 'store.db'}"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.store(self._fill)
-
-    def store(self, act: Callable[[Store], Awaitable[T]]) -> T:
-        async def once() -> T:
-            opened = open_store(self.url, clock=SystemClock())
-            try:
-                return await act(opened)
-            finally:
-                await opened.close()
-
-        return asyncio.run(once())
-
-    async def _fill(self, store: Store) -> None:
-        node = Node(metadata=Meta(name="node-1", annotations={ANNOTATION_ASN: str(routers.NODE_AS)}))
-        made = await store.create(node)
-        addresses = tuple(NodeAddress(type="InternalIP", address=a) for a in (routers.NODE4, routers.NODE6))
-        await store.update_status(replace(made, status=NodeStatus(addresses=addresses)))
-        await store.create(
-            BGPConfiguration(metadata=Meta(name="default"), spec=BGPConfigurationSpec(node_to_node_mesh_enabled=False))
-        )
-        await store.create(IPPool(metadata=Meta(name="v4"), spec=IPPoolSpec(cidr="10.244.0.0/16")))
-        await store.create(IPPool(metadata=Meta(name="v6"), spec=IPPoolSpec(cidr="fd00:10:244::/48")))
-        for name, address in (("tor-4", routers.TOR4), ("tor-6", routers.TOR6)):
-            spec = BGPPeerSpec(peer_ip=address, as_number=routers.TOR_AS, node="node-1")
-            await store.create(BGPPeer(metadata=Meta(name=name), spec=spec))
-        for cidr in (OWN4, OWN6):
-            await store.create(block(cidr))
-
-    def start_speaker(self) -> None:
-        argv = [sys.executable, "-P", "-m", "agent.bgp.speaker", "--run", str(self.folder / "run")]
-        self.net.spawn("node", argv, log=self.folder / "speaker.log")
-
-    def start(self) -> None:
-        argv = [sys.executable, "-P", "-c", "import sys; from agent.daemon import main; sys.exit(main())"]
-        argv += ["--node", "node-1", "--store", self.url]
-        argv += ["--run", str(self.folder / "run"), "--state", str(self.folder / "state")]
-        self.process = self.net.spawn("node", argv, log=self.folder / "agent.log")
-
-    def stop(self, number: int = signal.SIGKILL) -> int:
-        assert self.process is not None
-        os.kill(self.process.pid, number)
-        return self.process.wait(timeout=5)
-
-    def routes(self) -> list[str]:
-        lines: list[str] = []
-        for family in ("-4", "-6"):
-            out = self.net.run("node", ["ip", family, "route", "show", "table", "main"]).stdout
-            lines += (re.sub(r"\s+", " ", line).strip() for line in out.splitlines())
-        return sorted(line for line in lines if "proto 14" in line)
-
-    def status(self) -> BGPNodeStatus | None:
-        try:
-            return self.store(lambda store: store.get(BGPNodeStatus, "node-1"))
-        except NotFound:
-            return None
-
-
-def block(cidr: str) -> IPAMBlock:
-    pool = "v6" if ":" in cidr else "v4"
-    return IPAMBlock(metadata=Meta(name=block_name(cidr)), spec=IPAMBlockSpec(cidr=cidr, pool=pool, node="node-1"))
 
 
 WHOLE = [
@@ -126,9 +31,18 @@ WHOLE = [
 ]
 
 
+class Beside(Agent):
+    """An agent and the BIRD that it peers with."""
+
+    def __init__(self, net: Net, folder: Path) -> None:
+        routers.wire(net)
+        super().__init__(net, folder, peers=peers())
+        self.bird = routers.Bird(net, folder)
+
+
 @pytest.fixture
-def agent(net: Net, tmp_path: Path) -> Iterator[Agent]:
-    made = Agent(net, tmp_path)
+def agent(net: Net, tmp_path: Path) -> Iterator[Beside]:
+    made = Beside(net, tmp_path)
     made.start_speaker()
     made.start()
     # Or a route into one of them would keep it from use.
@@ -150,13 +64,13 @@ def same(one: str, two: str) -> bool:
     return bool(stamps[0])
 
 
-def settled(agent: Agent) -> bool:
+def settled(agent: Beside) -> bool:
     assert agent.routes() == WHOLE
     assert set(agent.bird.table()) == {OWN4, OWN6}
     return True
 
 
-def test_blocks_go_out_imports_come_in_and_nothing_else(agent: Agent) -> None:
+def test_blocks_go_out_imports_come_in_and_nothing_else(agent: Beside) -> None:
     eventually(lambda: settled(agent), limit=20)
 
     def told() -> bool:
@@ -177,7 +91,7 @@ def test_blocks_go_out_imports_come_in_and_nothing_else(agent: Agent) -> None:
     assert read.strip() == "1"
 
 
-def test_a_restart_touches_no_route_and_no_session(agent: Agent) -> None:
+def test_a_restart_touches_no_route_and_no_session(agent: Beside) -> None:
     eventually(lambda: settled(agent), limit=20)
     before = agent.bird.ask("show", "protocols", "node4")
     logs = {name: agent.folder / f"monitor-{name}" for name in ("node", "tor")}
@@ -222,7 +136,7 @@ def test_a_restart_touches_no_route_and_no_session(agent: Agent) -> None:
     assert settled(agent)
 
 
-def test_a_block_is_withdrawn_then_its_blackhole_goes(agent: Agent) -> None:
+def test_a_block_is_withdrawn_then_its_blackhole_goes(agent: Beside) -> None:
     eventually(lambda: settled(agent), limit=20)
 
     async def release(store: Store) -> None:
@@ -262,7 +176,7 @@ def test_a_block_is_withdrawn_then_its_blackhole_goes(agent: Agent) -> None:
     eventually(lambda: settled(agent))
 
 
-def test_a_blackhole_that_somebody_removes_comes_back_without_a_withdrawal(agent: Agent) -> None:
+def test_a_blackhole_that_somebody_removes_comes_back_without_a_withdrawal(agent: Beside) -> None:
     eventually(lambda: settled(agent), limit=20)
     before = agent.bird.ask("show", "route", OWN4, "all")
     agent.net.ip("node", [f"route del blackhole {OWN4} proto 142"])
@@ -273,7 +187,7 @@ def test_a_blackhole_that_somebody_removes_comes_back_without_a_withdrawal(agent
     assert same(agent.bird.ask("show", "route", OWN4, "all"), before)
 
 
-def test_without_store_it_starts_from_its_last_good_view(agent: Agent) -> None:
+def test_without_store_it_starts_from_its_last_good_view(agent: Beside) -> None:
     eventually(lambda: settled(agent), limit=20)
     eventually(lambda: (agent.folder / "state" / "snapshot.json").exists())
     agent.stop()
@@ -295,7 +209,7 @@ def test_it_says_in_one_line_what_it_lacks(net: Net, tmp_path: Path) -> None:
     assert net.run("node", argv, check=False).returncode == 2
 
 
-def test_a_second_agent_waits_for_the_end_of_the_first(agent: Agent) -> None:
+def test_a_second_agent_waits_for_the_end_of_the_first(agent: Beside) -> None:
     eventually(lambda: settled(agent), limit=20)
 
     def said() -> BGPNodeStatus | None:
