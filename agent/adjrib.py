@@ -41,6 +41,8 @@ class AdjRibIn:
         #: Families whose routes may outlive the session; and whether the peer keeps ours while our speaker restarts.
         self.graceful: tuple[Family, ...] = ()
         self.helper = False
+        #: How often the session went down.
+        self.downs = 0
         #: How many prefixes it had when it exceeded its maximum; 0: it never did.
         self.exceeded = 0
         self._stale: dict[Family, set[str]] = {}
@@ -137,6 +139,7 @@ class AdjRibIn:
 
     def _end(self, patience: Mapping[Family, float], now: float) -> set[str]:
         self.up, self.since, self._patience = False, now, dict(patience)
+        self.downs += 1
         for family, seconds in patience.items():
             self._mark(family)
             self._sweep_at[family] = now + seconds

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from cni.endpoint import Address, AddressError, parse_address
+
 #: Where the Secrets of BGP passwords are, unless it is said.
 NAMESPACE = "underlay-system"
 
@@ -19,6 +21,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     state: Path
     namespace: str = NAMESPACE
     log: str = "INFO"
+    metrics: Address | None = None
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
@@ -34,6 +37,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
         ("run", "/run/underlay", "folder for sockets, shared with the CNI server and the speaker"),
         ("state", "/var/lib/underlay", "folder for what outlives a reboot"),
         ("namespace", NAMESPACE, "where the Secrets that BGPPeers name are"),
+        ("metrics", "", "where to answer GET for metrics and health: ADDRESS:PORT or a unix socket's path"),
         ("log", "INFO", "DEBUG, INFO, WARNING or ERROR"),
     )
     for name, default, text in flags:
@@ -44,6 +48,10 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
             parser.error(f"--{name} is missing: give it, or UNDERLAY_{name.upper()}")
     if found.log.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         parser.error(f"--log {found.log}: DEBUG, INFO, WARNING or ERROR")
+    try:
+        metrics = parse_address(found.metrics) if found.metrics else None
+    except AddressError as e:
+        parser.error(f"--metrics {e}")
     return Config(
         node=found.node,
         store=found.store,
@@ -51,4 +59,5 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
         state=Path(found.state),
         namespace=found.namespace,
         log=found.log.upper(),
+        metrics=metrics,
     )

@@ -16,14 +16,16 @@ from agent import config
 from agent.bgp.driver import Driver
 from agent.errors import AgentError
 from agent.kernel.state import Kernel
+from agent.pages import Pages
 from agent.reconcile import Reconciler
 from agent.status import StatusWriter
 from agent.view import View
+from cni.endpoint import Address, Endpoint
 from cni.errors import CNIError, first_of
 from cni.lock import alone
 from cni.podnet import link_name
-from store.base import Store
 from store.clock import Clock, SystemClock
+from store.counted import CountedStore
 from store.errors import StoreError
 from store.open import open_store
 
@@ -50,7 +52,7 @@ async def run(settings: config.Config, clock: Clock) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    store = open_store(settings.store, clock=clock)
+    store = CountedStore(open_store(settings.store, clock=clock))
     try:
         with closing(Kernel()) as kernel:
             work = asyncio.create_task(_alone(settings, clock, store, kernel))
@@ -67,13 +69,13 @@ async def run(settings: config.Config, clock: Clock) -> None:
     log.info("stopped; routes and sessions stay")
 
 
-async def _alone(settings: config.Config, clock: Clock, store: Store, kernel: Kernel) -> None:
+async def _alone(settings: config.Config, clock: Clock, store: CountedStore, kernel: Kernel) -> None:
     """Two agents would take the speaker and each other's routes in turn: the second waits for the first one's end."""
     async with alone(settings.run / "agent.lock", clock):
         await _work(settings, clock, store, kernel)
 
 
-async def _work(settings: config.Config, clock: Clock, store: Store, kernel: Kernel) -> None:
+async def _work(settings: config.Config, clock: Clock, store: CountedStore, kernel: Kernel) -> None:
     """Everything that runs, each part owned by this one group: the first that fails ends the others."""
     writer = StatusWriter(store, settings.node, clock)
     view = View(
@@ -94,6 +96,10 @@ async def _work(settings: config.Config, clock: Clock, store: Store, kernel: Ker
         publish=writer.offer,
     )
     driver = Driver(settings.run / "speaker", clock, loop.event)
+    pages = Pages(clock, store, view, loop, driver, writer).all()
+    # For whoever is root on this node; ``metrics`` is for who may scrape it.
+    here = Endpoint(Address(path=str(settings.run / "agent.sock")), pages, clock)
+    there = (Endpoint(settings.metrics, pages, clock),) if settings.metrics else ()
     async with asyncio.TaskGroup() as tasks:
-        for part in (view, driver, loop, writer):
+        for part in (view, driver, loop, writer, here, *there):
             tasks.create_task(part.run(), name=type(part).__name__)

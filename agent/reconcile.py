@@ -12,9 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, Protocol
 
+from msgspec.structs import replace
+
 from agent.bgp.model import Announcement, Event, Session, SpeakerState
 from agent.delta import Failure, NoFreeId, Operation, delta, explain
 from agent.fib import KernelState
+from agent.health import Seen
+from agent.metrics import Figures
 from agent.plan import Cluster, Plan, Snapshot, plan
 from agent.report import report
 from agent.rib import Rib
@@ -75,13 +79,17 @@ class Reconciler:
     ) -> None:
         self._node, self._view, self._kernel, self._speaker = node, view, kernel, speaker
         self._clock, self._link_name, self._publish = clock, link_name, publish
-        self._rib = Rib()
+        self.rib = Rib()
+        self.figures = Figures(clock.monotonic())
+        #: What the last pass saw; None before there was one.
+        self.seen: Seen | None = None
+        #: The newest status that was published, and why the kernel is not as planned ("" if it is).
+        self.status = BGPNodeStatusStatus()
+        self.kernel_error = ""
         self._woken = asyncio.Event()
         self._missing: dict[str, float] = {}
         self._failures: tuple[Failure, ...] = ()
         self._retry = RETRY[0]
-        self._kernel_error = ""
-        self._status = BGPNodeStatusStatus()
         self._full_at = 0.0
 
     def wake(self) -> None:
@@ -90,7 +98,7 @@ class Reconciler:
 
     def event(self, event: Event) -> None:
         """Takes one of the speaker's events."""
-        self._rib.apply(event, self._clock.monotonic())
+        self.rib.apply(event, self._clock.monotonic())
         self.wake()
 
     async def run(self) -> None:
@@ -108,6 +116,7 @@ class Reconciler:
         while True:
             begun = self._clock.monotonic()
             again = await self.step()
+            self.figures.turned = self._clock.monotonic()
             # A pass that is slow (a large table under churn) leaves at least as much time to everything else.
             await self._clock.sleep(max(GATHER, self._clock.monotonic() - begun))
             with suppress(TimeoutError):
@@ -157,7 +166,7 @@ class Reconciler:
         if cluster is None:
             return None
         now = self._clock.monotonic()
-        self._rib.advance(now)
+        self.rib.advance(now)
         speaker = self._speaker()
         state = speaker.state()
         try:
@@ -165,6 +174,7 @@ class Reconciler:
         except (NetlinkError, OSError) as e:
             self._blind(e)
             return None
+        begun = self._clock.monotonic()
         wanted = plan(
             Snapshot(
                 node=self._node,
@@ -172,14 +182,15 @@ class Reconciler:
                 cluster=cluster,
                 kernel=kernel,
                 speaker=state,
-                rib=self._rib,
+                rib=self.rib,
                 link_name=self._link_name,
                 missing=self._missing,
             )
         )
+        self.figures.planned(self._clock.monotonic() - begun)
         self._missing = {address: self._missing.get(address, now) for address in wanted.missing}
         if wanted.sessions is not None:
-            self._rib.configure(wanted.peers, now)
+            self.rib.configure(wanted.peers, now)
         if cluster.live:
             own = {block.spec.cidr for block in cluster.blocks}
             held = {prefix for prefix, protocol, _ in kernel.routes if protocol == PROTO_BLOCKS}
@@ -188,10 +199,10 @@ class Reconciler:
             operations = delta(wanted, kernel)
         except NoFreeId as e:
             operations = ()
-            self._kernel_error = str(e)
+            self.kernel_error = str(e)
         else:
-            self._kernel_error = ""
-        failures = await self._kernel.apply(operations) if operations else ()
+            self.kernel_error = ""
+        failures = await self._apply(operations) if operations else ()
         self._note(failures)
         worked = len(failures) < len(operations)
         if last or not worked:
@@ -200,14 +211,21 @@ class Reconciler:
             if wanted.sessions is not None and wanted.announcements is not None:
                 speaker.set_sessions(wanted.sessions)
                 speaker.set_announcements(wanted.announcements)
+            self.seen = Seen(replace(wanted, routes={}), kernel, state)
             self._tell(wanted, state)
         return wanted, worked
 
+    async def _apply(self, operations: Sequence[Operation]) -> tuple[Failure, ...]:
+        begun = self._clock.monotonic()
+        failures = await self._kernel.apply(operations)
+        self.figures.applied(operations, failures, self._clock.monotonic() - begun)
+        return failures
+
     def _blind(self, error: Exception) -> None:
         """Without the kernel's word nothing is changed anywhere."""
-        if str(error) != self._kernel_error:
+        if str(error) != self.kernel_error:
             log.warning("the kernel cannot be read, nothing is changed: %s", error)
-        self._kernel_error = str(error)
+        self.kernel_error = str(error)
         self._kernel.forget()
         self._retry = min(self._retry * 2, RETRY[1])
         self._full_at = min(self._full_at, self._clock.monotonic() + self._retry)
@@ -227,8 +245,8 @@ class Reconciler:
             Condition(type=kind, status="True", reason=kind, message=message)
             for kind, message in sorted({explain(f) for f in self._failures})[:8]
         ]
-        if self._kernel_error:
+        if self.kernel_error:
             kind = "KernelUnavailable"
-            conditions.append(Condition(type=kind, status="True", reason=kind, message=self._kernel_error))
-        self._status = report(wanted, self._rib, state, conditions, self._status, self._clock.now())
-        self._publish(self._status)
+            conditions.append(Condition(type=kind, status="True", reason=kind, message=self.kernel_error))
+        self.status = report(wanted, self.rib, state, conditions, self.status, self._clock.now())
+        self._publish(self.status)

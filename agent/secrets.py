@@ -42,6 +42,11 @@ class Secrets:
         found = (s for name in sorted(self._informers) for s in self._informers[name].items.values())
         return tuple(s for s in found if s.name in self._wanted)
 
+    def followed(self) -> tuple[bool, float]:
+        """Whether all that are asked for have been read, and for how many seconds one has not been followed."""
+        informers = self._informers.values()
+        return all(i.synced for i in informers), max((i.behind for i in informers), default=0.0)
+
     async def run(self) -> None:
         """Until cancelled."""
         tasks: dict[str, asyncio.Task[None]] = {}

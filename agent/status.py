@@ -24,6 +24,8 @@ class StatusWriter:
         self._store, self._node, self._clock = store, node, clock
         self._newest: BGPNodeStatusStatus | None = None
         self._offered = asyncio.Event()
+        #: Writes that were done, and that failed.
+        self.written = self.failed = 0
 
     def offer(self, status: BGPNodeStatusStatus) -> None:
         if status != self._newest:
@@ -38,9 +40,11 @@ class StatusWriter:
             self._offered.clear()
             try:
                 await self._write()
+                self.written += 1
                 pause = INTERVAL[0]
             except StoreError as e:
                 log.info("status is not written: %s", e)
+                self.failed += 1
                 self._offered.set()
                 pause = min(pause * 2, INTERVAL[1])
             await self._clock.sleep(pause)

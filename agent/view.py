@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -17,6 +18,7 @@ from msgspec.structs import replace
 
 from agent import lastgood
 from agent.config import NAMESPACE
+from agent.metrics import Followed
 from agent.plan import Cluster
 from agent.plan.sessions import mesh_enabled
 from agent.secrets import Secrets
@@ -89,6 +91,7 @@ class View:
         self._questioned: frozenset[str] = frozenset()
         self._nodes_wanted = asyncio.Event()
         self._unsaved = asyncio.Event()
+        self._whole = False
         self._asked = asyncio.Event()
 
     def cluster(self) -> Cluster | None:
@@ -100,6 +103,21 @@ class View:
         if cidrs != self._questioned:
             self._questioned = cidrs
             self._asked.set()
+
+    def followed(self) -> tuple[Followed, ...]:
+        """How well each kind is followed."""
+        informers = self._always() + ([self._nodes] if self._nodes_wanted.is_set() else [])
+        kinds = {"own_node" if i is self._own_node else i.kind.PLURAL: (i.synced, i.behind) for i in informers}
+        kinds["secrets"] = self._secrets.followed()
+        return tuple(Followed(kind, *how) for kind, how in kinds.items())
+
+    def last_good(self) -> tuple[float | None, bool]:
+        """Seconds since the last good view was written (None: there is none), and whether it has all that is known."""
+        try:
+            written = self._path.stat().st_mtime
+        except OSError:
+            return None, False
+        return max(0.0, datetime.fromisoformat(self._clock.now()).timestamp() - written), self._whole
 
     async def run(self) -> None:
         """Follows the store until cancelled."""
@@ -122,6 +140,7 @@ class View:
             self._nodes_wanted.clear()
         if self._complete():
             self._cluster = self._read()
+            self._whole = False
             self._unsaved.set()
         self._on_change()
 
@@ -248,12 +267,13 @@ class View:
             cluster = self._cluster
             if cluster is not None and cluster.live:
                 objects = _objects(cluster)
-                if objects != written:
-                    try:
+                try:
+                    if objects != written:
                         lastgood.save(self._path, objects)
                         written = objects
-                    except OSError as e:
-                        log.warning("the last good view is not kept: %s", e)
+                    self._whole = True
+                except OSError as e:
+                    log.warning("the last good view is not kept: %s", e)
             await self._clock.sleep(_SAVE_EVERY)
 
     async def _ask_owners(self) -> None:

@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from cni.prometheus import Family, Histogram, Kind, Sample
+from cni.prometheus import Family, Histogram, Sample, labelled, one
 from cni.spec import COMMANDS
 from ipam.model import CONDITIONS, BlockView, Figures
 from ipam.pool import family_of
@@ -66,11 +66,11 @@ class State(msgspec.Struct, frozen=True):
 
 def families(state: State) -> Iterable[Family]:
     """The families of a scrape, but for ``Calls``'."""
-    yield _one("underlay_cni_ready", "gauge", "1 if new addresses are handed out.", state.ready)
-    yield _one(
+    yield one("underlay_cni_ready", "gauge", "1 if new addresses are handed out.", state.ready)
+    yield one(
         "underlay_cni_source_check", "gauge", "1 while the kernel drops what is not from its pod.", state.source_check
     )
-    yield _one(
+    yield one(
         "underlay_cni_source_check_drops_total",
         "counter",
         "Packets that pods sent from addresses that are not theirs.",
@@ -86,26 +86,26 @@ def families(state: State) -> Iterable[Family]:
     phases = dict.fromkeys(_PHASES, 0)
     for block in state.blocks:
         phases[block.phase] += 1
-    yield _labelled("underlay_ipam_blocks", "gauge", "Blocks of this node, by phase.", "phase", phases)
-    yield _labelled("underlay_ipam_condition", "gauge", "1 while the condition holds.", "type", conditions)
-    yield _one("underlay_ipam_leases", "gauge", "Attachments that have addresses.", state.figures.leases)
-    yield _one("underlay_ipam_journal_bytes", "gauge", "Size of the journal.", state.figures.journal_bytes)
-    yield _one(
+    yield labelled("underlay_ipam_blocks", "gauge", "Blocks of this node, by phase.", "phase", phases)
+    yield labelled("underlay_ipam_condition", "gauge", "1 while the condition holds.", "type", conditions)
+    yield one("underlay_ipam_leases", "gauge", "Attachments that have addresses.", state.figures.leases)
+    yield one("underlay_ipam_journal_bytes", "gauge", "Size of the journal.", state.figures.journal_bytes)
+    yield one(
         "underlay_ipam_mirror_lag_seconds",
         "gauge",
         "Age of the oldest change that is not in the store yet.",
         state.figures.mirror_lag,
     )
-    yield _labelled("underlay_store_requests_total", "counter", "Requests, by verb.", "verb", state.store_requests)
-    yield _labelled(
+    yield labelled("underlay_store_requests_total", "counter", "Requests, by verb.", "verb", state.store_requests)
+    yield labelled(
         "underlay_store_failures_total",
         "counter",
         "Requests that the store did not answer, and watches that must begin anew, by verb.",
         "verb",
         state.store_failures,
     )
-    yield _one("underlay_events_written_total", "counter", "Writes of Events.", state.events_written)
-    yield _one("underlay_events_dropped_total", "counter", "Events that were not written.", state.events_dropped)
+    yield one("underlay_events_written_total", "counter", "Writes of Events.", state.events_written)
+    yield one("underlay_events_dropped_total", "counter", "Events that were not written.", state.events_dropped)
 
 
 def _addresses(blocks: Iterable[BlockView]) -> Iterable[Sample]:
@@ -118,11 +118,3 @@ def _addresses(blocks: Iterable[BlockView]) -> Iterable[Sample]:
         labels = {"pool": pool, "family": family}
         yield Sample(used, {**labels, "state": "used"})
         yield Sample(free, {**labels, "state": "free"})
-
-
-def _one(name: str, kind: Kind, text: str, value: float) -> Family:
-    return Family(name, kind, text, (Sample(value),))
-
-
-def _labelled(name: str, kind: Kind, text: str, label: str, values: Mapping[str, float]) -> Family:
-    return Family(name, kind, text, tuple(Sample(value, {label: key}) for key, value in sorted(values.items())))

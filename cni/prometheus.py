@@ -57,6 +57,16 @@ class Histogram:
         return (*found, Sample(self._sum, labels, "_sum"), Sample(below, labels, "_count"))
 
 
+def one(name: str, kind: Kind, text: str, value: float) -> Family:
+    """A family of one sample without labels."""
+    return Family(name, kind, text, (Sample(value),))
+
+
+def labelled(name: str, kind: Kind, text: str, label: str, values: Mapping[str, float]) -> Family:
+    """One sample for each value of the one ``label``."""
+    return Family(name, kind, text, tuple(Sample(value, {label: key}) for key, value in sorted(values.items())))
+
+
 def render(families: Iterable[Family]) -> bytes:
     """The page that a scrape gets: each family with help and type, also one that has no sample at present."""
     lines: list[str] = []

@@ -46,12 +46,18 @@ class Informer(Generic[R]):
         self._fresh: dict[str, R] | None = None
         self._synced = False
         self._error = ""
+        #: Since when the copy may be out of date; None while it follows the store.
+        self._behind_since: float | None = clock.monotonic()
         self._generation = 0
         #: A watch that has shown the whole state, and the version of that.
         self._opened: tuple[AsyncGenerator[Event[R], None], str] | None = None
         #: The watch of now has told anything, and anything that came after the state that it began with.
         self._heard = self._followed = False
         self._moved = asyncio.Event()
+
+    @property
+    def kind(self) -> type[R]:
+        return self._kind
 
     @property
     def items(self) -> Mapping[str, R]:
@@ -67,6 +73,11 @@ class Informer(Generic[R]):
     def error(self) -> str:
         """Why the copy may be out of date, in words; "" while it follows the store."""
         return self._error
+
+    @property
+    def behind(self) -> float:
+        """Seconds for which the copy may be out of date; 0 while it follows the store."""
+        return 0.0 if self._behind_since is None else max(0.0, self._clock.monotonic() - self._behind_since)
 
     @property
     def generation(self) -> int:
@@ -89,7 +100,7 @@ class Informer(Generic[R]):
             if event.object is None:
                 break
             items[event.object.key] = event.object
-        self._items, self._synced, self._error = items, True, ""
+        self._items, self._synced, self._error, self._behind_since = items, True, "", None
         before, self._opened = self._opened, (events, event.version)
         if before is not None:
             await before[0].aclose()
@@ -147,12 +158,14 @@ class Informer(Generic[R]):
     def _replace(self, fresh: dict[str, R]) -> None:
         different = fresh != self._items or not self._synced or self._error
         self._items, self._fresh = fresh, None
-        self._synced, self._error = True, ""
+        self._synced, self._error, self._behind_since = True, "", None
         if different:
             self._move()
 
     def _fail(self, error: StoreError) -> None:
         text = f"{self._kind.PLURAL}: {error}"
+        if self._behind_since is None:
+            self._behind_since = self._clock.monotonic()
         if text != self._error:
             self._error = text
             self._move()

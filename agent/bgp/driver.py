@@ -85,6 +85,8 @@ class Driver:
         self._mark: str | None = None
         self._marked = asyncio.Event()
         self._known = False
+        #: How often the relay was reached.
+        self.connections = 0
         self._generations: dict[str, int] = {}
         self._held: set[tuple[str, str]] = set()
         self._confirmed: set[tuple[str, str]] = set()
@@ -252,6 +254,7 @@ class Driver:
                 f"the relay speaks version {told['version']}, this agent {wire.VERSION}: restart the speaker"
             )
         self._known = True
+        self.connections += 1
         self._mark = told["mark"]
         self._table = max(self._table, told["table"] or 0)
         self._held = {(peer, prefix) for peer, prefix in told["held"]}
