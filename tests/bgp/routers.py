@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from lab.net import Net
 from lab.routers import let_root_run_frr
@@ -16,22 +17,40 @@ NODE6, TOR6 = "fd00:1::1", "fd00:1::2"
 NODE_AS, TOR_AS = 65100, 65001
 
 
+class Ends(NamedTuple):
+    """The addresses of one link, by family."""
+
+    node4: str
+    tor4: str
+    node6: str
+    tor6: str
+
+
+FIRST = Ends(NODE4, TOR4, NODE6, TOR6)
+SECOND = Ends("10.0.2.1", "10.0.2.2", "fd00:2::1", "fd00:2::2")
+
+
 def wire(net: Net) -> None:
     """Namespaces ``node`` and ``tor`` with one link, dual stack."""
-    for name in ("node", "tor"):
-        net.add(name, forwarding=True)
-    net.link("node", "up0", "tor", "down0")
-    net.address("node", "up0", [f"{NODE4}/24", f"{NODE6}/64"])
-    net.address("tor", "down0", [f"{TOR4}/24", f"{TOR6}/64"])
+    net.add("node", forwarding=True)
+    attach(net, "tor", "up0", FIRST)
+
+
+def attach(net: Net, tor: str, port: str, ends: Ends) -> None:
+    """A namespace ``tor`` at the node's ``port``."""
+    net.add(tor, forwarding=True)
+    net.link("node", port, tor, "down0")
+    net.address("node", port, [f"{ends.node4}/24", f"{ends.node6}/64"])
+    net.address(tor, "down0", [f"{ends.tor4}/24", f"{ends.tor6}/64"])
 
 
 class Router:
-    """What a test wants to know of a router, whichever it is. ``restart`` is its restart time as helper in seconds."""
+    """What a test wants to know of a router, whichever it is, in the namespace ``name`` at one end of ``ends``."""
 
     kind: str
 
-    def __init__(self, net: Net, folder: Path, name: str = "tor") -> None:
-        self._net, self._name = net, name
+    def __init__(self, net: Net, folder: Path, name: str = "tor", ends: Ends = FIRST) -> None:
+        self._net, self._name, self._ends = net, name, ends
         self.folder = folder / f"{self.kind}-{name}"
         self.folder.mkdir()
         self.process: subprocess.Popen[bytes] | None = None
@@ -46,7 +65,14 @@ class Router:
         password: str = "",
         ttl_security: bool = False,
         node_as: int = NODE_AS,
+        restart: int = 60,
     ) -> None:
+        """Announces ``routes``; both families on both sessions. ``restart``: seconds for which its routes outlive it,
+        and for which it keeps ours."""
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        """From now on it announces what it does with the community GRACEFUL_SHUTDOWN (RFC 8326)."""
         raise NotImplementedError
 
     def table(self) -> dict[str, set[str]]:
@@ -69,6 +95,9 @@ class Router:
         raise NotImplementedError
 
 
+_TOLD = "filter told { if source = RTS_STATIC then accept; reject; }"
+
+
 class Bird(Router):
     kind = "bird"
     #: What else stands in each of its BGP protocols.
@@ -84,27 +113,26 @@ class Bird(Router):
         password: str = "",
         ttl_security: bool = False,
         node_as: int = NODE_AS,
+        restart: int = 60,
     ) -> None:
-        """Announces ``routes``; both families on both sessions."""
+        ends = self._ends
         routes = list(routes)
         four = "".join(f"  route {r} blackhole;\n" for r in routes if ":" not in r)
         six = "".join(f"  route {r} blackhole;\n" for r in routes if ":" in r)
-        restart = "graceful restart on; graceful restart time 60;" if graceful else "graceful restart off;"
+        keeps = f"graceful restart on; graceful restart time {restart};" if graceful else "graceful restart off;"
         secure = f'password "{password}";' if password else ""
         secure += " ttl security on;" if ttl_security else ""
-        channels = "".join(
-            f"  ipv{f} {{ import all; export where source = RTS_STATIC; next hop self; }};\n" for f in "46"
-        )
+        channels = "".join(f"  ipv{f} {{ import all; export filter told; next hop self; }};\n" for f in "46")
         sessions = "".join(
             f"protocol bgp node{f} {{\n  local {local} as {TOR_AS};\n  neighbor {peer} as {node_as};\n  direct;\n"
             f"  hold time 9;\n  connect delay time 1; connect retry time 1; error wait time 1,2;\n"
-            f"  {'passive on;' if passive else ''} {restart} {secure} {self.options}\n{channels}}}\n"
-            for f, local, peer in (("4", TOR4, NODE4), ("6", TOR6, NODE6))
+            f"  {'passive on;' if passive else ''} {keeps} {secure} {self.options}\n{channels}}}\n"
+            for f, local, peer in (("4", ends.tor4, ends.node4), ("6", ends.tor6, ends.node6))
             if f in families
         )
-        config = self.folder / "bird.conf"
+        config = self._config = self.folder / "bird.conf"
         config.write_text(
-            f"log stderr all;\nrouter id {TOR4};\nprotocol device {{ scan time 1; }}\n"
+            f"log stderr all;\nrouter id {ends.tor4};\n{_TOLD}\nprotocol device {{ scan time 1; }}\n"
             "protocol kernel { ipv4 { export where source = RTS_BGP; import none; }; }\n"
             "protocol kernel { ipv6 { export where source = RTS_BGP; import none; }; }\n"
             f"protocol static s4 {{ ipv4;\n{four}}}\nprotocol static s6 {{ ipv6;\n{six}}}\n{sessions}"
@@ -113,6 +141,11 @@ class Bird(Router):
         self.process = self._net.spawn(
             self._name, ["bird", "-f", "-c", str(config), "-s", str(self._control)], log=self.folder / "log"
         )
+
+    def drain(self) -> None:
+        text = self._config.read_text()
+        self._config.write_text(text.replace(_TOLD, _TOLD.replace("{", "{ bgp_community.add((65535, 0));")))
+        self.ask("configure")
 
     def ask(self, *words: str) -> str:
         done = self._net.run(self._name, ["birdc", "-s", str(self._control), *words], check=False)
@@ -171,13 +204,15 @@ class Frr(Router):
         password: str = "",
         ttl_security: bool = False,
         node_as: int = NODE_AS,
+        restart: int = 60,
     ) -> None:
+        ends = self._ends
         routes = list(routes)
-        lines = ["log file " + str(self.folder / "frr.log"), f"router bgp {TOR_AS}", f" bgp router-id {TOR4}"]
+        lines = ["log file " + str(self.folder / "frr.log"), f"router bgp {TOR_AS}", f" bgp router-id {ends.tor4}"]
         lines += [" no bgp ebgp-requires-policy", " no bgp default ipv4-unicast", " no bgp network import-check"]
-        lines += [" bgp graceful-restart restart-time 60", " bgp graceful-restart stalepath-time 60"]
+        lines += [f" bgp graceful-restart restart-time {restart}", f" bgp graceful-restart stalepath-time {restart}"]
         lines += [" bgp graceful-restart"] if graceful else [" bgp graceful-restart-disable"]
-        peers = [p for f, p in (("4", NODE4), ("6", NODE6)) if f in families]
+        peers = [p for f, p in (("4", ends.node4), ("6", ends.node6)) if f in families]
         for peer in peers:
             lines += [f" neighbor {peer} remote-as {node_as}", f" neighbor {peer} timers 3 9"]
             lines += [f" neighbor {peer} timers connect 1", f" neighbor {peer} advertisement-interval 0"]
@@ -201,7 +236,10 @@ class Frr(Router):
             return self._net.spawn(self._name, [*argv, *common], log=self.folder / "log")
 
         self._zebra = spawn("zebra", zebra)
-        self.process = spawn("bgpd", config, "-p", "179", "-l", TOR4, "-l", TOR6)
+        self.process = spawn("bgpd", config, "-p", "179", "-l", ends.tor4, "-l", ends.tor6)
+
+    def drain(self) -> None:
+        self.ask("configure terminal", f"router bgp {TOR_AS}", "bgp graceful-shutdown")
 
     def ask(self, *commands: str) -> str:
         words = [word for command in commands for word in ("-c", command)]
@@ -211,7 +249,7 @@ class Frr(Router):
 
     def table(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
-        for peer in (NODE4, NODE6):
+        for peer in (self._ends.node4, self._ends.node6):
             for family in ("ipv4", "ipv6"):
                 try:
                     routes = json.loads(self.ask(f"show bgp {family} unicast neighbors {peer} routes json"))["routes"]
@@ -239,7 +277,7 @@ class Frr(Router):
     def stale(self) -> bool:
         return '"stale":true' in "".join(
             self.ask(f"show bgp {family} unicast neighbors {peer} routes json")
-            for peer in (NODE4, NODE6)
+            for peer in (self._ends.node4, self._ends.node6)
             for family in ("ipv4", "ipv6")
         )
 
