@@ -31,13 +31,8 @@ class Figures:
         self.operations: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
 
-    def planned(self, seconds: float) -> None:
-        self.passes += 1
-        self.plan_times.observe(seconds)
-
-    def applied(self, operations: Sequence[Operation], failures: Sequence[Failure], seconds: float) -> None:
+    def applied(self, operations: Sequence[Operation], failures: Sequence[Failure]) -> None:
         """What was asked of the kernel in one go, and what it refused."""
-        self.apply_times.observe(seconds)
         self.operations.update(type(operation).__name__ for operation in operations)
         self.failures.update(type(failure.operation).__name__ for failure in failures)
 

@@ -174,20 +174,20 @@ class Reconciler:
         except (NetlinkError, OSError) as e:
             self._blind(e)
             return None
-        begun = self._clock.monotonic()
-        wanted = plan(
-            Snapshot(
-                node=self._node,
-                now=now,
-                cluster=cluster,
-                kernel=kernel,
-                speaker=state,
-                rib=self.rib,
-                link_name=self._link_name,
-                missing=self._missing,
+        with self.figures.plan_times.timing(self._clock.monotonic):
+            wanted = plan(
+                Snapshot(
+                    node=self._node,
+                    now=now,
+                    cluster=cluster,
+                    kernel=kernel,
+                    speaker=state,
+                    rib=self.rib,
+                    link_name=self._link_name,
+                    missing=self._missing,
+                )
             )
-        )
-        self.figures.planned(self._clock.monotonic() - begun)
+        self.figures.passes += 1
         self._missing = {address: self._missing.get(address, now) for address in wanted.missing}
         if wanted.sessions is not None:
             self.rib.configure(wanted.peers, now)
@@ -216,9 +216,9 @@ class Reconciler:
         return wanted, worked
 
     async def _apply(self, operations: Sequence[Operation]) -> tuple[Failure, ...]:
-        begun = self._clock.monotonic()
-        failures = await self._kernel.apply(operations)
-        self.figures.applied(operations, failures, self._clock.monotonic() - begun)
+        with self.figures.apply_times.timing(self._clock.monotonic):
+            failures = await self._kernel.apply(operations)
+        self.figures.applied(operations, failures)
         return failures
 
     def _blind(self, error: Exception) -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -206,11 +207,13 @@ async def _locked(
         with contextlib.ExitStack() as resources:
             netlink = resources.enter_context(Netlink())
             podnet.reap(netlink)  # doomed by a server before us
-            journal = Journal(options.run, options.boot_id, step=step)
+            calls = Calls()
+            timed = partial(calls.journal.timing, clock.monotonic)
+            journal = Journal(options.run, options.boot_id, step=step, timed=timed)
             resources.callback(journal.close)
             store = CountedStore(open_store(options.store, clock=clock))
             try:
-                await _run(options, clock, number, netlink, store, journal, reaper, step, settings)
+                await _run(options, clock, number, netlink, store, journal, calls, reaper, step, settings)
             except BaseExceptionGroup as group:
                 raise first_of(group) from group
             finally:
@@ -224,6 +227,7 @@ async def _run(
     netlink: Netlink,
     store: CountedStore,
     journal: Journal,
+    calls: Calls,
     reaper: verbs.Reaps,
     step: Callable[[str], None],
     settings: Settings | None,
@@ -249,7 +253,6 @@ async def _run(
         tell=tell,
     )
     check = _source_check(options, clock, tell)
-    calls = Calls()
     annotations = _annotations(options, store, clock)
     handler = verbs.Verbs(
         node=options.node,

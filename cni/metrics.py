@@ -12,14 +12,18 @@ from cni.spec import COMMANDS
 from ipam.model import CONDITIONS, BlockView, Figures
 from ipam.pool import family_of
 
+#: Seconds: a journal lies in memory, and takes a record in some microseconds.
+_JOURNAL: Final = (0.00001, 0.0001, 0.001, 0.01, 0.1, 1.0)
 _PHASES: Final = ("new", "ready", "releasing", "deleting", "marked", "lost")
 
 
 class Calls:
-    """Counts what shims asked, by verb and by the CNI code of the answer (0: success), and how long it took."""
+    """Counts what shims asked, by verb and by the CNI code of the answer (0: success), and how long it took; and how
+    long each write of the ``journal`` did."""
 
     def __init__(self) -> None:
         self._codes: dict[tuple[str, int], int] = {}
+        self.journal = Histogram(_JOURNAL)
         self._times = {verb: Histogram() for verb in COMMANDS}
 
     def observe(self, verb: str, code: int, seconds: float) -> None:
@@ -46,6 +50,12 @@ class Calls:
             "histogram",
             "From the connection to the answer, by verb.",
             tuple(s for verb, times in self._times.items() for s in times.samples({"verb": verb})),
+        )
+        yield Family(
+            "underlay_ipam_journal_write_seconds",
+            "histogram",
+            "One write of the journal, before which no address is used.",
+            self.journal.samples({}),
         )
 
 

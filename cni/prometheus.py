@@ -7,7 +7,8 @@ here.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final, Literal
 
 import msgspec
@@ -47,6 +48,15 @@ class Histogram:
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
+
+    @contextmanager
+    def timing(self, monotonic: Callable[[], float]) -> Iterator[None]:
+        """Observes how many seconds the block takes, however it ends."""
+        begun = monotonic()
+        try:
+            yield
+        finally:
+            self.observe(monotonic() - begun)
 
     def samples(self, labels: Mapping[str, str]) -> tuple[Sample, ...]:
         """Buckets, which add up, then sum and count."""

@@ -12,6 +12,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -107,13 +108,21 @@ def read(path: Path) -> History:
 class Journal:
     """The file of one boot. One process writes it: the CNI server, which holds its lock as long as it lives."""
 
-    def __init__(self, directory: Path, boot_id: str, *, step: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        boot_id: str,
+        *,
+        step: Callable[[str], None] = lambda _: None,
+        timed: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         """Opens (makes) ``directory/journal-<boot_id>``; removes the files of other boots. JournalError.
 
-        ``step`` is called with the name of each point at which a crash would leave a different file.
+        ``step`` is called with the name of each point at which a crash would leave a different file; each record is
+        written inside ``timed``.
         """
         self.path = directory / f"journal-{boot_id}"
-        self._step = step
+        self._step, self._timed = step, timed
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for other in directory.glob("journal-*"):
@@ -142,7 +151,8 @@ class Journal:
         line = _line(record)
         try:
             self._check_end()
-            self._write(self._fd, line)
+            with self._timed():
+                self._write(self._fd, line)
         except OSError as e:
             self._cut()
             raise self._error("cannot be written", e) from e

@@ -64,6 +64,7 @@ def test_a_server_tells_what_it_did_and_how_it_is(node: Plugin) -> None:
     assert found["underlay_cni_ready"] == 1
     assert found["underlay_ipam_leases"] == 1
     assert found["underlay_ipam_journal_bytes"] > 0
+    assert found["underlay_ipam_journal_write_seconds_count"] > 0
     assert found['underlay_store_requests_total{verb="create"}'] == 2
     assert found["underlay_events_dropped_total"] == 0
     ok(node.call("DEL", "c1", "pod-1"))
