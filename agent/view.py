@@ -43,8 +43,9 @@ log = logging.getLogger(__name__)
 
 #: Seconds that the store is waited for at the start before the last good view is used.
 PATIENCE: Final = 5.0
-#: Seconds between two writes of the last good view at least.
+#: Seconds between two writes of the last good view at least, and until one that failed is tried again.
 _SAVE_EVERY: Final = 1.0
+_SAVE_AGAIN: Final = 30.0
 #: Seconds until the owner of a block that is no longer ours is asked for again.
 _ASK_EVERY: Final = 30.0
 
@@ -264,7 +265,7 @@ class View:
         while True:
             await self._unsaved.wait()
             self._unsaved.clear()
-            cluster = self._cluster
+            cluster, pause = self._cluster, _SAVE_EVERY
             if cluster is not None and cluster.live:
                 objects = _objects(cluster)
                 try:
@@ -273,8 +274,10 @@ class View:
                         written = objects
                     self._whole = True
                 except OSError as e:
-                    log.warning("the last good view is not kept: %s", e)
-            await self._clock.sleep(_SAVE_EVERY)
+                    log.warning("the last good view is not kept, will try again: %s", e)
+                    self._unsaved.set()
+                    pause = _SAVE_AGAIN
+            await self._clock.sleep(pause)
 
     async def _ask_owners(self) -> None:
         while True:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 #: A sample line, as the format's grammar has it.
 LINE = re.compile(
@@ -48,6 +50,16 @@ def check(page: bytes) -> dict[str, dict[Labels, float]]:
     for name in (name for name, kind in kinds.items() if kind == "histogram"):
         _check_buckets(name, found)
     return found
+
+
+def get(path: Path, target: str) -> tuple[int, bytes]:
+    """Code and body of what the socket at that path answers. OSError."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10)
+        client.connect(str(path))
+        client.sendall(f"GET {target} HTTP/1.1\r\nHost: node\r\n\r\n".encode())
+        head, _, body = b"".join(iter(lambda: client.recv(1 << 16), b"")).partition(b"\r\n\r\n")
+    return int(head.split(b" ")[1]), body
 
 
 def value(found: Mapping[str, Mapping[Labels, float]], name: str, **labels: str) -> float:

@@ -11,6 +11,7 @@ from threading import Lock
 
 import pytest
 
+from cni import marks
 from cni.marks import PROTO_BLOCKS, PROTO_IMPORTS, PROTO_PODS
 from lab import client
 from lab.bird import protocol_name
@@ -18,6 +19,7 @@ from lab.topology import Topology
 from lab.wire import PodAdd, PodDel, PodState
 from tests.conftest import eventually
 from tests.e2e.conftest import LAST_LINE, Lab, Ping, Silence
+from tests.promtext import check, get, value
 
 OURS = {PROTO_PODS, PROTO_BLOCKS, PROTO_IMPORTS}
 MAP = Topology.build()
@@ -234,6 +236,32 @@ def again(lab: Lab, before: dict[str, str]) -> bool:
     return len(now) == 2 and all(now[name] != before[name] for name in now)
 
 
+def ask(lab: Lab, node: str, target: str, socket: str = "agent.sock") -> tuple[int, str]:
+    code, body = get(lab.folder.member(node) / "run" / socket, target)
+    return code, body.decode()
+
+
+def test_every_node_is_alive_and_ready_and_tells_what_it_does(lab: Lab) -> None:
+    for node in lab.state().nodes:
+        for socket in ("agent.sock", "metrics.sock"):
+            assert ask(lab, node.name, "/healthz", socket) == (200, "ok\n")
+            assert ask(lab, node.name, "/readyz", socket) == (200, "ok\n")
+        assert (lab.folder.member(node.name) / "run/agent.sock").stat().st_mode & 0o777 == 0o600
+        check(ask(lab, node.name, "/metrics", "metrics.sock")[1].encode())
+        found = check(ask(lab, node.name, "/metrics")[1].encode())
+        assert list(found["underlay_bgp_session_up"].values()) == [1, 1]
+        assert found["underlay_bgp_prefixes_wanted"] == found["underlay_bgp_prefixes_sent"]
+        for protocol in ("pods", "blocks", "imports"):
+            routes = len(lab.routes(node.name, "proto", str(getattr(marks, f"PROTO_{protocol.upper()}"))))
+            assert (
+                sum(value(found, "underlay_agent_routes", protocol=protocol, family=f) for f in ("ipv4", "ipv6"))
+                == routes
+            )
+        assert value(found, "underlay_agent_view_live") == 1
+        assert value(found, "underlay_agent_last_good_whole") == 1
+        assert 10 << 20 < value(found, "process_resident_memory_bytes") < 100 << 20
+
+
 def test_a_cut_link_is_seen_and_mended(lab: Lab) -> None:
     ping = Ping(lab, "pod-1-1", "pod-3-1")
     lab.command("link", "cut", "node-1", "tor-1")
@@ -245,9 +273,15 @@ def test_a_cut_link_is_seen_and_mended(lab: Lab) -> None:
         assert int(last["answered"]) == 2 * (3 * 2 + 9 * 8)
         assert not next(link for link in lab.state().links if {link.a, link.b} == {"node-1", "tor-1"}).up
         assert "╳" in lab.command("status").stdout
+        # The ToR is waited for, and named; after its restart time nobody waits any more.
+        eventually(lambda: "is waited for" in ask(lab, "node-1", "/readyz")[1], limit=40)
+        assert ask(lab, "node-1", "/readyz")[0] == 503
+        assert ask(lab, "node-1", "/healthz")[0] == 200
+        assert set(check(ask(lab, "node-1", "/metrics")[1].encode())["underlay_bgp_session_up"].values()) == {0}
     finally:
         lab.command("link", "mend", "tor-1", "node-1")
     lab.whole(limit=60)
+    eventually(lambda: ask(lab, "node-1", "/readyz") == (200, "ok\n"), limit=40)
     # What the tests above found nothing of, is found here.
     assert all(lost > 10 for lost in ping.lost())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from store.model import IPReservation, IPReservationSpec, KubeEvent, Meta, Names
 from store.open import open_store
 from tests.conftest import eventually
 from tests.netns.plugin import NODE, POOL4, POOL6, Answer, Plugin
+from tests.promtext import check, get
 
 
 @pytest.fixture
@@ -35,14 +35,10 @@ def ok(answer: Answer) -> Answer:
 
 def scrape(node: Plugin) -> dict[str, float]:
     """Each sample by its name and labels."""
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(10)
-        client.connect(str(node.folder / "m.sock"))
-        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n")
-        answer = b"".join(iter(lambda: client.recv(1 << 16), b"")).decode()
-    head, _, page = answer.partition("\r\n\r\n")
-    assert head.startswith("HTTP/1.1 200 OK")
-    return {name: float(value) for name, value in re.findall(r"^([^#\s][^ ]*) (\S+)$", page, re.MULTILINE)}
+    code, page = get(node.folder / "m.sock", "/metrics")
+    assert code == 200
+    check(page)
+    return {name: float(value) for name, value in re.findall(r"^([^#\s][^ ]*) (\S+)$", page.decode(), re.MULTILINE)}
 
 
 def test_a_server_tells_what_it_did_and_how_it_is(node: Plugin) -> None:
@@ -67,6 +63,8 @@ def test_a_server_tells_what_it_did_and_how_it_is(node: Plugin) -> None:
     assert found["underlay_ipam_journal_write_seconds_count"] > 0
     assert found['underlay_store_requests_total{verb="create"}'] == 2
     assert found["underlay_events_dropped_total"] == 0
+    assert get(node.folder / "m.sock", "/healthz") == (200, b"ok\n")
+    assert get(node.folder / "m.sock", "/readyz") == (200, b"ok\n")
     ok(node.call("DEL", "c1", "pod-1"))
     after = scrape(node)
     assert after['underlay_cni_calls_total{verb="DEL",code="0"}'] == 1

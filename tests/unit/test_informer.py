@@ -310,6 +310,7 @@ def test_an_outage_keeps_the_last_state_and_says_why() -> None:
             await until_error(informer, True)
             assert informer.error == "ippools: the API server is being upgraded"
             assert (informer.synced, set(informer.items)) == (True, {"p1", "p2"})
+            assert informer.behind > 0
             generation = informer.generation
             await clock.has_slept(15)
             assert informer.generation == generation, "the same error is no news"
@@ -318,6 +319,7 @@ def test_an_outage_keeps_the_last_state_and_says_why() -> None:
             await store.delete(IPPool, "p1")
             await until_error(informer, False)
             await until(informer, {"p2"})
+            assert informer.behind == 0
 
     asyncio.run(main())
 
@@ -333,8 +335,10 @@ def test_it_backs_off_with_jitter_to_a_limit_and_begins_anew_after_success() -> 
                 assert bound / 2 <= slept <= bound
             assert len({s / b for s, b in zip(clock.slept, bounds, strict=False)}) > 6
             assert not informer.synced
+            assert informer.behind > 0
             store.fail_with("")
             await until(informer, set())
+            assert informer.behind == 0
             clock.slept.clear()
             store.fail_with("away again")
             await until_error(informer, True)

@@ -15,7 +15,7 @@ from agent.plan import Cluster
 from agent.status import StatusWriter
 from agent.view import View
 from store.base import Store
-from store.clock import SystemClock
+from store.clock import Clock, SystemClock
 from store.errors import Unavailable
 from store.memory import MemoryStore
 from store.model import (
@@ -41,8 +41,8 @@ def run(main: Awaitable[None]) -> None:
 
 
 @asynccontextmanager
-async def viewing(store: Store, path: Path, patience: float = 5.0) -> AsyncIterator[View]:
-    view = View(store, "node-1", SystemClock(), path, lambda: None, patience=patience)
+async def viewing(store: Store, path: Path, patience: float = 5.0, clock: Clock | None = None) -> AsyncIterator[View]:
+    view = View(store, "node-1", clock or SystemClock(), path, lambda: None, patience=patience)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(view.run())
         try:
@@ -147,6 +147,57 @@ def test_a_spoilt_file_is_not_believed_and_stays(tmp_path: Path, spoil: Callable
         async with viewing(Away(SystemClock()), path, patience=0.05) as view:
             await asyncio.sleep(0.3)  # nothing is to come of it
             assert view.cluster() is None
+
+    run(main())
+
+
+class Quick(SystemClock):
+    """Nobody waits long."""
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.01))
+
+
+def test_a_view_that_cannot_be_kept_is_kept_once_it_can_and_that_is_told(tmp_path: Path) -> None:
+    """A disk that was full for a moment: nothing else changes in the store."""
+    path = tmp_path / "gone" / "snapshot.json"
+
+    async def main() -> None:
+        async with viewing(await filled(), path, clock=Quick()) as view:
+            await until(view, lambda c: True)
+            await asyncio.sleep(0.1)
+            assert view.last_good() == (None, False)
+            path.parent.mkdir()
+            await until(view, lambda c: view.last_good()[1])
+            age, _ = view.last_good()
+            assert age is not None
+            assert age < 5
+
+    run(main())
+
+
+def test_how_well_each_kind_is_followed_is_told(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = await filled(mesh=True)
+        async with viewing(store, tmp_path / "snapshot.json", clock=Quick()) as view:
+            await until(view, lambda c: True)
+            told = {f.kind: f for f in view.followed()}
+            kinds = {
+                "bgpconfigurations",
+                "bgpfilters",
+                "bgppeers",
+                "ipamblocks",
+                "ippools",
+                "nodes",
+                "own_node",
+                "secrets",
+            }
+            assert told.keys() == kinds
+            assert all(f.synced and f.behind == 0 for f in told.values())
+            store.fail_with("away")
+            await until(view, lambda c: any(f.behind > 0.05 for f in view.followed()))
+            store.fail_with("")
+            await until(view, lambda c: all(f.behind == 0 for f in view.followed()))
 
     run(main())
 
@@ -285,6 +336,13 @@ def test_status_is_written_once_and_only_when_it_differs(tmp_path: Path) -> None
             writer.offer(BGPNodeStatusStatus(as_number=3))
             last = await told(store, 3)
             assert last.metadata.uid == first.metadata.uid
+            store.fail_with("away")
+            writer.offer(BGPNodeStatusStatus(as_number=4))
+            while True:
+                if writer.failed:
+                    break
+                await asyncio.sleep(0.01)
+            assert (writer.written, writer.failed) == (2, 1)
             running.cancel()
 
     run(main())
