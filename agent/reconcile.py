@@ -87,6 +87,7 @@ class Reconciler:
         self.status = BGPNodeStatusStatus()
         self.kernel_error = ""
         self._woken = asyncio.Event()
+        self._events = 0
         self._missing: dict[str, float] = {}
         self._failures: tuple[Failure, ...] = ()
         self._retry = RETRY[0]
@@ -145,8 +146,10 @@ class Reconciler:
             self._kernel.forget()
             self._full_at = self._clock.monotonic() + FULL_PASS
         at: float | None = None
+        heard = 0
         for left in reversed(range(ROUNDS)):
             self._woken.clear()
+            heard = self._events
             found = await self._pass(last=left == 0)
             if found is None:
                 break
@@ -155,6 +158,8 @@ class Reconciler:
             if not worked:
                 break
         else:
+            if heard != self._events:  # a table that is still being told is no unrest
+                return self._clock.monotonic()
             log.warning("the kernel is not as planned after %d passes: going on in %g s", ROUNDS, UNREST)
             await self._clock.sleep(UNREST)
         return min(t for t in (at, self._full_at, self._retry_at()) if t is not None)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from agent.bgp.model import Announcement, Attributes, EndOfRib, Received, SessionDown, SessionUp, SpeakerLost, Update
-from agent.delta import AddRoute, DeleteRoute, Operation, ReplaceRoute
+from agent.delta import AddRoute, DeleteRoute, Failure, Operation, ReplaceRoute
 from agent.fib import NextHop, Route
 from agent.plan import Cluster
 from agent.prefix import PrefixSet, parse
@@ -296,6 +296,24 @@ def test_a_kernel_that_never_comes_to_rest_keeps_no_announcement_back(world: Wor
     world.step()
     assert "10.244.9.0/26" in world.speaker.prefixes()
     assert world.clock.time > begun, "it rests"
+
+
+def test_a_table_that_is_still_being_told_is_not_waited_for(world: World) -> None:
+    world.settle()
+    world.up(tor1=[FAR4])
+    told = (f"10.244.{n}.0/26" for n in range(8, 250))
+    apply = world.kernel.apply
+
+    async def applied(operations: Sequence[Operation]) -> tuple[Failure, ...]:
+        """While a pass is carried out, the next routes come."""
+        attributes = Attributes(as_path=(65001,))
+        route = Received(prefix=next(told), next_hop="10.0.1.0", attributes=attributes)
+        world.agent.event(Update(peer="10.0.1.0", generation=1, announced=(route,)))
+        return await apply(operations)
+
+    world.kernel.apply = applied  # type: ignore[method-assign]
+    before = world.clock.time
+    assert world.step() == world.clock.time == before
 
 
 def test_a_pod_s_route_is_repaired_after_a_while(world: World) -> None:
