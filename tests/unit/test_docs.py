@@ -252,6 +252,36 @@ def test_every_metric_and_option_of_the_cni_server_is_in_the_docs() -> None:
         assert f"| `{option}` |" in text
 
 
+def test_every_metric_and_option_of_the_agent_is_in_the_docs() -> None:
+    text = (ROOT / "docs/metrics.md").read_text()
+    names = set(re.findall(r'"((?:underlay|process)_[a-z_]+)"', (ROOT / "agent/metrics.py").read_text()))
+    names |= {f"underlay_agent_kernel_{name}_total" for name in ("operations", "failures")}
+    assert "underlay_bgp_session_up" in names
+    table = sections(text)["The agent's metrics"]
+    assert set(re.findall(r"`((?:underlay|process)_[a-z_]+)`", table)) == names
+    numbers = (ROOT / "docs/numbers.md").read_text()
+    flags = set(re.findall(r'^        \("([a-z]+)", ', (ROOT / "agent/config.py").read_text(), re.MULTILINE))
+    assert "metrics" in flags
+    for flag in flags:
+        assert f"| `UNDERLAY_{flag.upper()}` |" in numbers, f"docs/numbers.md does not say --{flag}"
+
+
+def test_alerts_in_the_docs_are_rules_about_metrics_that_there_are() -> None:
+    told = {
+        n
+        for page in ("cni", "metrics")
+        for n in re.findall(r"`(underlay_[a-z_]+)`", (ROOT / f"docs/{page}.md").read_text())
+    }
+    ((_, block),) = [b for b in code_blocks((ROOT / "docs/metrics.md").read_text()) if "alert:" in b[1]]
+    rules = yaml.safe_load(block)["groups"][0]["rules"]
+    assert len(rules) >= 3
+    for rule in rules:
+        asked = set(re.findall(r"underlay_[a-z_]+", rule["expr"]))
+        assert asked
+        assert asked <= told, rule["alert"]
+        assert rule["annotations"]["summary"]
+
+
 def test_every_finding_is_in_the_docs() -> None:
     from ctl.finding import KINDS as FINDINGS
 
