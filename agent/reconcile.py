@@ -99,6 +99,7 @@ class Reconciler:
 
     def event(self, event: Event) -> None:
         """Takes one of the speaker's events."""
+        self._events += 1
         self.rib.apply(event, self._clock.monotonic())
         self.wake()
 
