@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench import cni, command, ipam, profile, rack, scale
+from bench import bgp, cni, command, ipam, profile, rack, scale
 from lab.kube.build import NotHere
 from lab.net import enter_sandbox
 
@@ -24,6 +24,7 @@ USUAL: Mapping[str, Group] = {
     "ctl": command.figures,
     "cni": cni.figures,
     "ipam": ipam.figures,
+    "bgp": bgp.figures,
     "lab": rack.figures,
 }
 #: And what looks closer, or takes more than a minute or two.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cni, profile, profiled
+from bench import bgp, cni, profile, profiled
 from bench.plugins import PLUGINS
 from lab.gobuild import NoGo
 from lab.net import Net
@@ -57,3 +57,11 @@ def test_a_profile_has_every_part(tmp_path: Path, shim_c: Path, monkeypatch: pyt
     assert seen == {part for _, _, part in profiled.PARTS}
     for owner, name, _ in profiled.PARTS:
         assert hasattr(owner, name)
+
+
+def test_every_figure_of_routing_is_measured_and_in_the_docs(tmp_path: Path) -> None:
+    found = bgp.measure(tmp_path, lambda _: None, announced=2, cuts=1, loads=1, rounds=1, table=500)
+    docs = (ROOT / "docs/bench.md").read_text()
+    for name, value in found.items():
+        assert f"`{name}`" in docs
+        assert value > 0 or "lost" in name
