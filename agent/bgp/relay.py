@@ -44,6 +44,8 @@ RELOAD_WAIT = 10.0
 QUIET = 2.0
 #: Lines of a peer without route refresh that are told again in one turn: ExaBGP must not wait long to be read.
 RETELL = 500
+#: Why ExaBGP says that a session went down when it shuts down itself (5.0.15, Peer.shutdown).
+SHUTS_DOWN = "stop, message [shutting down]"
 
 
 @dataclass(eq=False)
@@ -240,6 +242,9 @@ class Relay:
                 change = self._past.up(address, self._base, now)
                 about = self._about(self._sessions[address])
                 self._agent.tell(wire.KIND_UP, {"peer": address, **about, "change": change})
+            case "down" if reason == SHUTS_DOWN:
+                # Its peers did nothing: when it is gone so are we, and the agent keeps their routes meanwhile.
+                log(f"ExaBGP shuts down and leaves {address}")
             case "down":
                 session = self._sessions.pop(address, None)
                 generation = self._base if session is None else session.generation

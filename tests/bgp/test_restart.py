@@ -16,8 +16,8 @@ from tests.bgp.routers import TOR4, TOR6, Bird, Router
 
 @pytest.mark.parametrize(
     ("with_agent", "how"),
-    [(True, signal.SIGKILL), (False, signal.SIGKILL), (False, signal.SIGTERM)],
-    ids=["kill-agent", "kill-alone", "term-alone"],
+    [(True, signal.SIGKILL), (True, signal.SIGTERM), (False, signal.SIGKILL), (False, signal.SIGTERM)],
+    ids=["kill-agent", "term-agent", "kill-alone", "term-alone"],
 )
 def test_speaker_restart_loses_no_route(
     router: Router, node: Node, net: Net, tmp_path: Path, with_agent: bool, how: signal.Signals
@@ -41,6 +41,8 @@ def test_speaker_restart_loses_no_route(
                 node.kill(how)
                 await until(lambda: any(isinstance(e, SpeakerLost) for e in events))
                 assert not driver.state().known
+                # No peer went away, so what they told stays (the agent's own speaker did: SpeakerLost).
+                assert not [e for e in events if isinstance(e, SessionDown)]
                 await until(router.stale)
                 node.start()
                 await until(lambda: len(driver.state().confirmed) == 12)
