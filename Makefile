@@ -56,8 +56,8 @@ shim: build/underlay-shim ## the program that a container runtime executes: stat
 .PHONY: shim-arm64
 shim-arm64: build/underlay-shim-arm64 ## the same for arm64, where aarch64-linux-gnu-gcc is
 
-apiserver: need-test $(VENV)/.test ## etcd, API server and controller-manager: built once, in about 4 minutes
-	exec $(BIN)/python lab/kube/build.py >/dev/null
+apiserver: need-test $(VENV)/.test ## etcd, API server, controller-manager, and a node's kubelet: built once, in about 6 minutes
+	exec $(BIN)/python lab/kube/build.py --node >/dev/null
 
 runtimes: need-test $(VENV)/.test
 	$(BIN)/python -m tests.runtime.sid >/dev/null

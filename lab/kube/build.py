@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Where etcd, kube-apiserver and kube-controller-manager come from: KUBEBUILDER_ASSETS, PATH, or a build of our own.
+"""Where etcd, kube-apiserver and kube-controller-manager come from: KUBEBUILDER_ASSETS, PATH, or a build of our own. And
+what a whole cluster needs besides: kubelet, kube-scheduler, kubectl.
 
-``make apiserver`` prints the folder, and builds if there is none (``lab.gobuild``). Tests only look (``find``), as they
-run where there is no network.
+``make apiserver`` builds what is not there (``lab.gobuild``). Tests only look (``find``, ``find_node``), as they run where
+there is no network.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lab.gobuild import BuildFailed, Module, NoGo
 
 HERE = Path(__file__).resolve().parent
 PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager")
+NODE_PROGRAMS = ("kubelet", "kube-scheduler", "kubectl")
 #: What the linker writes into the programs, so that they know their version.
 STAMPED = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
 GIVEN = f"set KUBEBUILDER_ASSETS to a folder with {', '.join(PROGRAMS)}"
@@ -69,6 +71,48 @@ def ensure(env: Mapping[str, str] = os.environ) -> Programs:
         raise NotHere(f"no API server on this machine: install Go, or {GIVEN}; {e}") from e
 
 
+class NodePrograms(NamedTuple):
+    """What makes a whole cluster of an API server."""
+
+    folder: Path
+
+    @property
+    def kubelet(self) -> Path:
+        return self.folder / "kubelet"
+
+    @property
+    def scheduler(self) -> Path:
+        return self.folder / "kube-scheduler"
+
+    @property
+    def kubectl(self) -> Path:
+        return self.folder / "kubectl"
+
+
+def find_node(env: Mapping[str, str] = os.environ) -> NodePrograms:
+    """The programs of a whole cluster, from PATH or from our own build. NotHere says what to type."""
+    for entry in env.get("PATH", "").split(os.pathsep):
+        if entry and all(os.access(Path(entry) / p, os.X_OK) for p in NODE_PROGRAMS):
+            return NodePrograms(Path(entry))
+    built = gobuild.cache(_node_module(), env)
+    if built.is_dir():
+        return NodePrograms(built)
+    raise NotHere(
+        f"no {', '.join(NODE_PROGRAMS)} on this machine: type 'make apiserver' (once, 2 more minutes on 2 idle cores)"
+    )
+
+
+def ensure_node(env: Mapping[str, str] = os.environ) -> NodePrograms:
+    """What ``find_node`` finds, and else a new build. NotHere, BuildFailed."""
+    try:
+        return find_node(env)
+    except NotHere:
+        try:
+            return NodePrograms(gobuild.ensure(_node_module(), env))
+        except NoGo as e:
+            raise NotHere(f"no {', '.join(NODE_PROGRAMS)} on this machine: install Go, or them; {e}") from e
+
+
 def version() -> str:
     """Kubernetes' version, as go.mod requires it: ``v1.x.y``."""
     return gobuild.required(HERE, "k8s.io/kubernetes")
@@ -80,7 +124,11 @@ def cache(env: Mapping[str, str] = os.environ) -> Path:
 
 
 def _module() -> Module:
-    return Module("kube", version(), HERE, ("./cmd/...",), _linker_flags())
+    return Module("kube", version(), HERE, tuple(f"./cmd/{program}" for program in PROGRAMS), _linker_flags())
+
+
+def _node_module() -> Module:
+    return Module("kubenode", version(), HERE, tuple(f"./cmd/{program}" for program in NODE_PROGRAMS), _linker_flags())
 
 
 def _given(env: Mapping[str, str]) -> Programs | None:
@@ -103,10 +151,12 @@ def _linker_flags() -> str:
 
 
 def main() -> int:
-    """0: the folder is on stdout. No Go and none to be had: 0 and why, but 1 in CI, where nothing may be skipped.
+    """0: the folder is on stdout, with ``--node`` also that of the node's programs. No Go and none to be had: 0 and why, but 1 in CI, where nothing may be skipped.
     1: no build."""
     try:
         print(ensure().folder)
+        if "--node" in sys.argv[1:]:
+            print(ensure_node().folder)
     except NotHere as e:
         print(f"{e}; tests that need one are skipped", file=sys.stderr)
         return 1 if os.environ.get("CI") == "true" else 0
