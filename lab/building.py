@@ -6,14 +6,17 @@ import asyncio
 import logging
 import secrets
 import socket
-from collections.abc import AsyncIterator, Mapping
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from cni.errors import CNIError, first_of
 from cni.marks import PROTO_IMPORTS
-from lab import oob, rack, routers
+from lab import connections, drill, oob, rack, routers
+from lab.drilling import Connections, Play
 from lab.errors import LabError
 from lab.folder import Folder
 from lab.kube.build import Programs
@@ -21,15 +24,27 @@ from lab.machine import PATH, Machine, Stores
 from lab.matrix import Pod, Report
 from lab.net import Net, NetError
 from lab.objects import objects
+from lab.pinger import Member
 from lab.probe import Prober
 from lab.processes import Daemon
 from lab.story import Story
 from lab.topology import Link, Router, Topology, node_of_pod, pod_number, rack_name
-from lab.wire import LinkState, Part, Place, PodState, Program, RouterPart, RouterState, State, Step
+from lab.wire import (
+    LinkState,
+    Part,
+    Place,
+    PodState,
+    ProcessState,
+    Program,
+    RouterPart,
+    RouterState,
+    State,
+    Step,
+)
 from store.base import Store
 from store.clock import Clock
 from store.errors import StoreError, Unavailable
-from store.model import IPAMBlock, Node, Resource
+from store.model import BGPNodeStatus, IPAMBlock, Node, Resource
 from store.open import open_store
 
 if TYPE_CHECKING:
@@ -41,6 +56,10 @@ _READY_WITHIN: Final = 60.0
 _API_READY_WITHIN: Final = 120.0
 _CONVERGED_WITHIN: Final = 60.0
 _LOOK_EVERY: Final = 0.05
+#: Nobody has this address (RFC 5737), and nothing comes after this metric.
+_NOWHERE: Final = "192.0.2.77/32"
+_LAST: Final = 4_000_000_000
+_STATES: Final = {"under way": "building", "done": "up", "failed": "failed"}
 _log = logging.getLogger(__name__)
 
 
@@ -79,11 +98,14 @@ class Lab:
         self._machines: dict[str, Machine] = {}
         self._routers: dict[str, dict[RouterPart, Daemon]] = {}
         self._cut: set[Link] = set()
+        self._group: asyncio.TaskGroup | None = None
+        self._play: Play | None = None
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def run(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
+                self._group = group
                 reason = ""
                 try:
                     await self._build(group)
@@ -94,7 +116,7 @@ class Lab:
                     logs = f"{self._folder.log} and {self._folder.path}/node-*/log"
                     self._story.end("failed", f"{reason}\nlogs: {logs}")
                 else:
-                    self._story.end("up")
+                    self._story.end("done")
         finally:
             await self._store.close()
 
@@ -105,7 +127,7 @@ class Lab:
     async def state(self) -> State:
         blocks = await self._blocks() if self._machines else {}
         return State(
-            state=self._story.state,
+            state=_STATES[self._story.state],
             dir=str(self._folder.path),
             store=self._control.store_url if self._control else self._folder.store_url,
             shape=self._topology.shape,
@@ -148,6 +170,16 @@ class Lab:
             raise LabError(f"{member} has no {part}; it has: {', '.join(daemons)}")
         daemon.kill(number, restart_after=restart_after)
 
+    def drill(self, name: str, *, rate: float, away: float) -> Play:
+        """Begins it; it goes on to its end, whoever listens. One at a time: two would count each other's losses."""
+        if self._group is None or self._story.state != "done":
+            raise LabError(f"the lab is not up, it is {_STATES[self._story.state]}")
+        if self._play and self._play.story.state == "under way":
+            raise LabError(f"{self._play.name} is under way: one drill at a time")
+        self._play = play = Play(drill.find(name), Story(self._clock))
+        self._group.create_task(play.run(self, self._clock, rate=rate, away=away))
+        return play
+
     def cable(self, a: str, b: str, *, up: bool) -> None:
         """Cuts or mends the link between ``a`` and ``b``; it may be so already."""
         link = self._topology.link(a, b)
@@ -166,6 +198,72 @@ class Lab:
         if name not in self._net.names:
             raise LabError(f"nothing here is called {name}; there are: {', '.join(self._net.names)}")
         return Place(netns=str(self._net.path(name)), environment=self._environment(name))
+
+    # -- for drills ------------------------------------------------------------------------------------------------
+
+    @property
+    def topology(self) -> Topology:
+        return self._topology
+
+    @property
+    def store(self) -> Store:
+        return self._store
+
+    def members(self) -> tuple[Member, ...]:
+        """Every pod and node, with its addresses."""
+        found = [(pod.name, pod.addresses) for pod in self._pods()]
+        found += [(node.name, node.addresses) for node in self._topology.nodes]
+        return tuple(Member(name, str(self._net.path(name)), addresses) for name, addresses in found)
+
+    def processes(self, member: str) -> dict[Any, ProcessState]:
+        return {part: daemon.state() for part, daemon in self._daemons(member).items()}
+
+    def connections(self, node: str) -> Connections:
+        """BGP's, of a node."""
+        return connections.established(self._net, node)
+
+    def ask_agent(self, node: str) -> Callable[[], bool]:
+        """Puts a route into the node's kernel that its agent takes away once it has looked at everything (R8); it is
+        of the agent's number, and leads nowhere from nowhere. The answer tells whether it is gone."""
+        self._net.ip(node, [f"route replace blackhole {_NOWHERE} proto {PROTO_IMPORTS} metric {_LAST}"])
+        return lambda: _NOWHERE not in rack.routes(self._net, node, protocol=PROTO_IMPORTS)
+
+    async def command(self, node: str, *words: str) -> str:
+        """What a command of a person at the node prints. Raises LabError if it fails."""
+        environment = {"PATH": f"{Path(sys.executable).parent}:{PATH}", "LANG": "C.UTF-8"} | self._environment(node)
+        process = await asyncio.create_subprocess_exec(
+            *words,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment,
+            preexec_fn=self._net.enter(node),
+        )
+        try:
+            said = (await process.communicate())[0].decode(errors="replace")
+        finally:
+            if process.returncode is None:
+                process.kill()
+        if process.returncode:
+            raise LabError(f"{' '.join(words)} on {node}: {said.strip()}")
+        return said
+
+    async def unrest(self) -> str:
+        """What is not as it is to be when everything works: "" when nothing is."""
+        for link in self._cut:
+            return f"the link between {link.lower.name} and {link.upper.name} is cut"
+        for member in (*self._routers, *self._machines):
+            for part, process in self.processes(member).items():
+                if process.state != "running":
+                    return f"{part} of {member} is down"
+        problem = self._gap(await self._blocks())
+        if problem:
+            return problem
+        for status in (await self._store.list(BGPNodeStatus)).items:
+            for session in status.status.sessions:
+                if session.state != "Established":
+                    return f"{status.metadata.name} has no session with {session.address}: {session.reason}"
+        return ""
 
     # -- building ------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import click
 import msgspec
 
-from lab import client, folder, matrix, routers
+from lab import client, drill, drilled, drilling, folder, matrix, routers
 from lab.errors import LabError
 from lab.folder import Folder
 from lab.kube.build import NotHere, find
@@ -26,6 +26,7 @@ from lab.picture import picture
 from lab.topology import Software, Topology, TopologyError
 from lab.wire import (
     Cable,
+    Drill,
     Follow,
     Kill,
     Matrix,
@@ -222,6 +223,54 @@ def link_mend(a: str, b: str, where: Folder) -> None:
     """Gives the link between A and B its carrier back."""
     client.ask(where, Cable(a, b, True), type(None))
     click.echo(f"{a} and {b}: mended.")
+
+
+@main.command("drill")
+@click.argument("name", required=False, default="")
+@click.option("--all", "everything", is_flag=True, help="Every drill that this lab's topology allows, one by one.")
+@click.option("--paths", is_flag=True, help="Each path, not only the groups.")
+@click.option("--rate", default=100.0, show_default=True, help="Packets a second along each path.")
+@click.option("--away", default=5.0, show_default=True, help="Seconds for which what is taken away stays away.")
+@click.option("-o", "output", type=click.Choice(["json", "markdown"]), help="For programs; or a table for a page.")
+@_dir
+def do_drill(
+    name: str, everything: bool, paths: bool, rate: float, away: float, output: str | None, where: Folder
+) -> None:
+    """Does what happens to a rack sooner or later, counts packets on all paths meanwhile, and says what was lost.
+    Without NAME: which drills there are."""
+    if everything == bool(name):
+        if everything:
+            raise LabError("--all and a name: leave one of them out")
+        for one in drill.DRILLS:
+            click.echo(f"{one.name:<{max(len(d.name) for d in drill.DRILLS)}}  {one.sentence}{_may_lose(one)}")
+        return
+    topology = _topology(where)
+    asked = [one for one in drill.DRILLS if not one.refusal(topology)] if everything else [drill.find(name)]
+    reports = []
+    for one in asked:
+        try:
+            heard = None if output else _progress
+            report = client.ask(where, Drill(one.name, rate, away), drilled.Report, heard=heard)
+        except KeyboardInterrupt:
+            raise LabError("interrupted; the drill goes on to its end, which takes back what it did") from None
+        reports.append(report)
+        if not output:
+            click.echo(f"\n{drilled.text(report, each=paths)}\n")
+    if output == "markdown":
+        click.echo(drilled.markdown(reports))
+    elif output:
+        encoded = msgspec.json.encode(reports if everything else reports[0])
+        click.echo(msgspec.json.format(encoded).decode())
+    if not all(report.good for report in reports):
+        sys.exit(1)
+
+
+def _may_lose(one: drilling.Drill) -> str:
+    return " Nothing may be lost." if one.planned else ""
+
+
+def _topology(where: Folder) -> Topology:
+    return Topology.build(**msgspec.to_builtins(client.state(where).shape))
 
 
 def _programs() -> Path:

@@ -13,14 +13,14 @@ from store.clock import Clock
 
 
 class Story:
-    """Steps in order, and how it ended: "up", or "failed" with a reason."""
+    """Steps in order, and how it ended: "done", or "failed" with a reason."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._steps: list[Step] = []
         self._reason = ""
         self._news = asyncio.Event()
-        self.state: Literal["building", "up", "failed"] = "building"
+        self.state: Literal["under way", "done", "failed"] = "under way"
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
@@ -30,7 +30,7 @@ class Story:
         yield
         self._tell(Step(text, self._clock.monotonic() - begin))
 
-    def end(self, state: Literal["up", "failed"], reason: str = "") -> None:
+    def end(self, state: Literal["done", "failed"], reason: str = "") -> None:
         self.state = state
         self._reason = reason
         self._wake()
@@ -45,7 +45,7 @@ class Story:
                 told += 1
             if self.state == "failed":
                 raise LabError(self._reason)
-            if self.state == "up":
+            if self.state == "done":
                 return
             await news.wait()
 

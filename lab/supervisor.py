@@ -31,6 +31,7 @@ from lab.wire import (
     Cable,
     Done,
     Down,
+    Drill,
     Failed,
     Follow,
     Kill,
@@ -86,6 +87,11 @@ class Supervisor:
                 async for step in self._lab.steps():
                     yield step
                 yield Done()
+            elif isinstance(request, Drill):
+                play = self._lab.drill(request.name, rate=request.rate, away=request.away)
+                async for step in play.story.follow():
+                    yield step
+                yield Done(msgspec.to_builtins(play.report))
             else:
                 yield Done(msgspec.to_builtins(await self._carry_out(request)))
         except (LabError, NetError, StoreError, TopologyError, msgspec.DecodeError) as e:

@@ -57,6 +57,16 @@ class Cable(msgspec.Struct, frozen=True, tag=True):
     up: bool
 
 
+class Drill(msgspec.Struct, frozen=True, tag=True):
+    """Does it, and tells each step. Answer: ``lab.drilled.Report``."""
+
+    name: str
+    #: Packets a second along each path.
+    rate: float = 100
+    #: Seconds for which what is taken away stays away.
+    away: float = 5
+
+
 class Where(msgspec.Struct, frozen=True, tag=True):
     """Answer: ``Place``."""
 
@@ -67,7 +77,7 @@ class Down(msgspec.Struct, frozen=True, tag=True):
     """Ends the lab; there is no answer but the end."""
 
 
-Request = Follow | Status | Matrix | PodAdd | PodDel | Kill | Cable | Where | Down
+Request = Follow | Status | Matrix | PodAdd | PodDel | Kill | Cable | Drill | Where | Down
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):

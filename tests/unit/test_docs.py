@@ -16,6 +16,7 @@ from cni import marks
 from ctl.kinds import names_of
 from ctl.main import cli as underlayctl
 from lab.cli import main as underlay_lab
+from lab.drill import DRILLS
 from store.model import GROUP, KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -386,3 +387,9 @@ def test_every_policy_is_in_the_docs_with_what_it_says() -> None:
         assert sentences
         for sentence in sentences:
             assert sentence in whole, f"{name} does not say {sentence!r}"
+
+
+def test_every_drill_is_in_the_docs() -> None:
+    rows = re.findall(r"^\| `([-a-z]+)` \| (.*?) \| (.*) \|$", (ROOT / "docs/drills.md").read_text(), re.MULTILINE)
+    told = {name: (sentence, loses == "nothing") for name, sentence, loses in rows if name in {d.name for d in DRILLS}}
+    assert told == {drill.name: (drill.sentence, drill.planned) for drill in DRILLS}

@@ -1,0 +1,262 @@
+"""The drills: what happens to a rack sooner or later, done on purpose."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from signal import SIGKILL, SIGTERM
+from typing import Final
+
+from msgspec.structs import replace
+
+from lab.drilling import Drill, Scene, Struck
+from lab.errors import LabError
+from lab.topology import Link, Topology, rack_name
+from store.base import mutate
+from store.model import (
+    BGPConfiguration,
+    BGPConfigurationSpec,
+    BGPFilter,
+    BGPFilterSpec,
+    BGPPeer,
+    FilterRuleV4,
+    FilterRuleV6,
+    IPPool,
+    IPPoolSpec,
+    Meta,
+    PrefixAdvertisement,
+    R,
+)
+
+#: What config-change makes, and takes away again.
+_NAME: Final = "drill"
+#: Seconds that a process is away in an upgrade, at most: the image is there already.
+_UPGRADE: Final = 2.0
+
+
+def find(name: str) -> Drill:
+    """Raises LabError, which names those that there are."""
+    for drill in DRILLS:
+        if drill.name == name:
+            return drill
+    raise LabError(f"no drill is called {name}; there are: {', '.join(drill.name for drill in DRILLS)}")
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+async def _kill_agent(scene: Scene) -> None:
+    with scene.step(f"kill -9 of the agent of {scene.node}, away for {scene.away:g} s"):
+        await scene.restart(scene.node, "agent", signal=SIGKILL, away=scene.away)
+
+
+async def _kill_speaker(scene: Scene) -> None:
+    with scene.step(f"kill -9 of ExaBGP of {scene.node}, away for {scene.away:g} s"):
+        await scene.restart(scene.node, "exabgp", signal=SIGKILL, away=scene.away)
+
+
+async def _kill_both(scene: Scene) -> None:
+    restarts = scene.site.processes(scene.node)["agent"].restarts
+    long = 2 * scene.away + 5
+    with scene.step(f"kill -9 of agent and ExaBGP of {scene.node}: ExaBGP away for {scene.away:g} s"):
+        scene.site.kill(scene.node, "agent", SIGKILL, long)
+        await scene.restart(scene.node, "exabgp", signal=SIGKILL, away=scene.away)
+        if scene.site.processes(scene.node)["agent"].restarts > restarts:
+            raise LabError("kill-both: the agent was back before ExaBGP had its sessions: this machine is too busy")
+    with scene.step(f"the agent of {scene.node} comes back, {long:g} s after its end"):
+        await scene.restarted(scene.node, "agent", restarts)
+
+
+async def _upgrade(scene: Scene) -> None:
+    away = min(scene.away, _UPGRADE)
+    for node in scene.site.topology.nodes:
+        # In a cluster these are two DaemonSets: agent and CNI server in one, the speaker in the other.
+        for parts in (("agent", "cni"), ("exabgp",)):
+            with scene.step(f"{node.name}: SIGTERM to {' and '.join(parts)}, the next {away:g} s later"):
+                await scene.restart(node.name, *parts, signal=SIGTERM, away=away)
+
+
+# -- cables and machines -----------------------------------------------------------------------------------------------
+
+
+async def _cut_uplink(scene: Scene) -> None:
+    link = _cables(scene.site.topology, scene.node)[0]
+    with scene.step(f"the link between {link.lower.name} and {link.upper.name} is cut for {scene.away:g} s"):
+        _cut(scene, link)
+        await scene.stay()
+
+
+async def _kill_tor(scene: Scene) -> None:
+    tor = scene.site.topology.tors[0].name
+    with scene.step(f"{tor} is dead, with all its ports, for {scene.away:g} s"):
+        for link in _cables(scene.site.topology, tor):
+            _cut(scene, link)
+        for part in scene.site.processes(tor):
+            scene.site.kill(tor, part, SIGKILL, scene.away)
+        await scene.stay()
+
+
+async def _kill_node(scene: Scene) -> None:
+    with scene.step(f"{scene.node} is dead, with all its ports, for {scene.away:g} s"):
+        for link in _cables(scene.site.topology, scene.node):
+            _cut(scene, link)
+        for part in scene.site.processes(scene.node):
+            scene.site.kill(scene.node, part, SIGKILL, scene.away)
+        await scene.stay()
+
+
+def _cables(topology: Topology, name: str) -> list[Link]:
+    """Those that end there, the way up first."""
+    found = [link for link in topology.links if name in (link.upper.name, link.lower.name)]
+    return sorted(found, key=lambda link: link.upper.name == name)
+
+
+def _cut(scene: Scene, link: Link) -> None:
+    ends = link.upper.name, link.lower.name
+
+    async def mend() -> None:
+        with scene.step(f"the link between {ends[1]} and {ends[0]} is mended"):
+            scene.site.cable(*ends, up=True)
+
+    scene.afterwards(mend)
+    scene.site.cable(*ends, up=False)
+
+
+# -- wishes ------------------------------------------------------------------------------------------------------------
+
+
+async def _config_change(scene: Scene) -> None:
+    node, store = scene.node, scene.site.store
+    peers = [peer.key for peer in (await store.list(BGPPeer)).items if peer.spec.node == node]
+    if peers:
+        with scene.step(f"BGPPeer {peers[0]}: another holdTime"):
+            before = scene.site.connections(node)
+            await _change(scene, BGPPeer, peers[0], lambda p: replace(p, spec=replace(p.spec, hold_time=12)))
+            await scene.until(lambda: scene.anew(node, before), f"{node} does not take another holdTime")
+            await scene.reconnected(node)
+    with scene.step(f"BGPFilter {_NAME}, and {len(peers)} peers that name it"):
+        await _make(scene, BGPFilter(metadata=Meta(name=_NAME), spec=_everything()))
+        for key in peers:
+            await _change(scene, BGPPeer, key, lambda p: replace(p, spec=replace(p.spec, filters=(_NAME,))))
+        await scene.understood(node)
+    with scene.step(f"IPPool {_NAME}, disabled later"):
+        await _make(scene, IPPool(metadata=Meta(name=_NAME), spec=IPPoolSpec(cidr="10.245.0.0/16", block_size=26)))
+        await scene.understood(node)
+        await _change(scene, IPPool, _NAME, lambda p: replace(p, spec=replace(p.spec, disabled=True)))
+        await scene.understood(node)
+    with scene.step("BGPConfiguration default: blocks are announced with another community"):
+        pools = (await store.list(IPPool)).items
+        told = tuple(PrefixAdvertisement(cidr=pool.spec.cidr, communities=("65000:99",)) for pool in pools)
+        if not (await store.list(BGPConfiguration)).items:
+            await _make(scene, BGPConfiguration(metadata=Meta(name="default"), spec=BGPConfigurationSpec()))
+        await _change(
+            scene, BGPConfiguration, "default", lambda c: replace(c, spec=replace(c.spec, prefix_advertisements=told))
+        )
+        await scene.understood(node)
+
+
+def _everything() -> BGPFilterSpec:
+    """Rules that let all of it through, each with a match of its own."""
+    v4 = (FilterRuleV4(action="Accept", match_operator="In", cidr="10.244.0.0/16"),)
+    v6 = (FilterRuleV6(action="Accept", match_operator="In", cidr="fd00:10:244::/112"),)
+    return BGPFilterSpec(export_v4=v4, import_v4=v4, export_v6=v6, import_v6=v6)
+
+
+async def _make(scene: Scene, obj: R) -> None:
+    store = scene.site.store
+    created = await store.create(obj)
+    scene.afterwards(functools.partial(store.delete, type(created), created.key))
+
+
+async def _change(scene: Scene, kind: type[R], key: str, change: Callable[[R], R]) -> None:
+    store = scene.site.store
+    before = await store.get(kind, key)
+
+    async def undo() -> None:
+        with scene.step(f"{kind.kind()} {key} is as it was"):
+            await mutate(store, kind, key, lambda now: replace(now, spec=before.spec))  # type: ignore[attr-defined]
+
+    scene.afterwards(undo)
+    await mutate(store, kind, key, change)
+
+
+# -- who is concerned --------------------------------------------------------------------------------------------------
+
+
+def _first_node(topology: Topology) -> Struck:
+    name = topology.nodes[0].name
+    return Struck(name, (name,))
+
+
+def _every_node(topology: Topology) -> Struck:
+    return Struck("nodes", tuple(node.name for node in topology.nodes))
+
+
+def _first_rack(topology: Topology) -> Struck:
+    rack = topology.nodes[0].rack
+    return Struck(rack_name(rack), tuple(node.name for node in topology.nodes if node.rack == rack))
+
+
+def _no_tor(topology: Topology) -> str:
+    return "" if topology.tors else "there is no ToR in a mesh"
+
+
+DRILLS: Final = (
+    Drill(
+        name="kill-agent",
+        sentence="The agent of a node is killed, and comes back.",
+        planned=True,
+        struck=_first_node,
+        steps=_kill_agent,
+    ),
+    Drill(
+        name="kill-speaker",
+        sentence="ExaBGP of a node is killed, and comes back.",
+        planned=True,
+        struck=_first_node,
+        steps=_kill_speaker,
+    ),
+    Drill(
+        name="kill-both",
+        sentence="ExaBGP of a node is killed and comes back while the agent is away, too.",
+        planned=True,
+        struck=_first_node,
+        steps=_kill_both,
+    ),
+    Drill(
+        name="upgrade",
+        sentence="Agent, CNI server and ExaBGP are restarted by SIGTERM, node by node.",
+        planned=True,
+        struck=_every_node,
+        steps=_upgrade,
+    ),
+    Drill(
+        name="config-change",
+        sentence="A node's holdTime, filters, pools and communities are changed, and changed back.",
+        planned=True,
+        struck=_first_node,
+        steps=_config_change,
+    ),
+    Drill(
+        name="cut-uplink",
+        sentence="A node's link to its (first) ToR, or to the switch of a mesh, loses its carrier and gets it back.",
+        planned=False,
+        struck=_first_node,
+        steps=_cut_uplink,
+    ),
+    Drill(
+        name="kill-tor",
+        sentence="A ToR dies with all its ports, and comes back.",
+        planned=False,
+        struck=_first_rack,
+        steps=_kill_tor,
+        refusal=_no_tor,
+    ),
+    Drill(
+        name="kill-node",
+        sentence="A node dies with all its processes and ports, and comes back.",
+        planned=False,
+        struck=_first_node,
+        steps=_kill_node,
+    ),
+)
