@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Where etcd, kube-apiserver and kube-controller-manager come from: KUBEBUILDER_ASSETS, PATH, or a build of our own; and
-kubelet, kube-scheduler and kubectl, which a whole cluster needs besides.
+"""Where etcd, kube-apiserver and kube-controller-manager come from: KUBEBUILDER_ASSETS, PATH, or a build of our own;
+and kubelet, kube-scheduler and kubectl, which a whole cluster needs besides.
 
 ``make apiserver`` builds what is not there (``lab.gobuild``). Tests only look (``find``, ``find_node``), as they run
 where there is no network.
@@ -151,8 +151,8 @@ def _linker_flags() -> str:
 
 
 def main() -> int:
-    """0: the folder is on stdout, with ``--node`` also that of the node's programs. No Go and none to be had: 0 and why,
-    but 1 in CI, where nothing may be skipped. 1: no build."""
+    """0: the folder is on stdout, with ``--node`` also that of the node's programs. No Go and none to be had: 0 and
+    why, but 1 in CI, where nothing may be skipped. 1: no build."""
     try:
         print(ensure().folder)
         if "--node" in sys.argv[1:]:
