@@ -61,6 +61,9 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True, order=True):
     families: tuple[Family, ...]
     #: Interface that the peer is on, for link-local next hops; 0 where it is on none.
     interface: int = 0
+    #: Where the peer is on none: the gateway, on a link of ours, that leads to it, and to where its routes lead that
+    #: have its own address as next hop. "" where its BGPPeer names none.
+    gateway: str = ""
     #: The node's own AS, where ``local_as`` is another one for this peer alone; 0: it is not.
     node_as: int = 0
     allowed_own_as: int = 0
@@ -157,6 +160,8 @@ class Context:
             return Refusal.NextHopInvalid
         if next_hop in self.own_addresses:
             return Refusal.NextHopIsSelf
+        if next_hop == self.peer.address and self.peer.gateway:
+            next_hop = self.peer.gateway
         if IPv6_LINK_LOCAL.covers_address(next_hop):
             return NextHop(next_hop, self.peer.interface) if self.peer.interface else Refusal.NextHopNotOnLink
         for subnets, interface in self._on_link:

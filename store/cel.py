@@ -47,6 +47,7 @@ from store.validate import (
     MAX_COMMUNITIES,
     MAX_COMMUNITY_NAME,
     MAX_FILTERS,
+    MAX_INTERFACES,
     MAX_OPERATIONS,
     MAX_RULES,
     NAMED_COMMUNITY_PATTERN,
@@ -351,6 +352,20 @@ _WHO = (
         for name, nothing in (("peerIP", "''"), ("asNumber", "0"), ("passive", "false"))
     ),
 )
+_GATEWAY = (
+    _rule(
+        f"!{_BY_SELECTOR} || !has(self.reachableBy) || self.reachableBy == ''",
+        "leave it out, or peerSelector: it goes with one peer's address",
+        at=".reachableBy",
+    ),
+    _rule(
+        "!has(self.reachableBy) || !isIP(self.reachableBy) || !has(self.peerIP) || "
+        f"[{_PEER_HOST.replace('self', 'self.peerIP')}].all(h, !isIP(h) || "
+        "(ip(h).family() == ip(self.reachableBy).family() && h != self.reachableBy))",
+        "write the address of another machine than the peer, of the same family",
+        at=".reachableBy",
+    ),
+)
 _PASSIVE = (
     _rule(
         "!has(self.passive) || !self.passive || !has(self.ttlSecurity) || self.ttlSecurity == 0",
@@ -441,6 +456,12 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
         "items": _check(_CIDR, maxLength=_CIDR_LENGTH),
     },
     (BGPConfigurationSpec, "nodeMeshMaxRestartTime"): _check(*_DURATION, maxLength=64),
+    (BGPConfigurationSpec, "ignoredInterfaces"): {
+        "maxItems": MAX_INTERFACES,
+        "x-kubernetes-list-type": "set",
+        "items": {"pattern": f"^({INTERFACE_PATTERN})$", "maxLength": 15},
+        "description": "Interfaces whose subnets are not taken for connected; * stands for any characters.",
+    },
     (BGPConfigurationSpec, "listenPort"): {
         "minimum": 0,
         "maximum": 65535,
@@ -486,6 +507,19 @@ FIELDS: Mapping[tuple[type, str], Schema] = {
         "maximum": 254,
         "description": "Hops to the peer at most (GTSM, RFC 5082); 0 is any number.",
     },
+    (BGPPeerSpec, "reachableBy"): _check(
+        _rule(
+            "self == '' || (isIP(self) && ip.isCanonical(self))",
+            "write the gateway's IPv4 or IPv6 address in its one spelling",
+        ),
+        _rule(
+            "!isIP(self) || !(ip(self).isUnspecified() || ip(self).isLoopback() || "
+            "['224.0.0.0/4', 'ff00::/8', 'fe80::/10'].exists(n, cidr(n).containsIP(self)))",
+            "no gateway can have that address; for a link-local one write its global or private address",
+        ),
+        maxLength=64,
+        description="The gateway on a link of ours through which peerIP is reached, where that is on none.",
+    ),
     (BGPPeerSpec, "localASNumber"): _check(*_AS_NUMBER, minimum=1, maximum=4294967294),
     (SecretKeyRef, "name"): _check(_NAME, maxLength=_NAME_LENGTH),
     (SecretKeyRef, "key"): _check(
@@ -532,7 +566,7 @@ STRUCTS: Mapping[type, Schema] = {
             at=".prefixAdvertisements",
         )
     ),
-    BGPPeerSpec: _check(*_WHO, _ONE_WAY, *_PASSIVE),
+    BGPPeerSpec: _check(*_WHO, _ONE_WAY, *_GATEWAY, *_PASSIVE),
     FilterRuleV4: _filter_rule(4),
     FilterRuleV6: _filter_rule(6),
     FilterOperation: _check(
@@ -573,6 +607,7 @@ OBJECTS: Mapping[type[Resource], Sequence[dict[str, str]]] = {
                 ("nodeToNodeMeshEnabled", " || self.spec.nodeToNodeMeshEnabled"),
                 ("importCIDRs", " || self.spec.importCIDRs.size() == 0"),
                 ("nodeMeshPassword", ""),
+                ("ignoredInterfaces", " || self.spec.ignoredInterfaces.size() == 0"),
                 ("nodeMeshMaxRestartTime", " || self.spec.nodeMeshMaxRestartTime == '120s'"),
             )
         ),

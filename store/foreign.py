@@ -112,7 +112,6 @@ UNSERVED: Mapping[type[Resource], Mapping[str, Unserved]] = {
         "spec.serviceLoadBalancerAggregation": Unserved(("Enabled",), _SERVICES),
         "spec.bindMode": Unserved(("None", "NodeIP"), "sessions begin at the node's own address: write NodeIP"),
         "spec.nodeMeshPassword.secretKeyRef.optional": Unserved((False,), _OPTIONAL),
-        "spec.ignoredInterfaces": Unserved(([],), "nothing is learnt from interfaces here: leave it out"),
         "spec.localWorkloadPeeringIPV4": Unserved(("",), _WORKLOADS),
         "spec.localWorkloadPeeringIPV6": Unserved(("",), _WORKLOADS),
         "spec.programClusterRoutes": Unserved(("Enabled",), "the agent always writes the routes: leave it out"),
@@ -122,10 +121,6 @@ UNSERVED: Mapping[type[Resource], Mapping[str, Unserved]] = {
         "spec.localWorkloadSelector": Unserved(("",), _WORKLOADS),
         "spec.keepOriginalNextHop": Unserved((False,), "every route goes out with the node as next hop: leave it out"),
         "spec.nextHopMode": Unserved(("Auto", "Self"), "every route goes out with the node as next hop: leave it out"),
-        "spec.reachableBy": Unserved(
-            ("",),
-            "a peer is on-link or reached by the routes that are there: give the node a route to it, and leave it out",
-        ),
         "spec.keepaliveTime": Unserved((), _KEEPALIVE),
         "spec.keepalive": Unserved((), _KEEPALIVE),
         "spec.reversePeering": Unserved(("Auto",), "nodes that a peerSelector chooses always peer back: write Auto"),

@@ -248,6 +248,9 @@ class BGPConfigurationSpec(_Struct, frozen=True, kw_only=True):
     #: As ``BGPPeerSpec.password`` and ``max_restart_time``, for the sessions of the mesh.
     node_mesh_password: BGPPassword | None = None
     node_mesh_max_restart_time: str = "120s"
+    #: Names of interfaces, ``*`` for any characters, whose subnets are not taken for connected: no peer's end of a
+    #: session and no next hop is sought there.
+    ignored_interfaces: tuple[str, ...] = ()
     # From here on a node may have its own.
     #: Where those find us who connect to us: the other nodes, and peers that are waited for. 0: 179.
     listen_port: int = 0
@@ -286,6 +289,9 @@ class BGPPeerSpec(_Struct, frozen=True, kw_only=True):
     source_address: str = ""
     #: Hops to the peer at most, by the TTL of its packets (GTSM, RFC 5082); 0: as many as there are.
     ttl_security: int = 0
+    #: The gateway on one of our links through which ``peer_ip`` is reached, where that is on none of them: the node
+    #: gets a route of its own to the peer.
+    reachable_by: str = ""
     #: Our AS number towards this peer, where it is not the node's.
     local_as_number: int | None = field(default=None, name="localASNumber")
     #: BGPFilters by name: their rules hold one after the other, the first that matches decides.

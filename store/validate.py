@@ -58,6 +58,8 @@ MAX_ADVERTISEMENTS = 32
 MAX_COMMUNITIES = 8
 #: Characters of a community's name.
 MAX_COMMUNITY_NAME = 63
+#: Patterns of interfaces that are ignored.
+MAX_INTERFACES = 32
 INTERFACE_PATTERN = r"[*A-Za-z0-9:._-]{1,15}"
 
 
@@ -488,7 +490,19 @@ def _bgp_configuration(configuration: BGPConfiguration) -> Iterator[Problem]:
     yield from _restart_time("spec.nodeMeshMaxRestartTime", spec.node_mesh_max_restart_time)
     if not 0 <= spec.listen_port <= 65535:
         yield Problem("spec.listenPort", spec.listen_port, "write a port, 1..65535; 0 is 179")
+    for i, pattern in enumerate(spec.ignored_interfaces):
+        yield from _interface(f"spec.ignoredInterfaces[{i}]", pattern)
+    if len(spec.ignored_interfaces) > MAX_INTERFACES:
+        yield Problem("spec.ignoredInterfaces", len(spec.ignored_interfaces), f"at most {MAX_INTERFACES}")
+    if len(set(spec.ignored_interfaces)) != len(spec.ignored_interfaces):
+        yield Problem("spec.ignoredInterfaces", list(spec.ignored_interfaces), "name each once")
     yield from _communities(spec)
+
+
+def _interface(field: str, pattern: str) -> Iterator[Problem]:
+    if not re.fullmatch(INTERFACE_PATTERN, pattern):
+        remedy = "write an interface's name, '*' for any characters: letters, digits and '*:._-', at most 15 of them"
+        yield Problem(field, pattern, remedy)
 
 
 def _of_one_node(spec: BGPConfigurationSpec) -> Iterator[Problem]:
@@ -592,6 +606,8 @@ def _session(spec: BGPPeerSpec) -> Iterator[Problem]:
     yield from _password("spec.password", spec.password)
     if spec.source_address not in ("", "UseNodeIP", "None"):
         yield Problem("spec.sourceAddress", spec.source_address, "write UseNodeIP or None, or leave it out")
+    if spec.reachable_by:
+        yield from _gateway(spec)
     if spec.local_as_number is not None:
         yield from _as_number("spec.localASNumber", spec.local_as_number)
     if not 0 <= spec.ttl_security <= 254:
@@ -602,6 +618,30 @@ def _session(spec: BGPPeerSpec) -> Iterator[Problem]:
     if spec.passive and re.search(r"\]:|^[^:]*:[^:]*$", spec.peer_ip):
         remedy = "leave it out, or the port of peerIP: the peer connects to us, and its own port says nothing then"
         yield Problem("spec.passive", True, remedy)
+
+
+def _gateway(spec: BGPPeerSpec) -> Iterator[Problem]:
+    field, text = "spec.reachableBy", spec.reachable_by
+    if spec.peer_selector:
+        yield Problem(field, text, "leave it out, or peerSelector: it goes with one peer's address")
+        return
+    problems = tuple(_address(field, text))
+    if problems:
+        yield from problems
+        return
+    gateway = ip_address(text)
+    if gateway.is_unspecified or gateway.is_multicast or gateway.is_loopback:
+        yield Problem(field, text, "no gateway can have that address")
+    elif gateway.version == 6 and gateway.is_link_local:
+        yield Problem(field, text, "write the gateway's global or private address: a link-local one is on every link")
+    try:
+        host = peer_address(spec.peer_ip)[0]
+    except ValueError:
+        return  # said of peerIP already
+    if ip_address(host).version != gateway.version:
+        yield Problem(field, text, f"write an address of the family of peerIP ({host})")
+    elif host == text:
+        yield Problem(field, text, "write the gateway's address, or leave it out where the peer is on a link of ours")
 
 
 def _bgp_filter(bgp_filter: BGPFilter) -> Iterator[Problem]:
@@ -624,9 +664,8 @@ def _filter_rule(field: str, version: int, rule: FilterRule) -> Iterator[Problem
     yield from _filter_cidr(field, version, rule)
     if rule.source not in ("", "RemotePeers"):
         yield Problem(f"{field}.source", rule.source, "write RemotePeers, or leave it out")
-    if rule.interface and not re.fullmatch(INTERFACE_PATTERN, rule.interface):
-        remedy = "write an interface's name, '*' for any characters: letters, digits and '*:._-', at most 15 of them"
-        yield Problem(f"{field}.interface", rule.interface, remedy)
+    if rule.interface:
+        yield from _interface(f"{field}.interface", rule.interface)
     if rule.peer_type not in ("", "eBGP", "iBGP"):
         yield Problem(f"{field}.peerType", rule.peer_type, "write eBGP or iBGP, or leave it out")
     if rule.communities is not None:

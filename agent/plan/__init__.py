@@ -24,7 +24,7 @@ from agent.plan.exports import (
     still_announced,
 )
 from agent.plan.identity import Identity, identify
-from agent.plan.imports import import_policy, imports, uplink_sysctls, uplinks
+from agent.plan.imports import import_policy, imports, uplink_sysctls, uplinks, ways_to_peers
 from agent.plan.model import Cluster, Notes, Plan, Snapshot, usable
 from agent.plan.notes import note_forwarding, note_own_blocks, note_refused_routes, note_speaker, note_standing
 from agent.plan.pods import REPAIR_AFTER, missing_pod_routes, overdue
@@ -65,6 +65,8 @@ def plan(snapshot: Snapshot) -> Plan:
         *(blackhole(cidr) for cidr in blackholes),
         *(route for address, route in missing.items() if overdue(address, snapshot)),
         *imports(selection, me, kernel.links),
+        # Last: what a peer says of the way to itself does not count where a BGPPeer says it.
+        *ways_to_peers(peers, me, known, kernel, notes),
     ):
         routes[route.key] = route
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from ipaddress import IPv4Address
 
 import msgspec
 
 from agent.adjrib import family_of
 from agent.bgp.model import Family
+from agent.fib import Address, KernelState
 from agent.plan.model import Notes, Snapshot
 from store.model import ANNOTATION_ASN, BGPConfiguration, BGPConfigurationSpec, Node
 from store.validate import as_number_problem
@@ -24,6 +26,8 @@ class Identity(msgspec.Struct, frozen=True):
     #: Where the node is reached, by family; and where the kernel lets us use it as a source.
     addresses: Mapping[Family, str]
     sources: Mapping[Family, str]
+    #: Its addresses on interfaces that are not ignored: what is in one of their subnets is on-link.
+    connected: tuple[Address, ...] = ()
 
 
 def identify(snapshot: Snapshot, notes: Notes) -> Identity:
@@ -51,7 +55,17 @@ def identify(snapshot: Snapshot, notes: Notes) -> Identity:
         router_id=router_id(node.name, addresses),
         addresses=addresses,
         sources={family: address for family, address in addresses.items() if address in own},
+        connected=connected(snapshot.kernel, snapshot.cluster.configuration),
     )
+
+
+def connected(kernel: KernelState, configuration: BGPConfiguration | None) -> tuple[Address, ...]:
+    """The node's addresses without those of interfaces that ``ignoredInterfaces`` matches."""
+    patterns = configuration.spec.ignored_interfaces if configuration else ()
+    if not patterns:
+        return kernel.addresses
+    ignored = {link.index for link in kernel.links.values() if any(fnmatchcase(link.name, p) for p in patterns)}
+    return tuple(address for address in kernel.addresses if address.interface not in ignored)
 
 
 def node_addresses(node: Node) -> dict[Family, str]:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from agent.adjrib import family_of
 from agent.fib import KernelState, Link, NextHop, Route
 from agent.plan.identity import Identity
-from agent.plan.model import Snapshot
-from agent.prefix import is_prefix
+from agent.plan.model import Notes, Snapshot
+from agent.prefix import is_inside, is_prefix, length_of
 from agent.rib import Peer, Policy, Selection
 from cni.marks import METRIC_FALLBACK, METRIC_IMPORTS, PROTO_IMPORTS
 from store.model import IPPool
@@ -30,7 +30,7 @@ def import_policy(
         own_blocks=frozenset(blocks),
         own_addresses=frozenset(a.address for a in kernel.addresses) | frozenset(me.addresses.values()),
         router_id=me.router_id,
-        on_link=frozenset((a.subnet, a.interface) for a in kernel.addresses if _is_up(a.interface, kernel.links)),
+        on_link=frozenset((a.subnet, a.interface) for a in me.connected if _is_up(a.interface, kernel.links)),
         interfaces=interface_names(peers, kernel),
     )
 
@@ -42,6 +42,33 @@ def interface_names(peers: Iterable[Peer], kernel: KernelState) -> frozenset[tup
     return frozenset(
         (a.interface, kernel.links[a.interface].name) for a in kernel.addresses if a.interface in kernel.links
     )
+
+
+def ways_to_peers(
+    peers: Iterable[Peer], me: Identity, blocks: Iterable[str], kernel: KernelState, notes: Notes
+) -> Iterable[Route]:
+    """A host route to each peer that is on no link of ours, where its BGPPeer names a gateway (``reachableBy``). None
+    into an own block, where it would take an address from the pods."""
+    own = {a.address for a in kernel.addresses}
+    for peer in peers:
+        if not peer.gateway:
+            continue
+        ways = [a for a in me.connected if _is_up(a.interface, kernel.links) and is_inside(peer.gateway, a.subnet)]
+        best = max(ways, key=lambda a: (length_of(a.subnet), a.address), default=None)
+        block = next((cidr for cidr in blocks if is_inside(peer.address, cidr)), "")
+        if best is None or peer.gateway in own:
+            why = "an address of this node itself" if peer.gateway in own else "on no connected subnet of this node"
+            notes.add("NextHopNotOnLink", f"{peer.name}: reachableBy {peer.gateway} is {why}: there is no route to it")
+        elif block:
+            notes.add("PeerNotUsable", f"{peer.name}: {peer.address} is in block {block} of this node: no route to it")
+        else:
+            yield Route(
+                prefix=f"{peer.address}/{128 if ':' in peer.address else 32}",
+                protocol=PROTO_IMPORTS,
+                metric=METRIC_IMPORTS,
+                nexthops=(NextHop(peer.gateway, best.interface),),
+                src=me.sources.get(family_of(peer.address), ""),
+            )
 
 
 def imports(selection: Selection, me: Identity, links: Mapping[int, Link]) -> Iterable[Route]:

@@ -9,7 +9,6 @@ from typing import Final, NamedTuple
 from agent import filters
 from agent.adjrib import family_of
 from agent.bgp.model import Session
-from agent.fib import KernelState
 from agent.plan.identity import Identity, node_addresses, node_as
 from agent.plan.model import Cluster, Notes, Snapshot, usable
 from agent.prefix import is_inside, length_of
@@ -129,7 +128,7 @@ def peer_session(
     peer: BGPPeer, at: RemoteEnd, me: Identity, snapshot: Snapshot, known: Mapping[str, BGPFilter]
 ) -> tuple[Peering | None, str]:
     """The session that a BGPPeer asks for; None, and why, if it cannot have one. ``known`` are the filters by name."""
-    local, interface = local_end(at.address, me, snapshot.kernel)
+    local, interface = local_end(at.address, me)
     if at.is_node or peer.spec.source_address == "UseNodeIP":
         local = me.addresses.get(family_of(at.address), "")
     if not local:
@@ -168,6 +167,7 @@ def peer_session(
         node_as=me.local_as,
         families=(family,),
         interface=interface,
+        gateway="" if interface else peer.spec.reachable_by,
         allowed_own_as=peer.spec.num_allowed_local_as_numbers,
         max_prefixes=peer.spec.max_prefixes,
         max_restart_time=duration(peer.spec.max_restart_time),
@@ -199,7 +199,7 @@ def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peer
         local = me.addresses.get(family)
         if local is None:
             continue
-        _, interface = local_end(address, me, snapshot.kernel)
+        _, interface = local_end(address, me)
         yield Peering(
             Session(
                 name=name,
@@ -226,11 +226,11 @@ def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peer
         )
 
 
-def local_end(peer: str, me: Identity, kernel: KernelState) -> tuple[str, int]:
+def local_end(peer: str, me: Identity) -> tuple[str, int]:
     """Our address and interface towards a peer: on the subnet that both are on, else the node's address. ("", 0) if
     there is neither."""
     node_address = me.addresses.get(family_of(peer), "")
-    shared = [a for a in kernel.addresses if is_inside(peer, a.subnet)]
+    shared = [a for a in me.connected if is_inside(peer, a.subnet)]
     if not shared:
         return node_address, 0
     best = max(shared, key=lambda a: (length_of(a.subnet), a.address == node_address, a.address))

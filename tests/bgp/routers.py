@@ -66,9 +66,10 @@ class Router:
         ttl_security: bool = False,
         node_as: int = NODE_AS,
         restart: int = 60,
+        hops: int = 1,
     ) -> None:
         """Announces ``routes``; both families on both sessions. ``restart``: seconds for which its routes outlive it,
-        and for which it keeps ours."""
+        and for which it keeps ours. ``hops``: how far the node is."""
         raise NotImplementedError
 
     def drain(self) -> None:
@@ -114,6 +115,7 @@ class Bird(Router):
         ttl_security: bool = False,
         node_as: int = NODE_AS,
         restart: int = 60,
+        hops: int = 1,
     ) -> None:
         ends = self._ends
         routes = list(routes)
@@ -124,7 +126,8 @@ class Bird(Router):
         secure += " ttl security on;" if ttl_security else ""
         channels = "".join(f"  ipv{f} {{ import all; export filter told; next hop self; }};\n" for f in "46")
         sessions = "".join(
-            f"protocol bgp node{f} {{\n  local {local} as {TOR_AS};\n  neighbor {peer} as {node_as};\n  direct;\n"
+            f"protocol bgp node{f} {{\n  local {local} as {TOR_AS};\n  neighbor {peer} as {node_as};\n"
+            f"  {'direct' if hops == 1 else f'multihop {hops}'};\n"
             f"  hold time 9;\n  connect delay time 1; connect retry time 1; error wait time 1,2;\n"
             f"  {'passive on;' if passive else ''} {keeps} {secure} {self.options}\n{channels}}}\n"
             for f, local, peer in (("4", ends.tor4, ends.node4), ("6", ends.tor6, ends.node6))
@@ -205,6 +208,7 @@ class Frr(Router):
         ttl_security: bool = False,
         node_as: int = NODE_AS,
         restart: int = 60,
+        hops: int = 1,
     ) -> None:
         ends = self._ends
         routes = list(routes)
@@ -217,6 +221,7 @@ class Frr(Router):
             lines += [f" neighbor {peer} remote-as {node_as}", f" neighbor {peer} timers 3 9"]
             lines += [f" neighbor {peer} timers connect 1", f" neighbor {peer} advertisement-interval 0"]
             lines += [f" neighbor {peer} passive"] if passive else []
+            lines += [f" neighbor {peer} ebgp-multihop {hops}"] if hops > 1 else []
             lines += [f" neighbor {peer} password {password}"] if password else []
             lines += [f" neighbor {peer} ttl-security hops 1"] if ttl_security else []
         for family in "46":

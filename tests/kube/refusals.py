@@ -262,6 +262,14 @@ BAD: dict[str, Case] = {
     "peer of nobody": Case(BGPPeer, "peer", {"asNumber": 65001, "peerSelector": ""}),
     "peer of an empty spec": Case(BGPPeer, "peer", {}),
     **{f"peer ttl {n}": peer(ttlSecurity=n) for n in (-1, 255, "1")},
+    **{
+        f"peer behind {g!r}": peer(reachableBy=g)
+        for g in ("gw", "010.0.0.254", "10.0.0.254/32", "10.0.0.1", "fd00::1", "224.0.0.1", "0.0.0.0", "127.0.0.1")
+    },
+    **{
+        f"v6 peer behind {g!r}": peer("[fd00::1]:1179", reachableBy=g) for g in ("fd00::1", "10.0.0.1", "fe80::1", "::")
+    },
+    "peers by selector behind a gateway": by_label(reachableBy="10.0.0.254"),
     "peer ttl and passive": peer(ttlSecurity=1, passive=True),
     **{f"passive peer {ip}": peer(ip, passive=True) for ip in ("10.0.0.1:1179", "[fd00::1]:179")},
     **{f"peer source {s!r}": peer(sourceAddress=s) for s in ("Any", "usenodeip")},
@@ -402,6 +410,7 @@ GOOD: dict[str, Case] = {
         communities=[{"name": f"c{i}", "value": f"65001:{i}"} for i in range(32)],
         prefixAdvertisements=[{"cidr": f"10.{i}.0.0/16", "communities": [f"c{i}"]} for i in range(32)],
     ),
+    "configuration ignoring interfaces": configuration(ignoredInterfaces=["docker0", "mgmt*", "*.100"]),
     "configuration without spec": Case(BGPConfiguration, "default", None),
     **{f"configuration AS {n}": configuration(asNumber=n) for n in (1, 23455, 65534, 65536, 4294967294)},
     **{
@@ -429,6 +438,8 @@ GOOD: dict[str, Case] = {
         "fd00::1", passive=True, ttlSecurity=0, sourceAddress="UseNodeIP", localASNumber=4294967294
     ),
     "passive peer": peer(passive=True),
+    **{f"peer behind {g!r}": peer("10.0.0.1:1179", reachableBy=g) for g in ("", "10.0.0.254", "169.254.0.1")},
+    "v6 peer behind a gateway": peer("[fd00::1]:179", reachableBy="fd00::2"),
     "peer by selector": by_label(nodeSelector="!has(rr)", ttlSecurity=1, holdTime=30, filters=["a"]),
     "peer by selector writes nothing else": by_label("", peerIP="10.0.0.1", asNumber=65001),
     "peer by selector with empty others": by_label(peerIP="", asNumber=0, passive=False),

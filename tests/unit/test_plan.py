@@ -17,6 +17,7 @@ from cni.marks import (
     LINK_GROUP,
     LINK_GROUP_DOOMED,
     METRIC_FALLBACK,
+    METRIC_IMPORTS,
     PROTO_BLOCKS,
     PROTO_IMPORTS,
     PROTO_PODS,
@@ -117,6 +118,93 @@ def test_a_peer_off_link_is_met_from_the_node_s_address() -> None:
     wanted = plan(snapshot(cluster=cluster(peers=(bgp_peer("rr", "192.0.2.1:1179"),))))
     assert wanted.sessions is not None
     assert [(s.address, s.port, s.local_address) for s in wanted.sessions] == [("192.0.2.1", 1179, "10.0.1.1")]
+
+
+BEHIND = bgp_peer("rr", "192.0.2.1", reachable_by="10.0.2.0")
+
+
+def test_a_peer_behind_a_gateway_has_a_host_route_and_its_own_address_leads_there() -> None:
+    """As a BGPPeer says it, with reachableBy: no route of a peer, and no default, is asked for the way."""
+    wanted = plan(snapshot(cluster=cluster(peers=(BEHIND, bgp_peer("tor", "10.0.1.0")))))
+    assert wanted.sessions is not None
+    assert {(s.address, s.local_address) for s in wanted.sessions} == {
+        ("192.0.2.1", "10.0.1.1"),
+        ("10.0.1.0", "10.0.1.1"),
+    }
+    assert [r for r in wanted.routes.values() if r.protocol == PROTO_IMPORTS] == [
+        Route(
+            prefix="192.0.2.1/32",
+            protocol=PROTO_IMPORTS,
+            metric=METRIC_IMPORTS,
+            nexthops=(NextHop("10.0.2.0", 3),),
+            src="10.0.1.1",
+        )
+    ]
+    assert wanted.conditions == ()
+    rib = Rib()
+    rib.configure(wanted.peers, 0.0)
+    rib.apply(SessionUp(peer="192.0.2.1", generation=1, families=(V4,), helper=True), 0.0)
+    far = Attributes(as_path=(65001,), origin="igp")
+    told = tuple(
+        Received(prefix=p, next_hop=hop, attributes=far)
+        for p, hop in (
+            ("10.244.7.0/26", "192.0.2.1"),
+            ("10.244.8.0/26", "192.0.2.9"),
+            # What it says of the way to itself does not count.
+            ("192.0.2.1/32", "10.0.1.0"),
+        )
+    )
+    rib.apply(Update(peer="192.0.2.1", generation=1, announced=told), 0.0)
+    changed = cluster(peers=(BEHIND,), configuration=configuration(import_cidrs=("192.0.2.0/24",)))
+    wanted = plan(snapshot(cluster=changed, rib=rib))
+    assert {p: r.nexthops for (p, proto, _), r in wanted.routes.items() if proto == PROTO_IMPORTS} == {
+        "10.244.7.0/26": (NextHop("10.0.2.0", 3),),
+        "192.0.2.1/32": (NextHop("10.0.2.0", 3),),
+    }
+    assert wanted.selection.refused["192.0.2.1"] == {"10.244.8.0/26": Refusal.NextHopNotOnLink}
+
+
+@pytest.mark.parametrize(
+    ("address", "gateway", "kind", "words"),
+    [
+        ("192.0.2.1", "10.0.9.9", "NextHopNotOnLink", "on no connected subnet"),
+        ("192.0.2.1", "10.0.1.1", "NextHopNotOnLink", "of this node itself"),
+        ("10.244.1.7", "10.0.1.0", "PeerNotUsable", OWN4),
+    ],
+)
+def test_a_gateway_that_leads_nowhere_is_named_and_gives_no_route(
+    address: str, gateway: str, kind: str, words: str
+) -> None:
+    wanted = plan(snapshot(cluster=cluster(peers=(bgp_peer("rr", address, reachable_by=gateway),))))
+    assert prefixes(wanted, PROTO_IMPORTS) == set()
+    assert words in message(wanted, kind)
+    assert wanted.sessions is not None
+    assert [s.address for s in wanted.sessions] == [address]
+
+
+def test_a_peer_on_a_link_of_ours_needs_no_gateway() -> None:
+    wanted = plan(snapshot(cluster=cluster(peers=(bgp_peer("tor", "10.0.1.0", reachable_by="10.0.2.0"),))))
+    assert prefixes(wanted, PROTO_IMPORTS) == set()
+    assert [p.gateway for p in wanted.peers] == [""]
+
+
+def test_an_ignored_interface_is_no_way_to_peers_and_next_hops() -> None:
+    """The subnets of ignoredInterfaces are as if they were not connected; its addresses stay the node's own."""
+    changes = {"cluster": cluster(configuration=configuration(ignored_interfaces=("lo", "*2")))}
+    rib = rib_with({"10.0.1.0": ["10.244.7.0/26"], "10.0.2.0": ["10.244.8.0/26"]}, **changes)
+    wanted = plan(snapshot(rib=rib, **changes))
+    assert wanted.sessions is not None
+    # The session of a peer there begins at the node's address.
+    assert {s.address: s.local_address for s in wanted.sessions}["10.0.2.0"] == "10.0.1.1"
+    assert prefixes(wanted, PROTO_IMPORTS) == {"10.244.7.0/26"}
+    assert wanted.selection.refused["10.0.2.0"] == {"10.244.8.0/26": Refusal.NextHopNotOnLink}
+    # No sysctl of an interface that is nothing to us is touched.
+    assert not any("up2" in key for key in wanted.sysctls)
+    rib = rib_with({"10.0.1.0": ["10.244.7.0/26"]}, **changes)
+    mine = Received(prefix="10.244.9.0/26", next_hop="10.0.2.1", attributes=Attributes(as_path=(65001,), origin="igp"))
+    rib.apply(Update(peer="10.0.1.0", generation=1, announced=(mine,)), 0.0)
+    refused = plan(snapshot(rib=rib, **changes)).selection.refused["10.0.1.0"]
+    assert refused == {"10.244.9.0/26": Refusal.NextHopIsSelf}
 
 
 @pytest.mark.parametrize(

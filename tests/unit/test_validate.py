@@ -265,6 +265,7 @@ def test_a_bgp_configuration_of_one_node_says_what_a_node_may_have_of_its_own() 
         "import_cidrs": ("10.9.0.0/16",),
         "node_mesh_password": password,
         "node_mesh_max_restart_time": "60s",
+        "ignored_interfaces": ("docker*",),
     }
     assert {f.name for f in msgspec.structs.fields(BGPConfigurationSpec)} == own.keys() | shared.keys()
     assert validate(of("default", **own, **shared)) == ()
@@ -346,6 +347,13 @@ def test_a_peer() -> None:
     refused(peer(**{**by_label, "peer_ip": "10.0.0.1"}), "spec.peerIP", "or peerSelector")
     refused(peer(**{**by_label, "as_number": 65001}), "spec.asNumber", "or peerSelector")
     refused(peer(**by_label, passive=True), "spec.passive", "or peerSelector")
+    assert validate(peer(reachable_by="10.0.0.254")) == validate(peer(peer_ip="fd00::1", reachable_by="fd00::2")) == ()
+    refused(peer(reachable_by="10.0.0.1"), "spec.reachableBy", "the gateway's address")
+    refused(peer(reachable_by="fd00::1"), "spec.reachableBy", "family of peerIP (10.0.0.1)")
+    refused(peer(reachable_by="gw"), "spec.reachableBy", "IPv4 or IPv6 address")
+    refused(peer(reachable_by="224.0.0.1"), "spec.reachableBy", "no gateway")
+    refused(peer(peer_ip="fd00::1", reachable_by="fe80::1"), "spec.reachableBy", "link-local")
+    refused(peer(**by_label, reachable_by="10.0.0.254"), "spec.reachableBy", "peerSelector")
     refused(peer(ttl_security=255), "spec.ttlSecurity", "1..254")
     refused(peer(ttl_security=1, passive=True), "spec.ttlSecurity", "share one socket")
     refused(peer(peer_ip="10.0.0.1:1179", passive=True), "spec.passive", "connects to us")
