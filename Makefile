@@ -51,6 +51,10 @@ bench: need-bench $(VENV)/.lab build/underlay-shim ## a table of figures, and bu
 docs: need-lab $(VENV)/.test ## checks the documentation against the program
 	exec $(BIN)/python -m pytest -q tests/unit/test_docs.py
 
+.PHONY: image
+image: $(VENV)/.test build/underlay-shim ## the container image as build/underlay-image.tar, made without an engine
+	exec $(BIN)/python -m manifests.image build/underlay-image.tar
+
 shim: build/underlay-shim ## the program that a container runtime executes: static, 13 KB
 
 .PHONY: shim-arm64
