@@ -1,6 +1,6 @@
 """Builds the image without any engine: an OCI image layout (opencontainers/image-spec) in one tar, of this machine's
-Python, the packages that ``underlay[kube]`` asks for, our own, and the shim. What the tests and the lab use; a release is
-built by the Dockerfile.
+Python, the packages that ``underlay[kube]`` asks for, our own, and the shim. What the tests and the lab use; a release
+is built by the Dockerfile.
 
     python -m manifests.image build/underlay-image.tar
 
@@ -36,9 +36,10 @@ PACKAGES: Final = ("agent", "cni", "ctl", "ipam", "store")
 #: Where things are in the image.
 PYTHON, LIBRARY, PROGRAMS, SHIM = (Path(p) for p in ("/opt/python", "/opt/underlay", "/usr/bin", "/opt/cni/underlay"))
 #: Parts of the standard library that no process of ours imports, and that weigh.
-_LEFT_OUT: Final = frozenset(
-    "test idlelib tkinter turtledemo ensurepip lib2to3 pydoc_data site-packages dist-packages __pycache__".split()
-)
+_LEFT_OUT: Final = {
+    *("test", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "pydoc_data"),
+    *("site-packages", "dist-packages", "__pycache__"),
+}
 _ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 #: Users that the processes run as; the speaker is no root (exabgp.md, fault 10: ExaBGP looks its user's name up).
 _ACCOUNTS: Final = {
