@@ -18,6 +18,8 @@ CALICO_GROUP = "projectcalico.org/v3"
 
 #: Node annotation: the AS number of this node, where it differs from BGPConfiguration's ``asNumber``.
 ANNOTATION_ASN = "underlay.network/as-number"
+#: Node annotations: where the node's sessions end, by IP version, where that is not its first InternalIP.
+ANNOTATION_ADDRESS = {4: "underlay.network/ipv4-address", 6: "underlay.network/ipv6-address"}
 #: IPAMBlock annotation: addresses that people want released, in canonical text with commas between. The block's owner
 #: carries it out and removes it (R2); see ``release_wanted``.
 ANNOTATION_RELEASE = "underlay.network/release"

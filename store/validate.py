@@ -15,6 +15,7 @@ import msgspec
 
 from store.errors import BadSelector, Problem
 from store.model import (
+    ANNOTATION_ADDRESS,
     ANNOTATION_ASN,
     BLOCK_LIMIT,
     BGPConfiguration,
@@ -746,10 +747,24 @@ def _node(node: Node) -> Iterator[Problem]:
             yield from (Problem(field, text, p.remedy) for p in _as_number(field, int(text)))
         else:
             yield Problem(field, text, "write an AS number, 1..4294967294")
+    for version, key in ANNOTATION_ADDRESS.items():
+        text = node.metadata.annotations.get(key)
+        if text is not None and not is_address(text, version):
+            yield Problem(f"metadata.annotations[{key}]", text, f"write an IPv{version} address in its one spelling")
     yield from _cidrs("spec.podCIDRs", node.spec.pod_cidrs)
     for i, address in enumerate(node.status.addresses):
         if address.type in ("InternalIP", "ExternalIP"):
             yield from _address(f"status.addresses[{i}].address", address.address)
+
+
+def is_address(text: str, version: int) -> bool:
+    """One of this IP version that a node can have, in its one spelling."""
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return False
+    nobody = address.is_unspecified or address.is_multicast or address.is_loopback or address.is_link_local
+    return address.version == version and str(address) == text and not nobody
 
 
 # -- Kubernetes' own ------------------------------------------------------------------------------------------------

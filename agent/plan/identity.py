@@ -13,8 +13,8 @@ from agent.adjrib import family_of
 from agent.bgp.model import Family
 from agent.fib import Address, KernelState
 from agent.plan.model import Notes, Snapshot
-from store.model import ANNOTATION_ASN, BGPConfiguration, BGPConfigurationSpec, Node
-from store.validate import as_number_problem
+from store.model import ANNOTATION_ADDRESS, ANNOTATION_ASN, BGPConfiguration, BGPConfigurationSpec, Node
+from store.validate import as_number_problem, is_address
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -40,8 +40,14 @@ def identify(snapshot: Snapshot, notes: Notes) -> Identity:
     own = {a.address for a in snapshot.kernel.addresses if a.usable}
     for address in addresses.values():
         if address not in own:
-            message = f"InternalIP {address} of Node {node.name} is on no interface: imports come without a source"
+            message = f"{address} of Node {node.name} is on no interface: imports come without a source"
             notes.add("NodeAddressNotLocal", message)
+    for version, key in ANNOTATION_ADDRESS.items():
+        text = node.metadata.annotations.get(key)
+        if text is not None and not is_address(text, version):
+            notes.add(
+                "NodeAddressNotLocal", f"{key} of Node {node.name}, {text!r}, is no IPv{version} address: left out"
+            )
     local_as = node_as(node, snapshot.cluster.configuration)
     why = as_number_problem(local_as)
     if why:
@@ -69,8 +75,12 @@ def connected(kernel: KernelState, configuration: BGPConfiguration | None) -> tu
 
 
 def node_addresses(node: Node) -> dict[Family, str]:
-    """The node's first InternalIP of each family."""
+    """Where the node's sessions end: as its annotations say, else at its first InternalIP of each family."""
     found: dict[Family, str] = {}
+    for version, key in ANNOTATION_ADDRESS.items():
+        text = node.metadata.annotations.get(key, "")
+        if is_address(text, version):
+            found[family_of(text)] = text
     for entry in node.status.addresses:
         if entry.type == "InternalIP":
             found.setdefault(family_of(entry.address), entry.address)

@@ -714,6 +714,33 @@ def test_a_next_hop_on_an_interface_that_is_down_is_not_on_link() -> None:
     assert "tor-1-v4: 1 prefixes" in message(wanted, "NextHopNotOnLink")
 
 
+def annotated(obj: Any, **addresses: str) -> Any:
+    """The node with these addresses in its annotations, by ``ipv4`` and ``ipv6``."""
+    more = {f"underlay.network/{family}-address": text for family, text in addresses.items()}
+    return replace(obj, metadata=replace(obj.metadata, annotations={**obj.metadata.annotations, **more}))
+
+
+def test_a_node_s_annotations_say_where_its_sessions_end() -> None:
+    """For itself, and for who peers with it in the mesh; the other family stays as it is."""
+    here = annotated(node(), ipv4="10.0.2.1")
+    there = annotated(node("node-2", "10.0.9.9", "fd00:9::9"), ipv4="10.0.8.8")
+    mesh = configuration(node_to_node_mesh_enabled=True)
+    wanted = plan(snapshot(cluster=cluster(node=here, nodes=(there,), peers=(), configuration=mesh)))
+    assert wanted.sessions is not None
+    assert {(s.address, s.local_address) for s in wanted.sessions} == {
+        ("10.0.8.8", "10.0.2.1"),
+        ("fd00:9::9", "fd00:0:1::1"),
+    }
+    assert wanted.router_id == "10.0.2.1"
+    assert wanted.conditions == ()
+
+
+def test_an_annotation_that_is_no_address_is_named_and_left_out() -> None:
+    wanted = plan(snapshot(cluster=cluster(node=annotated(node(), ipv4="10.0.2.1/31"))))
+    assert wanted.router_id == "10.0.1.1"
+    assert "underlay.network/ipv4-address" in message(wanted, "NodeAddressNotLocal")
+
+
 def test_an_address_that_the_kernel_lacks_is_no_source() -> None:
     rib = rib_with({"10.0.1.0": ["10.244.2.0/26"]})
     wanted = plan(snapshot(rib=rib, cluster=cluster(node=node("node-1", "10.7.7.7", "fd00:0:1::1"))))

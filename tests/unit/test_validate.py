@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from store.model import (
+    ANNOTATION_ADDRESS,
     ANNOTATION_ASN,
     AddCommunity,
     Allocation,
@@ -459,6 +460,10 @@ def test_metadata() -> None:
 
 def test_nodes() -> None:
     refused(Node(metadata=Meta(name="n"), spec=NodeSpec(pod_cidrs=("10.0.0.1/24",))), "spec.podCIDRs[0]", "10.0.0.0/24")
+    four, six = ANNOTATION_ADDRESS[4], ANNOTATION_ADDRESS[6]
+    assert validate(Node(metadata=Meta(name="n", annotations={four: "10.0.0.1", six: "fd00::1"}))) == ()
+    for key, text in ((four, "fd00::1"), (four, "10.0.0.1/24"), (four, ""), (six, "fd00::0"), (six, "fe80::1")):
+        refused(Node(metadata=Meta(name="n", annotations={key: text})), f"metadata.annotations[{key}]", "one spelling")
     status = NodeStatus(addresses=(NodeAddress(type="InternalIP", address="10.0.0.01"),))
     refused(Node(metadata=Meta(name="n"), status=status), "status.addresses[0].address", "IPv4 or IPv6")
 
