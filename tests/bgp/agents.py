@@ -108,6 +108,10 @@ class Agent:
         os.kill(self.process.pid, number)
         return self.process.wait(timeout=5)
 
+    def claim(self, cidr: str) -> None:
+        """One more block."""
+        self.store(lambda store: store.create(block(cidr)))
+
     def routes(self) -> list[str]:
         lines: list[str] = []
         for family in ("-4", "-6"):

@@ -70,10 +70,15 @@ class Node:
         self.options: tuple[str, ...] = ()
         self.process: Any = None
 
+    @property
+    def log(self) -> Path:
+        """What the speaker prints, which is what the relay says."""
+        return self.folder.parent.parent / "speaker.log"
+
     def start(self) -> None:
         speaker.prepare(self.folder, *self.options)
         argv = [sys.executable, "-P", "-m", "agent.bgp.speaker", "--run", str(self.folder.parent)]
-        self.process = self._net.spawn(self._name, argv, log=self.folder.parent.parent / "speaker.log")
+        self.process = self._net.spawn(self._name, argv, log=self.log)
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.process.pid, how)
@@ -82,7 +87,7 @@ class Node:
     def relay(self) -> int:
         """The relay's pid."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(c) for c in children if b"relay.py" in Path(f"/proc/{c}/cmdline").read_bytes())
+        return next(int(c) for c in children if b"exabgp.conf" in Path(f"/proc/{c}/cmdline").read_bytes())
 
     def write_conf(self, sessions: frozenset[Session]) -> None:
         """What a driver would have left."""
@@ -158,9 +163,25 @@ def bird(net: Net, tmp_path: Path) -> routers.Router:
 
 
 @pytest.fixture
-def node(net: Net, tmp_path: Path) -> Iterator[Node]:
-    made = Node(net, tmp_path)
-    yield made
-    for log in (tmp_path / "speaker.log", made.folder / "exabgp.log"):
+def node(net: Net, tmp_path: Path) -> Node:
+    return Node(net, tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _logs(tmp_path: Path) -> Iterator[None]:
+    """What agent and speaker of a node in this folder said, where a test fails."""
+    yield
+    for log in (tmp_path / "agent.log", tmp_path / "speaker.log", tmp_path / "run" / "speaker" / "exabgp.log"):
         if log.exists():
             print(f"--- {log.name}\n{log.read_text()[-6000:]}")
+
+
+@pytest.fixture
+def without(node: Node, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has ExaBGP run a relay that lacks a care (careless.py) in the place of ours."""
+
+    def choose(care: str) -> None:
+        monkeypatch.setattr(speaker, "RELAY", Path(__file__).with_name("careless.py"))
+        node.options = (*node.options, "--without", care)
+
+    return choose

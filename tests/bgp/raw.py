@@ -137,6 +137,8 @@ class Raw:
         self.reading.set()
         self.keepalives = True
         self._connection: socket.socket | None = None
+        #: Of who writes: a message is not to be said in the middle of another.
+        self._turn = asyncio.Lock()
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with net.inside(name):
             self._listener = socket.socket(family, socket.SOCK_STREAM)
@@ -155,7 +157,7 @@ class Raw:
         """Raises OSError if the session is over, or ends meanwhile."""
         if self._connection is None:
             raise ConnectionError(f"no session at {self.address}")
-        await asyncio.get_running_loop().sock_sendall(self._connection, b"".join(messages))
+        await self._write(self._connection, b"".join(messages))
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Raw]:
@@ -209,7 +211,11 @@ class Raw:
         while True:
             await asyncio.sleep(self._pause)
             if self.keepalives:
-                await asyncio.get_running_loop().sock_sendall(connection, message(KEEPALIVE))
+                await self._write(connection, message(KEEPALIVE))
+
+    async def _write(self, connection: socket.socket, data: bytes) -> None:
+        async with self._turn:
+            await asyncio.get_running_loop().sock_sendall(connection, data)
 
     async def _exactly(self, connection: socket.socket, count: int) -> bytes:
         data = b""

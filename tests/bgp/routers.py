@@ -148,7 +148,9 @@ class Bird(Router):
     def drain(self) -> None:
         text = self._config.read_text()
         self._config.write_text(text.replace(_TOLD, _TOLD.replace("{", "{ bgp_community.add((65535, 0));")))
-        self.ask("configure")
+        self.ask("configure", "soft")
+        for protocol in ("node4", "node6"):
+            self.ask("reload", "out", protocol)
 
     def ask(self, *words: str) -> str:
         done = self._net.run(self._name, ["birdc", "-s", str(self._control), *words], check=False)
@@ -191,6 +193,10 @@ class Bird(Router):
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+
+
+#: What FRR calls well-known communities.
+_NAMES = {"noExport": "65535:65281", "noAdvertise": "65535:65282", "gracefulShutdown": "65535:0"}
 
 
 class Frr(Router):
@@ -277,7 +283,8 @@ class Frr(Router):
     def communities(self, prefix: str) -> set[str]:
         family = "ipv6" if ":" in prefix else "ipv4"
         (path, *_) = json.loads(self.ask(f"show bgp {family} unicast {prefix} json"))["paths"]
-        return {*path.get("community", {}).get("list", ()), *path.get("largeCommunity", {}).get("list", ())}
+        standard = (_NAMES.get(mark, mark) for mark in path.get("community", {}).get("list", ()))
+        return {*standard, *path.get("largeCommunity", {}).get("list", ())}
 
     def stale(self) -> bool:
         return '"stale":true' in "".join(
