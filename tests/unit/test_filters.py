@@ -123,6 +123,17 @@ def test_rules_of_several_filters_hold_in_order_and_each_family_and_direction_ha
     assert compiled([bgp_filter(rule())], "export", external=True) == Filter()
 
 
+@pytest.mark.parametrize("field", ["import_v4", "import_v6", "export_v4", "export_v6"])
+def test_each_list_is_for_its_family_and_direction(field: str) -> None:
+    direction, _, family = field.partition("_")
+    made = FilterRuleV6(action="Reject") if family == "v6" else rule()
+    one = BGPFilter(metadata=Meta(name="f"), spec=BGPFilterSpec(**{field: (made,)}))
+    for asked in ("import", "export"):
+        for kind, prefix in (("v4", "10.244.2.0/26"), ("v6", "fd00::/64")):
+            met = compiled([one], asked, external=True).decide(route(prefix))  # type: ignore[arg-type]
+            assert met.accept is not (asked == direction and kind == family)
+
+
 def test_operations_are_done_in_order() -> None:
     operations = (
         FilterOperation(prepend_as_path=PrependASPath(prefix=(1, 2))),

@@ -12,7 +12,17 @@ import pytest
 from store.errors import Invalid
 from store.files import load
 from store.foreign import FOREIGN_KINDS, LEFT_OUT, UNSERVED
-from store.model import BGPConfiguration, BGPFilter, BGPPeer, IPAMConfiguration, IPPool, IPReservation, Resource
+from store.model import (
+    GROUP,
+    BGPConfiguration,
+    BGPFilter,
+    BGPPeer,
+    IPAMConfiguration,
+    IPPool,
+    IPReservation,
+    Node,
+    Resource,
+)
 
 Verdict = Literal["served", "left out", "refused"]
 
@@ -225,6 +235,60 @@ def test_what_calico_says_of_a_pool_is_left_out() -> None:
     }
     assert len(load(json.dumps(text), note=notes.append)) == 1
     assert ["status is left out" in note for note in notes] == [True]
+
+
+def with_field(wire: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """The document with a value at a path as ``metadata.ownerReferences[].controller``."""
+    name, _, rest = path.partition(".")
+    if name.endswith("[]"):
+        owner = {"apiVersion": "v1", "kind": "Node", "name": "n", "uid": "u"}
+        return {**wire, name[:-2]: [with_field(owner, rest, value)]}
+    return {**wire, name: with_field(wire.get(name, {}), rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("kind", [IPPool, Node])
+@pytest.mark.parametrize("path", LEFT_OUT[Resource])
+def test_what_the_api_server_writes_into_metadata_is_left_out(kind: type[Resource], path: str) -> None:
+    document = {"apiVersion": kind.API, "kind": kind.kind(), "metadata": {"name": "n"}, "spec": NEEDED.get(kind, {})}
+    (plain,) = load(json.dumps(document))
+    value: Any = True if path.endswith("controller") else "x"
+    (obj,) = load(json.dumps(with_field(document, path, value)))
+    assert msgspec.structs.replace(obj, metadata=plain.metadata) == plain
+    assert obj.metadata.name == "n"
+
+
+@pytest.mark.parametrize("path", LEFT_OUT[Node])
+def test_what_kubelet_and_others_write_into_a_node_is_left_out(path: str) -> None:
+    document = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n"}}
+    assert load(json.dumps(with_field(document, path, "x"))) == load(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "refused"),
+    [
+        ("metadata.generateName", "pool-", True),
+        ("metadata.ownerReferences[].blockOwnerDeletion", True, True),
+        ("metadata.ownerReferences[].blockOwnerDeletion", False, False),
+    ],
+)
+def test_metadata_that_asks_for_something_is_refused(path: str, value: Any, refused: bool) -> None:
+    document = {"apiVersion": GROUP, "kind": "IPPool", "metadata": {"name": "n"}, "spec": NEEDED[IPPool]}
+    text = json.dumps(with_field(document, path, value))
+    if not refused:
+        assert len(load(text)) == 1
+        return
+    with pytest.raises(Invalid) as caught:
+        load(text)
+    (problem,) = caught.value.problems
+    assert path.rpartition(".")[2] in problem.field
+    assert problem.remedy == UNSERVED[Resource][path].why
+
+
+def test_no_other_metadata_is_refused() -> None:
+    assert set(UNSERVED[Resource]) == {
+        "metadata.generateName",
+        "metadata.ownerReferences[].blockOwnerDeletion",
+    }
 
 
 @pytest.mark.parametrize("kind", FOREIGN_KINDS)

@@ -405,6 +405,24 @@ def test_what_a_peer_says_of_its_session() -> None:
     assert [(p.name, p.local_as, p.node_as) for p in wanted.peers if p.name == "a"] == [("a", 64999, 65100)]
 
 
+def test_what_a_peer_says_of_its_routes() -> None:
+    peer = bgp_peer(
+        "tor",
+        "10.0.1.0",
+        num_allowed_local_as_numbers=2,
+        max_restart_time="1m30s",
+        max_prefixes=7,
+        import_cidrs=("192.0.2.0/24",),
+        default_route="Fallback",
+    )
+    (judged,) = plan(snapshot(cluster=cluster(peers=(peer,)))).peers
+    assert (judged.allowed_own_as, judged.max_restart_time, judged.max_prefixes) == (2, 90.0, 7)
+    assert (judged.import_cidrs, judged.default_route) == (("192.0.2.0/24",), True)
+    (plain,) = plan(snapshot(cluster=cluster(peers=(bgp_peer("tor", "10.0.1.0"),)))).peers
+    assert (plain.allowed_own_as, plain.max_restart_time, plain.max_prefixes) == (0, 120.0, 100_000)
+    assert (plain.import_cidrs, plain.default_route) == ((), False)
+
+
 def test_a_password_comes_from_its_secret_and_is_asked_for_without() -> None:
     ref = BGPPassword(secret_key_ref=SecretKeyRef(name="tor", key="password"))
     peers = (bgp_peer("a", "10.0.1.0", password=ref),)

@@ -347,9 +347,35 @@ def test_status_counts_and_keeps_stamps(world: World) -> None:
     world.step()
     sessions = {s.peer: s for s in world.statuses[-1].sessions}
     one, two = sessions["tor-1-v4"], sessions["tor-2-v4"]
+    assert (one.address, one.as_number, two.as_number) == ("10.0.1.0", 65001, 65002)
     assert (one.state, one.received, one.accepted, one.wanted, one.sent) == ("Established", 2, 1, 1, 1)
     assert (one.since, two.since) == ("t1000", "t1005")
     assert (two.state, two.reason, two.graceful_restart) == ("Connecting", "hold timer expired", False)
+
+
+def test_a_condition_keeps_its_stamp_as_long_as_it_holds(world: World) -> None:
+    def told() -> tuple[str, str, str]:
+        (one,) = (c for c in world.statuses[-1].conditions if c.type == "ForeignRoute")
+        return one.status, one.reason, one.last_transition_time
+
+    world.kernel.foreign = {(FAR4, 2048)}
+    world.up(tor1=[FAR4])
+    world.step()
+    began = told()[2]
+    assert told() == ("True", "ForeignRoute", began)
+    world.clock.time += 60.0
+    world.step()
+    assert told() == ("True", "ForeignRoute", began)
+    world.kernel.foreign = set()
+    world.clock.time += 60.0
+    world.step()
+    assert "ForeignRoute" not in world.conditions()
+    world.tell("10.0.1.0", ["10.244.9.0/26"])
+    world.kernel.foreign = {("10.244.9.0/26", 2048)}
+    world.clock.time += 60.0
+    world.step()
+    again = told()[2]
+    assert again not in ("", began)
 
 
 # -- any sequence ------------------------------------------------------------------------------------------------------
