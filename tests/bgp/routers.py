@@ -88,6 +88,10 @@ class Router:
         """Standard and large ones of a prefix that it holds from us, as 65100:7 and 65100:7:8."""
         raise NotImplementedError
 
+    def identifier(self, peer: str) -> str:
+        """The BGP identifier that the peer gave itself."""
+        raise NotImplementedError
+
     def stale(self) -> bool:
         """It keeps routes of a session that ended, and waits for our End-of-RIB."""
         raise NotImplementedError
@@ -186,6 +190,10 @@ class Bird(Router):
     def communities(self, prefix: str) -> set[str]:
         return {mark.replace(",", ":") for mark in self.table().get(prefix, ()) if "," in mark}
 
+    def identifier(self, peer: str) -> str:
+        protocol = "node6" if ":" in peer else "node4"
+        return re.findall(r"Neighbor ID: +(\S+)", self.ask("show", "protocols", "all", protocol))[0]
+
     def stale(self) -> bool:
         return "Neighbor GR:" in self.ask("show", "protocols", "all")
 
@@ -246,8 +254,10 @@ class Frr(Router):
             argv = [str(self._folder / daemon), "-f", str(config), "-i", str(self.folder / f"{daemon}.pid"), *words]
             return self._net.spawn(self._name, [*argv, *common], log=self.folder / "log")
 
+        # One that is not there ends it.
+        listening = [w for f, end in (("4", ends.tor4), ("6", ends.tor6)) if f in families for w in ("-l", end)]
         self._zebra = spawn("zebra", zebra)
-        self.process = spawn("bgpd", config, "-p", "179", "-l", ends.tor4, "-l", ends.tor6)
+        self.process = spawn("bgpd", config, "-p", "179", *listening)
 
     def drain(self) -> None:
         self.ask("configure terminal", f"router bgp {TOR_AS}", "bgp graceful-shutdown")
@@ -285,6 +295,9 @@ class Frr(Router):
         (path, *_) = json.loads(self.ask(f"show bgp {family} unicast {prefix} json"))["paths"]
         standard = (_NAMES.get(mark, mark) for mark in path.get("community", {}).get("list", ()))
         return {*standard, *path.get("largeCommunity", {}).get("list", ())}
+
+    def identifier(self, peer: str) -> str:
+        return str(json.loads(self.ask(f"show bgp neighbors {peer} json"))[peer]["remoteRouterId"])
 
     def stale(self) -> bool:
         return '"stale":true' in "".join(
