@@ -22,6 +22,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str = NAMESPACE
     log: str = "INFO"
     metrics: Address | None = None
+    sysctls: Path = Path("/proc/sys")
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
@@ -38,6 +39,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
         ("state", "/var/lib/underlay", "folder for what outlives a reboot"),
         ("namespace", NAMESPACE, "where the Secrets that BGPPeers name are"),
         ("metrics", "", "where to answer GET for metrics and health: ADDRESS:PORT or a unix socket's path"),
+        ("sysctls", "/proc/sys", "where sysctls can be written, in a container that has them elsewhere"),
         ("log", "INFO", "DEBUG, INFO, WARNING or ERROR"),
     )
     for name, default, text in flags:
@@ -60,4 +62,5 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
         namespace=found.namespace,
         log=found.log.upper(),
         metrics=metrics,
+        sysctls=Path(found.sysctls),
     )

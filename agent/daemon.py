@@ -54,7 +54,7 @@ async def run(settings: config.Config, clock: Clock) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     store = CountedStore(open_store(settings.store, clock=clock))
     try:
-        with closing(Kernel()) as kernel:
+        with closing(Kernel(settings.sysctls)) as kernel:
             work = asyncio.create_task(_alone(settings, clock, store, kernel))
             ending = asyncio.create_task(stop.wait())
             try:

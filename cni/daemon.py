@@ -65,6 +65,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     #: None: as the IPAMConfiguration says.
     max_blocks: int | None = None
     metrics: Address | None = None
+    sysctls: Path = podnet.SYSCTLS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -124,6 +125,11 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         default=environment.get("UNDERLAY_SOURCE_CHECK", "on"),
         help="on: what a pod sends from an address that is not its own is dropped (UNDERLAY_SOURCE_CHECK)",
     )
+    parser.add_argument(
+        "--sysctls",
+        default=environment.get("UNDERLAY_SYSCTLS", str(podnet.SYSCTLS)),
+        help="where sysctls can be written, in a container that has them elsewhere (UNDERLAY_SYSCTLS)",
+    )
     values = parser.parse_args(argv)
     for name in ("node", "store"):
         if not getattr(values, name):
@@ -146,6 +152,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         source_check=_on("--source-check", values.source_check),
         max_blocks=int(values.max_blocks) if values.max_blocks else None,
         metrics=_metrics(values.metrics),
+        sysctls=Path(values.sysctls),
     )
 
 
@@ -203,7 +210,7 @@ async def _locked(
     async with alone(options.run / "cni.lock", clock):
         number = count_start(options.run, options.boot_id)
         log.info("start %d of boot %s on node %s", number, options.boot_id, options.node)
-        podnet.prepare_node()
+        podnet.prepare_node(options.sysctls)
         with contextlib.ExitStack() as resources:
             netlink = resources.enter_context(Netlink())
             podnet.reap(netlink)  # doomed by a server before us
@@ -261,6 +268,7 @@ async def _run(
         netlink=netlink,
         reaper=reaper,
         clock=clock,
+        settings=verbs.Settings(sysctls=options.sysctls),
         step=step,
         choose=annotations.choice if annotations else None,
     )

@@ -77,6 +77,10 @@ _NO_ADDRESS6: Final = nest(socket.AF_INET6, attr(rtnl.IFLA_INET6_ADDR_GEN_MODE, 
 _NODE_END: Final = {False: attr(rtnl.IFLA_AF_SPEC, _FORWARD4), True: attr(rtnl.IFLA_AF_SPEC, _FORWARD4 + _NO_ADDRESS6)}
 
 
+#: Where the kernel has them; elsewhere in a container that may not write there.
+SYSCTLS: Final = Path("/proc/sys")
+
+
 class WiringError(CNIError):
     """The kernel refused a step of the wiring; nothing of it is left. The message names step, link and reason."""
 
@@ -93,6 +97,8 @@ class Wiring(msgspec.Struct, frozen=True):
     mac: str
     addresses: tuple[str, ...]
     mtu: int
+    #: Where the sysctls of the thread's namespace can be written.
+    sysctls: Path = SYSCTLS
 
 
 def link_name(container: str, interface: str) -> str:
@@ -126,12 +132,12 @@ def wire(node: Netlink, pod_ns: int, want: Wiring) -> tuple[int, bool]:
         link = _make_pair(node, pod_ns, want)
         made = True
         with _netlink_of(pod_ns) as pod:
-            if not _apply_first(pod, pod_end(want, link.peer), want.pod_end, pod_ns):
+            if not _apply_first(pod, pod_end(want, link.peer), want, pod_ns):
                 beside.wire(pod, link.peer, want.addresses, tuple(gateway(a) for a in want.addresses))
             if link.accept_ra > 1:
                 # Only with 2 does a router take advertisements: a pod could give the node a default route.
-                _zero(f"ipv6/conf/{want.node_end}/accept_ra")
-            _apply(node, node_end(want, link.index), want.node_end)
+                _zero(want.sysctls, f"ipv6/conf/{want.node_end}/accept_ra")
+            _apply(node, node_end(want, link.index), want.node_end, want.sysctls)
             ready = pod.carrier(want.pod_end) and node.carrier(want.node_end)
     except (NetlinkError, OSError) as e:
         if made:
@@ -310,17 +316,17 @@ def _netlink_of(pod_ns: int) -> Netlink:
         return Netlink()
 
 
-def _apply(netlink: Netlink, messages: Sequence[Message], interface: str, pod_ns: int | None = None) -> None:
+def _apply(netlink: Netlink, messages: Sequence[Message], interface: str, sysctls: Path) -> None:
     """As ``Netlink.apply``. Where IPv6 is off on the interface, which a runtime may have seen to, it is turned on
     (EACCES: inet6_rtm_newaddr, net/ipv6/addrconf.c) and what was refused is said again."""
-    for _, error in _refused(netlink, messages, interface, pod_ns):
+    for _, error in _refused(netlink, messages, interface, sysctls, None):
         raise error
 
 
-def _apply_first(pod: Netlink, messages: Sequence[Message], interface: str, pod_ns: int) -> bool:
+def _apply_first(pod: Netlink, messages: Sequence[Message], want: Wiring, pod_ns: int) -> bool:
     """As ``_apply``; False if another interface has some of the routes already (the kernel has done all the rest)."""
     alone = True
-    for message, error in _refused(pod, messages, interface, pod_ns):
+    for message, error in _refused(pod, messages, want.pod_end, want.sysctls, pod_ns):
         if message.type != rtnl.NEWROUTE or error.number not in _ROUTED_ELSEWHERE:
             raise error
         alone = False
@@ -328,29 +334,29 @@ def _apply_first(pod: Netlink, messages: Sequence[Message], interface: str, pod_
 
 
 def _refused(
-    netlink: Netlink, messages: Sequence[Message], interface: str, pod_ns: int | None
+    netlink: Netlink, messages: Sequence[Message], interface: str, sysctls: Path, pod_ns: int | None
 ) -> list[tuple[Message, NetlinkError]]:
     errors = netlink.batch(messages)
     if any(error is not None and error.number == errno.EACCES for error in errors):
         with netns.inside(pod_ns) if pod_ns is not None else nullcontext():
-            _zero(f"ipv6/conf/{interface}/disable_ipv6")
+            _zero(sysctls, f"ipv6/conf/{interface}/disable_ipv6")
         messages = [m for m, error in zip(messages, errors, strict=True) if error is not None]
         errors = netlink.batch(messages)
     return [(m, error) for m, error in zip(messages, errors, strict=True) if error is not None]
 
 
-def _zero(name: str) -> None:
+def _zero(sysctls: Path, name: str) -> None:
     """Sets a sysctl of the namespace that the thread is in. A write costs more than a batch: it is for what is rare."""
-    Path("/proc/sys/net", name).write_text("0")
+    (sysctls / "net" / name).write_text("0")
 
 
-def prepare_node() -> None:
+def prepare_node(sysctls: Path = SYSCTLS) -> None:
     """Turns forwarding on in this network namespace, where it is off. Raises OSError.
 
     Interfaces that live by router advertisements go on doing so: a router takes them only with ``accept_ra`` 2
     (Documentation/networking/ip-sysctl.rst).
     """
-    six, conf = Path("/proc/sys/net/ipv6/conf"), Path("/proc/sys/net/ipv4/ip_forward")
+    six, conf = sysctls / "net/ipv6/conf", sysctls / "net/ipv4/ip_forward"
     if conf.read_text().strip() != "1":
         conf.write_text("1")
     forwarding = six / "all" / "forwarding"

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
@@ -53,13 +54,14 @@ STEPS: Final = (
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Times in seconds of the server's ``Clock``."""
+    """Times in seconds of the server's ``Clock``; where sysctls can be written."""
 
     carrier_limit: float = 2.0  # from wired to both ends with carrier; it takes none unless the machine is drowned
     carrier_every: float = 0.001
     mtu_age: float = 1.0  # the uplinks' MTU is looked at again after this
     store_limit: float = 1.0  # STATUS asks the store for the sessions' state
     reap_retry: float = 1.0
+    sysctls: Path = podnet.SYSCTLS
     turns: int = 16  # calls of one attachment that may wait for each other
 
 
@@ -238,6 +240,7 @@ class Verbs:
             mac=call.mac or podnet.pod_mac(call.container, call.interface),
             addresses=lease.addresses,
             mtu=mtu,
+            sysctls=self._settings.sysctls,
         )
 
     def _uplink_mtu(self) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Final
 
 from agent.delta import (
@@ -29,12 +30,13 @@ _TURN: Final = 512
 
 
 class Kernel:
-    """The kernel of the network namespace that this was made in.
+    """The kernel of the network namespace that this was made in. ``root`` is where its sysctls can be written.
 
     ``read`` dumps only what the news since the last time named; ``forget`` makes the next one dump everything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path = sysctls.ROOT) -> None:
+        self._sysctls = root
         self._netlink = Netlink()
         self._monitor = KernelMonitor()
         self._stale = set(ALL)
@@ -77,7 +79,7 @@ class Kernel:
             foreign_ids=self._nexthops.foreign,
             links=self._links,
             addresses=self._addresses,
-            sysctls=sysctls.read(self._links.values()),
+            sysctls=sysctls.read(self._links.values(), self._sysctls),
         )
 
     async def apply(self, operations: Sequence[Operation]) -> tuple[Failure, ...]:
@@ -106,7 +108,7 @@ class Kernel:
         for operation in operations:
             if isinstance(operation, SetSysctl):
                 try:
-                    sysctls.write(operation.key, operation.value)
+                    sysctls.write(operation.key, operation.value, self._sysctls)
                 except OSError as e:
                     number = e.errno or 0
                     failures.append(Failure(operation, number, os.strerror(number)))
