@@ -331,8 +331,8 @@ def _words(cell: str) -> list[str]:
 
 
 def _manifests_unsaid(text: str) -> set[str]:
-    """What ``kubectl apply -f`` in the page leaves out of what an operator is to apply, or names and is not there."""
-    named = set(re.findall(r"-f (manifests/[\w./-]+)", text))
+    """What the page's table leaves out of what an operator applies, or names and is not there."""
+    named = set(re.findall(r"^\| `(manifests/[\w./-]+)` \|", text, re.MULTILINE))
     ours = {"manifests/crds", *(f"manifests/{path.name}" for path in (ROOT / "manifests").glob("*.yaml"))}
     return named ^ ours
 
@@ -340,7 +340,13 @@ def _manifests_unsaid(text: str) -> set[str]:
 def test_what_an_operator_applies_is_in_the_docs() -> None:
     text = KUBERNETES.read_text()
     assert _manifests_unsaid(text) == set()
-    assert _manifests_unsaid(text.replace("-f manifests/rbac.yaml", "")) == {"manifests/rbac.yaml"}
+    assert _manifests_unsaid(text.replace("| `manifests/rbac.yaml` |", "")) == {"manifests/rbac.yaml"}
+    applied = yaml.safe_load((ROOT / "manifests/kustomization.yaml").read_text())["resources"]
+    ours = {"manifests/kustomization.yaml", "manifests/crds", *(f"manifests/{p.partition('/')[0]}" for p in applied)}
+    assert _manifests_unsaid("".join(f"| `{file}` |\n" for file in ours)) == set()
+    assert {p for p in applied if p.startswith("crds/")} == {
+        f"crds/{kind.PLURAL}.yaml" for kind in KINDS if kind.API == GROUP
+    }
     for kind in KINDS:
         crd = ROOT / f"manifests/crds/{kind.PLURAL}.yaml"
         assert crd.exists() == (kind.API == GROUP)
