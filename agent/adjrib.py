@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from agent.bgp.model import EndOfRib, Family, Received, Resync, SessionDown, SessionUp, Update
+from agent.bgp.model import Attributes, EndOfRib, Family, Received, Resync, SessionDown, SessionUp, Update
 
 #: A peer that is up and silent is taken to have told everything after this many seconds (R8).
 REPORT_LIMIT: Final = 30.0
@@ -14,6 +14,11 @@ SPEAKER_RESTART: Final = 60.0
 
 #: How long to wait for a peer that was never up, before its configuration says how long.
 UNKNOWN_PATIENCE: Final = 120.0
+
+#: AS numbers and communities that a peer may tell for each prefix of its maximum, and in any case: 70 bytes each. What
+#: routes share counts once; a full table of the Internet has three.
+MARKS_EACH: Final = 4
+MARKS_LEAST: Final = 100_000
 
 FAMILIES: Final[tuple[Family, ...]] = ("ipv4 unicast", "ipv6 unicast")
 
@@ -43,8 +48,11 @@ class AdjRibIn:
         self.helper = False
         #: How often the session went down.
         self.downs = 0
-        #: How many prefixes it had when it exceeded its maximum; 0: it never did.
-        self.exceeded = 0
+        #: In what way it exceeded its maximum; "": it never did.
+        self.exceeded = ""
+        #: AS numbers and communities in all attributes that its routes have; and how many have them, by their id.
+        self.marks = 0
+        self._users: dict[int, int] = {}
         self._stale: dict[Family, set[str]] = {}
         self._sweep_at: dict[Family, float] = {}
         self._reported: set[Family] = set()
@@ -86,17 +94,26 @@ class AdjRibIn:
         changed = set()
         for route in event.announced:
             self._stale.get(family_of(route.prefix), set()).discard(route.prefix)
-            if self.routes.get(route.prefix) != route:
+            before = self.routes.get(route.prefix)
+            if before != route:
                 self.routes[route.prefix] = route
+                self._use(route.attributes, 1)
+                if before is not None:
+                    self._use(before.attributes, -1)
                 changed.add(route.prefix)
         changed |= self._drop(event.withdrawn)
         return changed | self.enforce(maximum)
 
     def enforce(self, maximum: int) -> set[str]:
-        """Forgets everything, until the peer is configured anew, if there is more than ``maximum``."""
-        if len(self.routes) <= maximum:
+        """Forgets everything, until the peer is configured anew, if there are more prefixes than ``maximum``, or their
+        attributes say more than those of so many need to: 4 KB for each prefix would be gigabytes."""
+        marks = max(MARKS_LEAST, MARKS_EACH * maximum)
+        if len(self.routes) > maximum:
+            self.exceeded = f"{len(self.routes)} prefixes received, {maximum} are allowed"
+        elif self.marks > marks:
+            self.exceeded = f"{self.marks} AS numbers and communities received, {marks} are allowed"
+        else:
             return set()
-        self.exceeded = len(self.routes)
         return self._drop(list(self.routes))
 
     def resync(self, event: Resync) -> None:
@@ -153,7 +170,22 @@ class AdjRibIn:
         return self._drop(self._stale.pop(family, set()))
 
     def _drop(self, prefixes: Iterable[str]) -> set[str]:
-        dropped = {p for p in prefixes if self.routes.pop(p, None) is not None}
+        dropped = set()
+        for prefix in prefixes:
+            route = self.routes.pop(prefix, None)
+            if route is not None:
+                self._use(route.attributes, -1)
+                dropped.add(prefix)
         for stale in self._stale.values():
             stale -= dropped
         return dropped
+
+    def _use(self, attributes: Attributes, routes: int) -> None:
+        """So many routes more have these attributes, which are kept by at least one of them until then."""
+        before = self._users.get(id(attributes), 0)
+        self._users[id(attributes)] = before + routes
+        if before == 0:
+            self.marks += attributes.marks
+        elif before + routes == 0:
+            del self._users[id(attributes)]
+            self.marks -= attributes.marks

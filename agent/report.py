@@ -48,7 +48,7 @@ def _session(
     if known and known.up:
         state, reason = "Established", ""
     elif exceeded:
-        state, reason = "Idle", f"{exceeded} prefixes received, {peer.max_prefixes} are allowed"
+        state, reason = "Idle", exceeded
     elif refusal:
         state, reason = "Idle", refusal
     else:

@@ -451,7 +451,7 @@ class Rib:
             if known is None:
                 known = self.peers[address] = AdjRibIn(now)
             if not _same(self._configured.get(address), peer):
-                known.exceeded = 0
+                known.exceeded = ""
                 known.expect(peer.max_restart_time)
                 self._changed |= known.enforce(peer.max_prefixes)
         self._configured = wanted
@@ -461,10 +461,10 @@ class Rib:
         known = self.peers.get(peer.address)
         return known is not None and known.reported(family, now)
 
-    def exceeded(self, peer: Peer) -> int:
-        """With how many prefixes the peer, as it is configured, exceeded its maximum; 0 if it did not."""
+    def exceeded(self, peer: Peer) -> str:
+        """In what way the peer, as it is configured, exceeded its maximum; "" if it did not."""
         known = self.peers.get(peer.address)
-        return known.exceeded if known and _same(self._configured.get(peer.address), peer) else 0
+        return known.exceeded if known and _same(self._configured.get(peer.address), peer) else ""
 
     def deadline(self, now: float) -> float | None:
         """The next moment at which ``advance`` or ``reported`` may say something new."""

@@ -13,8 +13,9 @@ import msgspec
 from agent.bgp.model import Attributes, EndOfRib, Family, Received, Update
 from agent.bgp.wire import FAMILIES
 
-#: Attribute sets remembered; beyond it they are still right, only no longer shared.
-INTERNED = 50_000
+#: Attribute sets remembered, and their bytes as ExaBGP writes them (six in memory for each); beyond that they are still
+#: right, only no longer shared.
+INTERNED, INTERNED_BYTES = 50_000, 16 << 20
 
 _ORIGINS = {"igp": "igp", "egp": "egp", "incomplete": "incomplete"}
 
@@ -81,6 +82,7 @@ class Decoder:
         self._lines = msgspec.json.Decoder(_Line)
         self._attributes = msgspec.json.Decoder(_Attribute)
         self._interned: dict[bytes, Attributes] = {}
+        self._bytes = 0
 
     def update(self, generation: int, line: bytes) -> Update | EndOfRib | Problem | None:
         """The event in one ``update`` line; None if it is of a family that we do not speak, or holds nothing."""
@@ -120,8 +122,10 @@ class Decoder:
         known = self._interned.get(raw)
         if known is None:
             known = _attributes(self._attributes.decode(raw))
-            if len(self._interned) >= INTERNED:
+            self._bytes += len(raw)
+            if len(self._interned) >= INTERNED or self._bytes > INTERNED_BYTES:
                 self._interned.clear()
+                self._bytes = len(raw)
             self._interned[raw] = known
         return known
 

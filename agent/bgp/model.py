@@ -66,6 +66,12 @@ class Attributes(msgspec.Struct, frozen=True, kw_only=True):
     originator_id: str = ""
     cluster_list: tuple[str, ...] = ()
 
+    @property
+    def marks(self) -> int:
+        """How many numbers there are in the lists."""
+        lists = (self.as_path, self.as_set, self.communities, self.large_communities, self.cluster_list)
+        return sum(map(len, lists))
+
 
 class Received(msgspec.Struct, frozen=True, kw_only=True):
     """One route of a peer: where the peer says it goes."""

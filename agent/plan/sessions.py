@@ -239,11 +239,11 @@ def local_end(peer: str, me: Identity) -> tuple[str, int]:
 
 def below_maximum(peer: Peer, rib: Rib, notes: Notes) -> bool:
     """R11: a peer with more prefixes than its maximum is removed, until it is configured anew."""
-    count = rib.exceeded(peer)
-    if count:
+    exceeded = rib.exceeded(peer)
+    if exceeded:
         notes.add(
             "MaxPrefixesExceeded",
-            f"{peer.name} sent {count} prefixes, {peer.max_prefixes} are allowed: it is removed; "
+            f"{peer.name}: {exceeded}: it is removed; "
             f"raise maxPrefixes, or have the peer send less and change its BGPPeer",
         )
-    return not count
+    return not exceeded

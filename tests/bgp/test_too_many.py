@@ -5,6 +5,8 @@ With UNDERLAY_LARGE the tables are full ones (300,000 routes), and the sizes are
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
 import time
@@ -14,6 +16,9 @@ import pytest
 
 from lab.net import Net
 from tests.bgp import routers
+from tests.bgp.conftest import run, until
+from tests.bgp.raw import AS_PATH, Raw, attribute, next_hop, nlri, origin, sequence, update
+from tests.bgp.routers import TOR_AS
 from tests.bgp.worlds import World
 from tests.conftest import eventually
 
@@ -76,6 +81,35 @@ def test_a_peer_with_too_many_routes_is_removed(net: Net, tmp_path: Path) -> Non
     assert peaks["ExaBGP"] < 200
     assert peaks["relay"] < 120
     assert peaks["agent"] < 250
+    world.sound()
+
+
+def test_few_routes_that_say_too_much_are_too_many(net: Net, tmp_path: Path) -> None:
+    """Each with a path of its own as long as a message lets it be: what is told is bounded, not only how often."""
+    world = World(net, tmp_path)
+    world.start()
+    sizes = Sizes(world)
+    before = sizes.now()
+    bad = Raw(net)
+    # 4 for each of the 100,000 prefixes that may come: some hundred routes are enough.
+    routes = [
+        update(origin() + attribute(AS_PATH, b"".join(part)) + next_hop(), nlri(f"16.{i // 256}.{i % 256}.0/24"))
+        for i in range(450)
+        for part in [[sequence(TOR_AS, *(1000 + i + n for n in range(244)))] * 4]
+    ]
+
+    async def main() -> None:
+        async with bad.running():
+            await until(lambda: bad.up, limit=30)
+            with contextlib.suppress(OSError):
+                await bad.say(*routes)
+            removed = lambda: "AS numbers and communities received" in world.told("tor-4").reason  # noqa: E731
+            await asyncio.to_thread(lambda: eventually(removed, limit=60))
+            await until(lambda: not bad.up, limit=30)
+
+    run(main(), 120)
+    print(f"MB before {before}, at most {sizes.peaks()}")
+    assert sizes.peaks()["agent"] < 150
     world.sound()
 
 

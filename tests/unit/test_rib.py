@@ -479,16 +479,16 @@ def test_too_many_prefixes_are_counted_before_filters_and_remembered_until_the_p
     outside = [route(f"192.0.{i}.0/24") for i in range(3)]
     rib, _ = rib_of(*outside, at=at)
     (p,) = at.peers
-    assert rib.exceeded(p) == 3
+    assert rib.exceeded(p) == "3 prefixes received, 2 are allowed"
     assert known(rib) == set()
     rib.apply(SessionDown(peer=A, generation=1, reason="removed"), 1.0)
     rib.configure((replace(p, interface=7),), 1.5)
-    assert rib.exceeded(p) == 3, "another interface is no other configuration"
+    assert rib.exceeded(p), "another interface is no other configuration"
     rib.apply(up(generation=2), 2.0)
     told(rib, route(), generation=2)
     assert known(rib) == set()
     changed = replace(p, max_prefixes=10)
-    assert rib.exceeded(changed) == 0
+    assert rib.exceeded(changed) == ""
     rib.configure((changed,), 3.0)
     rib.apply(up(generation=3), 4.0)
     told(rib, *outside, generation=3)
@@ -499,7 +499,32 @@ def test_a_maximum_that_is_lowered_counts_at_once() -> None:
     rib, at = rib_of(route(), route("10.244.3.0/26"))
     lower = replace(at.peers[0], max_prefixes=1)
     rib.configure((lower,), 1.0)
-    assert rib.exceeded(lower) == 2
+    assert rib.exceeded(lower) == "2 prefixes received, 1 are allowed"
+
+
+def full(number: int) -> Attributes:
+    """As much as goes into a message of 4 KB."""
+    return Attributes(as_path=(TOR,), communities=tuple(f"{number}:{i}" for i in range(899)))
+
+
+def test_attributes_that_say_more_than_so_many_prefixes_need_count_as_too_many() -> None:
+    """Each prefix with 4 KB of communities of its own: 70 KB in memory, which maxPrefixes alone would let be told
+    100,000 times."""
+    at = policy(peer(max_prefixes=1000))
+    (p,) = at.peers
+    told_ = [replace(route(f"10.244.{i}.0/24"), attributes=full(i)) for i in range(112)]
+    rib, _ = rib_of(*told_[:111], at=at)
+    assert rib.peers[A].marks == 99_900
+    told(rib, *(replace(r, attributes=told_[0].attributes) for r in told_[1:111]))
+    assert rib.peers[A].marks == 900, "what routes share counts once"
+    told(rib, *told_[1:111])
+    rib.apply(Update(peer=A, generation=1, withdrawn=(told_[0].prefix,)), 1.0)
+    told(rib, told_[0])
+    assert rib.exceeded(p) == ""
+    told(rib, told_[111])
+    assert rib.exceeded(p) == "100800 AS numbers and communities received, 100000 are allowed"
+    assert known(rib) == set()
+    assert rib.peers[A].marks == 0
 
 
 # -- any sequence ------------------------------------------------------------------------------------------------------
@@ -553,6 +578,8 @@ def test_work_that_is_saved_changes_nothing(sequence: list[Event], stops: int) -
     assert not any(PrefixSet(["10.244.1.0/26", "192.0.2.0/24"]).covers(parse(p)) for p in last.best)
     for address, known_ in often.peers.items():
         assert set(last.refused[address]) <= set(known_.routes)
+        different = {id(r.attributes): r.attributes for r in known_.routes.values()}
+        assert known_.marks == sum(a.marks for a in different.values())
 
 
 @settings(max_examples=100, deadline=None)

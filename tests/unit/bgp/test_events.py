@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.bgp import events as module
 from agent.bgp import wire
 from agent.bgp.events import INTERNED, Decoder, Problem
 from agent.bgp.model import Attributes, EndOfRib, Update
@@ -110,6 +111,24 @@ def test_equal_attributes_are_one_object() -> None:
     assert first is third
     assert first != second
     assert INTERNED > 1000
+
+
+def test_attributes_are_remembered_up_to_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "INTERNED_BYTES", 4000)
+    decoder = Decoder()
+
+    def said(med: int) -> Attributes:
+        attribute = {"med": med, "community": [[65100, i] for i in range(100)]}
+        event = decoder.update(1, update(attribute=attribute, announce={"ipv4 unicast": {"10.0.1.2": [{"nlri": "x"}]}}))
+        assert isinstance(event, Update)
+        return event.announced[0].attributes
+
+    first = said(1)
+    assert said(1) is first
+    for med in range(2, 6):
+        said(med)
+    assert said(1) == first
+    assert said(1) is not first
 
 
 def test_other_families_are_left_out() -> None:
