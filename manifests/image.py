@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import compileall
-import hashlib
 import importlib.metadata
 import io
-import json
 import os
 import platform
 import py_compile
@@ -29,6 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from lab import oci
+
 ROOT: Final = Path(__file__).resolve().parents[1]
 NAME: Final = "underlay.network/underlay:lab"
 #: Ours, as setup.cfg has them, but for the lab.
@@ -40,7 +40,6 @@ _LEFT_OUT: Final = {
     *("test", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "pydoc_data"),
     *("site-packages", "dist-packages", "__pycache__"),
 }
-_ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
 #: Users that the processes run as; the speaker is no root (exabgp.md, fault 10: ExaBGP looks its user's name up).
 _ACCOUNTS: Final = {
     "etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nunderlay:x:65532:65532:underlay:/:/sbin/nologin\n",
@@ -68,7 +67,8 @@ def build(target: Path, *, name: str = NAME, shim: Path = ROOT / "build" / "unde
         _libraries(layers, layers[0])
         for layer in layers:
             _compile(layer)
-        _write(target, name, [_layer(layer) for layer in layers])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        oci.write(target, name, [_layer(layer) for layer in layers], _config())
 
 
 # -- layers --------------------------------------------------------------------------------------------------------
@@ -219,40 +219,11 @@ def _sorted(tree: Path) -> Iterator[Path]:
     return iter(sorted(tree.rglob("*")))
 
 
-def _write(target: Path, name: str, layers: list[bytes]) -> None:
-    entries = {"oci-layout": json.dumps({"imageLayoutVersion": "1.0.0"}).encode()}
-
-    def blob(kind: str, data: bytes) -> dict[str, Any]:
-        digest = hashlib.sha256(data).hexdigest()
-        entries[f"blobs/sha256/{digest}"] = data
-        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": f"sha256:{digest}", "size": len(data)}
-
-    system = {"architecture": _ARCHITECTURES[platform.machine()], "os": "linux"}
-    config = {
-        **system,
-        "config": {
-            "Env": ["PATH=/usr/bin:/opt/python/bin", f"PYTHONPATH={LIBRARY}", "PYTHONDONTWRITEBYTECODE=1"],
-            "Labels": labels(),
-        },
-        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]},
+def _config() -> dict[str, Any]:
+    return {
+        "Env": ["PATH=/usr/bin:/opt/python/bin", f"PYTHONPATH={LIBRARY}", "PYTHONDONTWRITEBYTECODE=1"],
+        "Labels": labels(),
     }
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": blob("config.v1+json", json.dumps(config).encode()),
-        "layers": [blob("layer.v1.tar", layer) for layer in layers],
-    }
-    described = blob("manifest.v1+json", json.dumps(manifest).encode())
-    described |= {"platform": system, "annotations": {"io.containerd.image.name": name}}
-    entries["index.json"] = json.dumps({"schemaVersion": 2, "manifests": [described]}).encode()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    with tarfile.open(part, "w") as tar:
-        for path, data in entries.items():
-            entry = tarfile.TarInfo(path)
-            entry.size, entry.mtime, entry.mode = len(data), _EPOCH, 0o644
-            tar.addfile(entry, io.BytesIO(data))
-    part.rename(target)
 
 
 def labels() -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from lab.kube.build import NotHere, Programs
+from lab.kube.build import NodePrograms, NotHere, Programs
 
 #: The garbage collector frees the blocks of a deleted Node; the others make a namespace behave as one.
 CONTROLLERS = ("garbage-collector-controller", "namespace-controller", "serviceaccount-controller")
@@ -32,8 +32,18 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     controllers: int = 10257
 
 
+class Nodes(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes a whole cluster of a control plane: the programs, a scheduler's token, and one of each kubelet by the
+    name of its node."""
+
+    programs: NodePrograms
+    scheduler_token: str
+    tokens: dict[str, str]
+
+
 class Plane(msgspec.Struct, frozen=True, kw_only=True):
-    """``folder`` takes data and keys. ``admin_token`` is an administrator's, ``manager_token`` controller-manager's."""
+    """``folder`` takes data and keys. ``admin_token`` is an administrator's, ``manager_token`` controller-manager's.
+    ``nodes``: kubelets are to join."""
 
     programs: Programs
     folder: Path
@@ -41,6 +51,7 @@ class Plane(msgspec.Struct, frozen=True, kw_only=True):
     manager_token: str = "manager-token"
     address: str = "127.0.0.1"
     ports: Ports = Ports()
+    nodes: Nodes | None = None
 
     @property
     def url(self) -> str:
@@ -59,11 +70,20 @@ class Plane(msgspec.Struct, frozen=True, kw_only=True):
         """Makes keys, certificates and the list of tokens. NotHere, ClusterError."""
         self.pki.mkdir(parents=True, mode=0o700)
         make_keys(self.pki, names=names)
-        tokens = self.pki / "tokens.csv"
-        tokens.write_text(
-            f"{self.admin_token},admin,1,system:masters\n{self.manager_token},system:kube-controller-manager,2\n"
-        )
+        who = [f"{self.admin_token},admin,1,system:masters", f"{self.manager_token},system:kube-controller-manager,2"]
         write_kubeconfig(self._manager, self.url, self.ca, token=self.manager_token)
+        if self.nodes:
+            make_client_key(self.pki, "kubelet-client", "/O=system:masters/CN=kube-apiserver-kubelet-client")
+            who.append(f"{self.nodes.scheduler_token},system:kube-scheduler,3")
+            write_kubeconfig(self._scheduler, self.url, self.ca, token=self.nodes.scheduler_token)
+            for number, (name, token) in enumerate(self.nodes.tokens.items(), 4):
+                who.append(f"{token},system:node:{name},{number},system:nodes")
+                write_kubeconfig(self.kubelet(name), self.url, self.ca, token=token)
+        write_secret(self.pki / "tokens.csv", "".join(f"{line}\n" for line in who))
+
+    def kubelet(self, node: str) -> Path:
+        """The kubeconfig of a node's kubelet."""
+        return self.pki / f"{node}.kubeconfig"
 
     def etcd(self) -> list[str]:
         client, peer = f"http://127.0.0.1:{self.ports.etcd}", f"http://127.0.0.1:{self.ports.peer}"
@@ -99,6 +119,29 @@ class Plane(msgspec.Struct, frozen=True, kw_only=True):
             "--service-cluster-ip-range=10.96.0.0/16",
             "--endpoint-reconciler-type=none",
             "--profiling=false",
+            *self._of_kubelets(),
+        ]
+
+    def _of_kubelets(self) -> list[str]:
+        if not self.nodes:
+            return []
+        return [
+            "--allow-privileged=true",
+            f"--kubelet-client-certificate={self.pki / 'kubelet-client.crt'}",
+            f"--kubelet-client-key={self.pki / 'kubelet-client.key'}",
+            "--kubelet-preferred-address-types=InternalIP",
+        ]
+
+    def scheduler(self) -> list[str]:
+        """Only where there are nodes."""
+        assert self.nodes is not None
+        return [
+            str(self.nodes.programs.scheduler),
+            f"--kubeconfig={self._scheduler}",
+            "--bind-address=127.0.0.1",
+            "--leader-elect=false",
+            "--kube-api-qps=500",
+            "--kube-api-burst=1000",
         ]
 
     def controller_manager(self, controllers: Sequence[str] = CONTROLLERS) -> list[str]:
@@ -115,11 +158,17 @@ class Plane(msgspec.Struct, frozen=True, kw_only=True):
             "--leader-elect=false",
             "--kube-api-qps=500",
             "--kube-api-burst=1000",
+            # How soon a node's taint goes once it is ready.
+            *(["--node-monitor-period=500ms"] if self.nodes else []),
         ]
 
     @property
     def _manager(self) -> Path:
         return self.pki / "manager.kubeconfig"
+
+    @property
+    def _scheduler(self) -> Path:
+        return self.pki / "scheduler.kubeconfig"
 
 
 def write_kubeconfig(path: Path, server: str, ca: Path, *, token: str = "", token_file: Path | None = None) -> None:
@@ -153,7 +202,13 @@ def make_keys(folder: Path, *, names: str = NAMES) -> None:
     server = (f"subjectAltName={names}", "extendedKeyUsage=serverAuth")
     signed = ("basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature")
     _openssl(folder, "server", "/CN=kube-apiserver", *signed, *server, ca=True)
-    _openssl(folder, "admin", "/O=system:masters/CN=admin", *signed, "extendedKeyUsage=clientAuth", ca=True)
+    make_client_key(folder, "admin", "/O=system:masters/CN=admin")
+
+
+def make_client_key(folder: Path, name: str, subject: str) -> None:
+    """A client's certificate of the CA in the folder, and its key."""
+    signed = ("basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature")
+    _openssl(folder, name, subject, *signed, "extendedKeyUsage=clientAuth", ca=True)
 
 
 def _openssl(folder: Path, name: str, subject: str, *extensions: str, ca: bool = False) -> None:

@@ -14,12 +14,12 @@ import pytest
 
 from cni import install
 from ipam import journal
-from lab import gobuild
+from lab import busybox, gobuild
 from lab.net import Net
 from tests.conftest import eventually
 from tests.netns.plugin import NODE, Plugin
-from tests.runtime import cnitool, image, sid
-from tests.runtime.containerd import RELEASES, Containerd, Release, fetch
+from tests.runtime import cnitool, sid
+from tests.runtime.containerd import IMAGE, RELEASES, Containerd, Release, fetch
 
 #: cgroup v1 has a folder a controller, v2 is one tree.
 CGROUPS = Path("/sys/fs/cgroup")
@@ -149,7 +149,7 @@ class Shared(Generic[T]):
 @pytest.fixture(scope="session")
 def busybox_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("image") / "busybox.tar"
-    image.write(path, Path("/bin/busybox"))
+    busybox.write(path, IMAGE)
     return path
 
 

@@ -20,7 +20,10 @@ from typing import Any, Final, NamedTuple
 from cni import netns
 from lab.net import Net
 from tests.conftest import eventually
-from tests.runtime import cri, image, sid
+from tests.runtime import cri, sid
+
+#: The one image of these tests: busybox.
+IMAGE: Final = "underlay.test/busybox:1"
 
 _CONFIG: Final = """
 version = 2
@@ -129,7 +132,7 @@ class Containerd:
         #: While it is there, ADDs do not get to our plugin.
         self.hold = home / "hold"
         self._cgroup = f"{_CGROUP}-{os.getpid()}-{name}"
-        config = release.config.format(root=self.root, image=image.NAME, bin=self.bin, conf=self.conf)
+        config = release.config.format(root=self.root, image=IMAGE, bin=self.bin, conf=self.conf)
         (home / "config.toml").write_text(config)
         up = home / "up"
         words = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -227,7 +230,7 @@ class Containerd:
 
     def program(self, sandbox: str, pod: str, name: str, command: Sequence[str]) -> str:
         """A container in the pod ``pod``, whose sandbox is given: its id."""
-        return self.cri.start_container(sandbox, self.pod(pod), name, image.NAME, list(command))
+        return self.cri.start_container(sandbox, self.pod(pod), name, IMAGE, list(command))
 
     def end(self, sandbox: str) -> None:
         self.cri.stop(sandbox)

@@ -1,0 +1,121 @@
+"""What the programs of a cluster's node are told. Pure.
+
+A node is a machine of its own as far as its programs can tell: network, mount, process and host name are. What they
+write to folders of the machine goes to the node's own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+#: What a pod's sandbox runs: busybox, asleep.
+SANDBOX_IMAGE: Final = "underlay.network/busybox:lab"
+SOCKET: Final = "/run/containerd/containerd.sock"
+
+#: Folders that a node has for itself, and where they are in its own folder.
+FOLDERS: Final = {
+    "/var/lib/kubelet": "kubelet",
+    "/var/log/pods": "log/pods",
+    "/var/log/containers": "log/containers",
+    "/var/lib/cni": "cni",
+    "/var/lib/underlay": "state",
+    "/etc/cni/net.d": "net.d",
+    "/opt/cni/bin": "bin",
+}
+#: What a kubelet wants of the machine, and would change (pkg/kubelet/cm/container_manager_linux.go): it finds it so.
+_SYSCTLS: Final = {
+    "vm/overcommit_memory": "1",
+    "vm/panic_on_oom": "0",
+    "kernel/panic": "10",
+    "kernel/panic_on_oops": "1",
+}
+_BOOT_ID: Final = "kernel/random/boot_id"
+
+
+def files(home: Path, boot_id: str) -> dict[Path, str]:
+    """What stands in for files under /proc/sys on this node, by where it is to be."""
+    values = _SYSCTLS | {_BOOT_ID: boot_id}
+    return {home / "proc" / name.replace("/", "."): f"{value}\n" for name, value in values.items()}
+
+
+def holder(home: Path, name: str, up: Path) -> str:
+    """The script of the node's first process, for sh: makes it a machine of its own, touches ``up``, and stays."""
+    lines = [
+        "set -e",
+        "mount --make-rshared /",
+        # A tmpfs: it ends with the node, as a machine's does.
+        "mount -t tmpfs run /run",
+        "mkdir -p /run/containerd /run/netns",
+        "mount --make-rshared /run",
+        f"mkdir -p {' '.join(FOLDERS)}",
+        *(f"mount --bind {home / part} {folder}" for folder, part in FOLDERS.items()),
+        "mount --make-shared /var/lib/kubelet",
+    ]
+    lines += (
+        f"mount --bind {home / 'proc' / name.replace('/', '.')} /proc/sys/{name}" for name in (*_SYSCTLS, _BOOT_ID)
+    )
+    return "\n".join([*lines, f"hostname {name}", f"touch {up}", "trap '' CHLD", "exec sleep 2147483647", ""])
+
+
+def containerd(home: Path) -> str:
+    """The configuration of containerd 1.6 and 1.7, as TOML."""
+    return f"""\
+version = 2
+root = "{home / "containerd"}"
+state = "/run/containerd/state"
+oom_score = 0
+[grpc]
+  address = "{SOCKET}"
+[ttrpc]
+  address = "{SOCKET}.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{home / "containerd" / "opt"}"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{SANDBOX_IMAGE}"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "overlayfs"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/opt/cni/bin"
+    conf_dir = "/etc/cni/net.d"
+"""
+
+
+def kubelet(ca: Path) -> str:
+    """A KubeletConfiguration, as JSON."""
+    return json.dumps(
+        {
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "kind": "KubeletConfiguration",
+            "authentication": {
+                "x509": {"clientCAFile": str(ca)},
+                "webhook": {"enabled": True},
+                "anonymous": {"enabled": False},
+            },
+            "authorization": {"mode": "Webhook"},
+            "containerRuntimeEndpoint": f"unix://{SOCKET}",
+            "cgroupDriver": "cgroupfs",
+            # The machine's cgroups are not ours to arrange, nor is its swap, or how full its disk is.
+            "cgroupsPerQOS": False,
+            "enforceNodeAllocatable": ["none"],
+            "failCgroupV1": False,
+            "failSwapOn": False,
+            "localStorageCapacityIsolation": False,
+            "evictionHard": {
+                "memory.available": "0%",
+                "nodefs.available": "0%",
+                "nodefs.inodesFree": "0%",
+                "imagefs.available": "0%",
+            },
+            "makeIPTablesUtilChains": False,
+            "resolvConf": "",
+            "serializeImagePulls": False,
+            # A lab is waited for.
+            "nodeStatusUpdateFrequency": "1s",
+            "syncFrequency": "10s",
+        },
+        indent=1,
+    )
