@@ -86,8 +86,12 @@ class Peer:
     #: Prefix -> the last change that ExaBGP may not have read yet, whichever session it was said in, and the attributes
     #: before it (None: nothing is to be said before what is wanted).
     unread: dict[str, tuple[Step, str | None]] = field(default_factory=dict)
-    #: Prefix -> attributes before, of what was unread at ``up``: ExaBGP may have several things to say, in any order.
-    #: It waits for the End-of-RIB after the whole table.
+    #: Prefixes of which ExaBGP may have queued something since the session went, and those of them that ``connected``
+    #: corrected again, with the attributes before: then it has two things in its queue, sent in any order.
+    queued: set[str] = field(default_factory=set)
+    twice: dict[str, str | None] = field(default_factory=dict)
+    #: Prefix -> attributes before, where ExaBGP may have several things to say in this session, in any order: unread at
+    #: ``up``, or queued twice. It waits for the End-of-RIB after the whole table.
     unsure: dict[str, str | None] = field(default_factory=dict)
     #: What the peer may hold of us, and that part of it whose present attributes were reported as sent.
     held: set[str] = field(default_factory=set)
@@ -174,8 +178,13 @@ class Ledger:
             steps = {prefix: Step(action, attributes, peer.told.pop(prefix)) for prefix in prefixes}
             for prefix, step in steps.items():
                 _say(peer, prefix, step)
+                if prefix in peer.queued:
+                    peer.twice[prefix] = step.before if action == "announce" else None
+                peer.queued.add(prefix)
                 if action == "announce":
                     peer.told[prefix] = attributes
+                else:
+                    _remember(peer, prefix, attributes)
             for line in _lines(address, action, attributes, prefixes):
                 yield Command(line, address, -1, {p: steps[p] for p in line.prefixes})
 
@@ -184,7 +193,9 @@ class Ledger:
         self._lose(peer)
         peer.up, peer.generation, peer.families = True, generation, tuple(families)
         # What ExaBGP has not read yet comes behind what it repeats.
-        peer.unsure = {p: before for p, (_, before) in peer.unread.items() if family_of(p) in peer.families}
+        unread = {prefix: before for prefix, (_, before) in peer.unread.items()}
+        peer.unsure = {p: before for p, before in (peer.twice | unread).items() if family_of(p) in peer.families}
+        peer.queued, peer.twice = set(), {}
         wanted = (self._wanted or {}).get(address, {})
         peer.held.update(p for p in (*wanted, *peer.told) if family_of(p) in peer.families)
         peer.again = set(wanted)
@@ -315,6 +326,8 @@ class Ledger:
         """The session is over: what was on its way is void, what the peer held it may hold still."""
         for family, waiting in peer.barriers.items():
             peer.stray[family] = peer.stray.get(family, 0) + len(waiting)
+        if peer.up:
+            peer.queued = {p for p, step in peer.steps.items() if not step.answered} | peer.unread.keys()
         peer.up = False
         peer.confirmed = set()
         peer.steps, peer.barriers, peer.unsure = {}, {}, {}
@@ -369,9 +382,7 @@ class Ledger:
         if wanted is None and told is not None:
             del peer.told[prefix]
             self._mark(peer, prefix, "held")
-            peer.withdrawn[prefix] = told
-            while len(peer.withdrawn) > REMEMBERED:
-                del peer.withdrawn[next(iter(peer.withdrawn))]
+            _remember(peer, prefix, told)
             return Step("withdraw", told, told)
         if wanted is None and prefix in peer.withdrawn:
             return Step("withdraw", peer.withdrawn[prefix], None, repeat=True)
@@ -436,6 +447,12 @@ def _say(peer: Peer, prefix: str, step: Step) -> None:
         peer.unread[prefix] = step, None
     elif step.before not in (None, step.attributes) or prefix in peer.unread:
         peer.unread[prefix] = step, step.before
+
+
+def _remember(peer: Peer, prefix: str, attributes: str) -> None:
+    peer.withdrawn[prefix] = attributes
+    while len(peer.withdrawn) > REMEMBERED:
+        del peer.withdrawn[next(iter(peer.withdrawn))]
 
 
 class _Line(str):

@@ -144,19 +144,17 @@ def test_agent_restart_with_a_peer_that_cannot_be_asked(bird: Bird, node: Node, 
                 restarted = any(isinstance(e, SessionDown) for e in events)
                 assert restarted != kept
                 if kept:
-                    assert {type(e) for e in events} == {SessionUp, Resync, Update, EndOfRib}
                     assert len(got) == len({(peer, r.prefix) for peer, r in got}), "each is told once"
 
     run(main())
 
 
-@pytest.mark.parametrize("flood", [False, True], ids=["idle", "writing"])
-def test_killed_relay_restarts_the_speaker(bird: Bird, node: Node, net: Net, tmp_path: Path, flood: bool) -> None:
-    """Fault 4 (ExaBGP writes to a dead helper and stops its peers for good), and the quiet case beside it."""
+def test_killed_relay_restarts_the_speaker(bird: Bird, node: Node, net: Net, tmp_path: Path) -> None:
+    """In a quiet moment; test_fault_4 has the other."""
     wanted = blocks(4)
 
     async def main() -> None:
-        bird.start([f"10.{100 + i // 250}.{i % 250}.0/24" for i in range(3000 if flood else 1)])
+        bird.start(["10.100.0.0/24"])
         node.start()
         async with node.driver() as (driver, events):
             driver.set_sessions(SESSIONS)
@@ -166,13 +164,6 @@ def test_killed_relay_restarts_the_speaker(bird: Bird, node: Node, net: Net, tmp
             await until(lambda: any(isinstance(e, EndOfRib) for e in events))
             await witness.begin({a.prefix for a in wanted})
             first = node.process.pid
-            if flood:
-                # The relay is stopped, ExaBGP fills the pipe and blocks on it, the relay dies.
-                relay = node.relay()
-                os.kill(relay, signal.SIGSTOP)
-                bird.ask("reload", "out", "node4")
-                bird.ask("reload", "out", "node6")
-                await until(lambda: "pipe_write" in Path(f"/proc/{first}/wchan").read_text())
             os.kill(node.relay(), signal.SIGKILL)
             await until(lambda: node.process.poll() is not None, limit=30)
             node.start()

@@ -443,3 +443,23 @@ def test_peer_that_is_down_is_told_nothing() -> None:
     ledger.want({})
     ledger.forget([])
     assert ledger.lingering() == []
+
+
+def test_what_exabgp_queued_twice_while_a_session_was_down_is_made_sure_of() -> None:
+    """A change that it read only after the session went, and the correction of that: it sends them in any order."""
+    ledger = Ledger()
+    ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[1]}})
+    ledger.up(PEERS[0], 1, FAMILIES)
+    unread = list(ledger.commands(0))
+    ledger.down(PEERS[0])
+    ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[0]}})
+    unread += ledger.connected(PEERS[0])
+    for command in unread:
+        ledger.answered(command, "eor" not in command.line, 0)
+    ledger.up(PEERS[0], 2, FAMILIES)
+    assert announced(ledger) == []
+    for _ in range(2):  # the first was lost with its session
+        ledger.reported_end(PEERS[0], FAMILIES[0])
+    assert announced(ledger) == [ATTRIBUTES[1].split()]
+    ledger.reported(PEERS[0], PREFIXES[:1], [])
+    assert announced(ledger) == [ATTRIBUTES[0].split()]
