@@ -2,7 +2,8 @@
 
 An ordinary leaf and spine: eBGP on each link, a session per family over that family's addresses, ECMP into the kernel.
 Timers are short (a lab is waited for): hold 9, retry and error wait 1. A ToR takes from a node what lies in the pools
-and nothing else. It keeps a restarting node's routes as the node asks (RFC 4724, ``aware``: helper only).
+and nothing else. It keeps a restarting node's routes as the node asks (RFC 4724, ``aware``: helper only), and uses a
+way that is about to go only if there is no other (RFC 8326).
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ from collections.abc import Iterator
 from ipaddress import ip_network
 from typing import Final
 
-from lab.topology import End, Node, Pool, Router, Topology, bare
+from lab.topology import End, Node, Pool, Router, Topology, Use, bare
 
 HOLD: Final = 9
 ECMP: Final = 16
+#: As birdc takes it: every name that ``protocol_name`` gives.
+EVERY_SESSION: Final = '"*_v?"'
+_GRACEFUL_SHUTDOWN: Final = "(65535, 0)"
 _FAMILIES: Final = (4, 6)
 
 
-def configuration(topology: Topology, router: Router) -> str:
+def configuration(topology: Topology, router: Router, *, use: Use = "normal") -> str:
     """The whole text of ``bird.conf`` for one router of the topology."""
-    return "\n".join([*_head(router), *_kernel(), *_filters(topology.pools), *_sessions(topology, router)]) + "\n"
+    filters = _filters(topology.pools, use)
+    return "\n".join([*_head(router), *_kernel(), *filters, *_sessions(topology, router)]) + "\n"
 
 
 def protocol_name(peer: str, family: int) -> str:
@@ -48,11 +53,16 @@ def _kernel() -> Iterator[str]:
     yield ""
 
 
-def _filters(pools: tuple[Pool, ...]) -> Iterator[str]:
+def _filters(pools: tuple[Pool, ...], use: Use) -> Iterator[str]:
+    condition = "" if use == "left" else f"if {_GRACEFUL_SHUTDOWN} ~ bgp_community then "
+    yield f"function weigh() {{ {condition}bgp_local_pref = 0; }}"
+    mark = "" if use == "normal" else f"bgp_community.add({_GRACEFUL_SHUTDOWN}); "
+    yield f"filter told {{ {mark}accept; }}"
+    yield "filter fabric { weigh(); accept; }"
     for family in _FAMILIES:
         inside = [f"{p.cidr}{{{p.block_size},{128 if family == 6 else 32}}}" for p in pools if _family(p) == family]
         test = f"if net ~ [ {', '.join(inside)} ] then accept; " if inside else ""
-        yield f"filter pools{family} {{ {test}reject; }}"
+        yield f"filter pools{family} {{ weigh(); {test}reject; }}"
     yield ""
 
 
@@ -73,7 +83,7 @@ def _session(router: Router, near: End, far: End, family: int, asn: int, node: N
     yield "  check link yes; graceful restart aware;"
     if node:
         yield "  passive yes;"  # a node's speaker does not listen
-    yield f"  ipv{family} {{ import {f'filter pools{family}' if node else 'all'}; export all; }};"
+    yield f"  ipv{family} {{ import filter {f'pools{family}' if node else 'fabric'}; export filter told; }};"
     yield "}"
 
 

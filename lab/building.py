@@ -28,7 +28,7 @@ from lab.pinger import Member
 from lab.probe import Prober
 from lab.processes import Daemon
 from lab.story import Story
-from lab.topology import Link, Router, Topology, node_of_pod, pod_number, rack_name
+from lab.topology import Link, Router, Topology, Use, node_of_pod, pod_number, rack_name
 from lab.wire import (
     LinkState,
     Part,
@@ -228,6 +228,20 @@ class Lab:
         self._net.ip(node, [f"route replace blackhole {_NOWHERE} proto {PROTO_IMPORTS} metric {_LAST}"])
         return lambda: _NOWHERE not in rack.routes(self._net, node, protocol=PROTO_IMPORTS)
 
+    def use(self, router: str, how: Use) -> None:
+        """Changes how a router is to be used."""
+        routers.use(self._net, self._topology, self._router_of(router), self._folder.member(router), how)
+
+    def shut(self, router: str, *, on: bool) -> None:
+        """Has a router shut its sessions, or have them again."""
+        routers.shut(self._net, self._topology, self._router_of(router), self._folder.member(router), on=on)
+
+    def ways(self, member: str) -> frozenset[str]:
+        """The ports of a node or router that its routes to blocks lead through; a port is called as who is there."""
+        wanted = frozenset(block for own in self._known.values() for block in own)
+        protocol = PROTO_IMPORTS if member in self._machines else routers.PROTOCOL[self._topology.shape.tor]
+        return rack.ways(self._net, member, wanted, protocol=protocol)
+
     async def command(self, node: str, *words: str) -> str:
         """What a command of a person at the node prints. Raises LabError if it fails."""
         environment = {"PATH": f"{Path(sys.executable).parent}:{PATH}", "LANG": "C.UTF-8"} | self._environment(node)
@@ -408,6 +422,12 @@ class Lab:
             asn=router.asn,
             processes={part: daemon.state() for part, daemon in self._routers.get(router.name, {}).items()},
         )
+
+    def _router_of(self, name: str) -> Router:
+        for router in self._topology.routers:
+            if router.name == name:
+                return router
+        raise LabError(f"no router is called {name}")
 
     def _machine(self, name: str) -> Machine:
         if name not in self._machines:

@@ -96,6 +96,35 @@ async def _kill_tor(scene: Scene) -> None:
         await scene.stay()
 
 
+async def _drain_tor(scene: Scene) -> None:
+    site, tor = scene.site, scene.site.topology.tors[0].name
+    nodes = [node.name for node in site.topology.nodes if tor in {uplink.tor for uplink in node.uplinks}]
+    neighbours = [*nodes, *(spine.name for spine in site.topology.spines)]
+
+    async def again() -> None:
+        with scene.step(f"{tor} takes GRACEFUL_SHUTDOWN back, and is used again"):
+            site.use(tor, "leaving")
+            await scene.calm(1)
+            site.use(tor, "normal")
+            await scene.until(lambda: all(tor in site.ways(node) for node in nodes), f"{tor} is not used again")
+
+    async def back() -> None:
+        with scene.step(f"{tor} has its sessions again, and learns everything"):
+            site.shut(tor, on=False)
+            await scene.calm(1)
+
+    with scene.step(f"{tor} announces everything with GRACEFUL_SHUTDOWN, until nobody uses it"):
+        scene.afterwards(again)
+        site.use(tor, "leaving")
+        await scene.until(lambda: not any(tor in site.ways(name) for name in neighbours), f"{tor} is still used")
+        site.use(tor, "left")
+        await scene.calm(1)
+    with scene.step(f"{tor} shuts its sessions for {scene.away:g} s"):
+        scene.afterwards(back)
+        site.shut(tor, on=True)
+        await scene.stay()
+
+
 async def _kill_node(scene: Scene) -> None:
     with scene.step(f"{scene.node} is dead, with all its ports, for {scene.away:g} s"):
         for link in _cables(scene.site.topology, scene.node):
@@ -201,6 +230,12 @@ def _no_tor(topology: Topology) -> str:
     return "" if topology.tors else "there is no ToR in a mesh"
 
 
+def _needs_two(topology: Topology) -> str:
+    if topology.shape.dual_tor:
+        return ""
+    return "a rack that has one ToR, or none, cannot do without it: underlay-lab up --dual-tor"
+
+
 DRILLS: Final = (
     Drill(
         name="kill-agent",
@@ -236,6 +271,14 @@ DRILLS: Final = (
         planned=True,
         struck=_first_node,
         steps=_config_change,
+    ),
+    Drill(
+        name="drain-tor",
+        sentence="A ToR is drained (RFC 8326), shuts its sessions, and comes back.",
+        planned=True,
+        struck=_first_rack,
+        steps=_drain_tor,
+        refusal=_needs_two,
     ),
     Drill(
         name="cut-uplink",

@@ -12,14 +12,27 @@ from ipaddress import ip_network
 from typing import Final
 
 from lab.bird import ECMP, HOLD
-from lab.topology import Router, Topology, bare
+from lab.topology import Router, Topology, Use, bare
 
+_LEAVING: Final = "LEAVING"
 _FAMILIES: Final = {4: ("ip", "ipv4"), 6: ("ipv6", "ipv6")}
 
 
 def configuration(topology: Topology, router: Router) -> str:
     """The whole text of ``bgpd.conf`` for one router of the topology; zebra needs none."""
     return "\n".join([*_lists(topology), *_head(router), *_sessions(topology, router)]) + "\n"
+
+
+def change(topology: Topology, router: Router, *, use: Use) -> tuple[str, ...]:
+    """The lines below ``configure terminal`` after which the router is used like that, whatever it was before."""
+    lines = [f"router bgp {router.asn}", f"{'' if use == 'left' else 'no '}bgp graceful-shutdown"]
+    for place, (_, name) in enumerate(_FAMILIES.values()):
+        lines.append(f"address-family {name} unicast")
+        for _, far in topology.ends(router.name):
+            word = "no " if use == "normal" else ""
+            lines.append(f"{word}neighbor {bare(far.addresses[place])} route-map {_LEAVING} out")
+        lines.append("exit-address-family")
+    return tuple(lines)
 
 
 def _lists(topology: Topology) -> Iterator[str]:
@@ -29,6 +42,8 @@ def _lists(topology: Topology) -> Iterator[str]:
             yield f"{word} prefix-list pools{family} seq {number} {rule}"
         # A list that does not exist lets everything through.
         yield f"{word} prefix-list pools{family} seq 99 deny any"
+    yield f"route-map {_LEAVING} permit 1"
+    yield " set community graceful-shutdown additive"
 
 
 def _head(router: Router) -> Iterator[str]:

@@ -66,6 +66,17 @@ def routes(net: Net, name: str, *, protocol: str | int | None = None) -> frozens
     return frozenset(found)
 
 
+def ways(net: Net, name: str, wanted: frozenset[str], *, protocol: str | int) -> frozenset[str]:
+    """The ports that a namespace's routes of one protocol to these destinations (CIDRs) lead through."""
+    found: set[str] = set()
+    for family, length in (("-4", 32), ("-6", 128)):
+        said = net.run(name, ["ip", family, "-j", "route", "show", "table", "main", "protocol", str(protocol)]).stdout
+        for route in json.loads(said or "[]"):
+            if _cidr(route["dst"], family, length) in wanted:
+                found |= {hop["dev"] for hop in (route, *route.get("nexthops", ())) if "dev" in hop}
+    return frozenset(found)
+
+
 def missing(net: Net, names: Iterable[str], wanted: frozenset[str], *, protocol: str | int) -> tuple[str, str] | None:
     """The first namespace that lacks one of the wanted destinations, and which; None when none does."""
     for name in names:

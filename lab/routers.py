@@ -15,7 +15,7 @@ from cni import netns
 from lab import bird, frr
 from lab.net import Net, NetError
 from lab.processes import answers
-from lab.topology import Router, Software, Topology
+from lab.topology import Router, Software, Topology, Use, bare
 from lab.wire import RouterPart
 
 #: What routes of BGP are called in a router's kernel, as ``ip route show protocol`` takes it.
@@ -89,9 +89,30 @@ def birdc(net: Net, router: str, folder: Path, *words: str) -> str:
     return said.partition("Access restricted\n")[2]
 
 
-def vtysh(net: Net, router: str, folder: Path, command: str) -> str:
-    """What the router's FRR answers. Raises NetError."""
-    return net.run(router, [_find("vtysh", "frr"), "--vty_socket", str(folder), "-c", command]).stdout
+def vtysh(net: Net, router: str, folder: Path, *commands: str) -> str:
+    """What the router's FRR answers to commands, one after the other. Raises NetError."""
+    words = [word for command in commands for word in ("-c", command)]
+    return net.run(router, [_find("vtysh", "frr"), "--vty_socket", str(folder), *words]).stdout
+
+
+def use(net: Net, topology: Topology, router: Router, folder: Path, how: Use) -> None:
+    """Changes how the router is to be used; no session is touched. Raises NetError."""
+    if topology.shape.tor == "bird":
+        (folder / "bird.conf").write_text(bird.configuration(topology, router, use=how))
+        _order(net, router.name, folder, "configure")
+    else:
+        vtysh(net, router.name, folder, "configure terminal", *frr.change(topology, router, use=how))
+
+
+def shut(net: Net, topology: Topology, router: Router, folder: Path, *, on: bool) -> None:
+    """Has the router shut all its sessions, or lets it have them again. Raises NetError."""
+    if topology.shape.tor == "bird":
+        _order(net, router.name, folder, "disable" if on else "enable", bird.EVERY_SESSION)
+    else:
+        word = "" if on else "no "
+        peers = [bare(address) for _, far in topology.ends(router.name) for address in far.addresses]
+        lines = [f"{word}neighbor {peer} shutdown" for peer in peers]
+        vtysh(net, router.name, folder, "configure terminal", f"router bgp {router.asn}", *lines)
 
 
 def let_root_run_frr(folder: Path) -> None:
@@ -103,6 +124,13 @@ def let_root_run_frr(folder: Path) -> None:
     changed = folder / "group"
     changed.write_text(re.sub(r"^frrvty:.*$", "frrvty:x:0:root", text, flags=re.MULTILINE))
     netns.mount(str(changed), _GROUPS, flags=netns.MS_BIND)
+
+
+def _order(net: Net, router: str, folder: Path, *words: str) -> None:
+    """A command that changes something; birdc ends with 0 whatever BIRD says."""
+    said = net.run(router, [_find("birdc", "bird"), "-s", str(folder / "bird.ctl"), *words]).stdout
+    if re.search(r"error|unexpected|No protocols match", said, re.IGNORECASE):
+        raise NetError(f"birdc {' '.join(words)} on {router}: {said.strip()}")
 
 
 def _frr(name: RouterPart, folder: Path, after: Path | None) -> Program:

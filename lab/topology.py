@@ -25,6 +25,9 @@ MAX_PODS: Final = 250
 SWITCH: Final = "switch"
 
 Software = Literal["bird", "frr"]
+#: How a router is to be used (RFC 8326): as ever; by nobody who has another way (``leaving``); and it, too, uses other
+#: ways than its peers' where it has them (``left``). One step at a time, or two routers may send packets to each other.
+Use = Literal["normal", "leaving", "left"]
 
 
 class TopologyError(ValueError):

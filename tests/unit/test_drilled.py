@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import msgspec
 import pytest
 
-from lab import connections, drill, drilled
+from lab import bird, connections, drill, drilled, frr
 from lab.drilled import PathLoss, Report
 from lab.drilling import pairs
 from lab.errors import LabError
 from lab.pinger import Member
-from lab.topology import Topology
+from lab.topology import Topology, Use
 
 TOPOLOGIES = (Topology.build(), Topology.build(dual_tor=True), Topology.build(tor="frr"), Topology.build(mesh=True))
 
@@ -156,3 +157,25 @@ TCP6 = """\
 def test_connections_are_read_from_the_kernels_table() -> None:
     assert connections.parse(TCP) == {("10.1.1.0", 0x8BCC, 179)}
     assert connections.parse(TCP6) == {("fd00:10:1::2", 0x9C40, 179)}
+
+
+def test_a_router_tells_others_first_and_then_uses_other_ways_itself() -> None:
+    topology = Topology.build(dual_tor=True)
+    tor = topology.tors[0]
+    normal, leaving, left = (bird.configuration(topology, tor, use=use) for use in get_args(Use))
+    assert normal == bird.configuration(topology, tor)
+    assert "bgp_community.add((65535, 0))" not in normal
+    assert "bgp_community.add((65535, 0))" in leaving
+    assert "if (65535, 0) ~ bgp_community then bgp_local_pref = 0;" in leaving
+    assert "{ bgp_local_pref = 0; }" in left
+    first, second, last = (frr.change(topology, tor, use=use) for use in get_args(Use))
+    peers = 2 * len(topology.ends(tor.name))
+    assert sum(line.startswith("no neighbor") for line in first) == peers
+    assert (
+        sum(line.startswith("neighbor") for line in second) == sum(line.startswith("neigh") for line in last) == peers
+    )
+    assert [line for line in (*first, *second, *last) if "bgp graceful-shutdown" in line] == [
+        "no bgp graceful-shutdown",
+        "no bgp graceful-shutdown",
+        "bgp graceful-shutdown",
+    ]

@@ -170,8 +170,8 @@ def test_a_pod_of_another_shape_is_refused(name: str) -> None:
 def test_bird_takes_only_pools_from_nodes_and_speaks_one_family_a_session() -> None:
     t = Topology.build(spines=2)
     text = bird.configuration(t, t.tors[0])
-    assert "filter pools4 { if net ~ [ 10.244.0.0/16{26,32} ] then accept; reject; }" in text
-    assert "filter pools6 { if net ~ [ fd00:10:244::/112{122,128} ] then accept; reject; }" in text
+    assert "filter pools4 { weigh(); if net ~ [ 10.244.0.0/16{26,32} ] then accept; reject; }" in text
+    assert "filter pools6 { weigh(); if net ~ [ fd00:10:244::/112{122,128} ] then accept; reject; }" in text
     assert text.count("protocol bgp ") == 2 * (2 + 2)  # two spines, two nodes
     assert text.count("passive yes") == text.count("import filter pools") == 4
     assert text.count("merge paths on limit 16") == 2
