@@ -290,6 +290,10 @@ class Ledger:
             if peer.up and self._wanted is not None
         )
 
+    def waiting(self) -> list[str]:
+        """Peers to which something is on its way."""
+        return [a for a, peer in self._peers.items() if peer.up and (peer.steps or any(peer.barriers.values()))]
+
     # -- what may be held -----------------------------------------------------------------------------------------
 
     def changes(self) -> list[Change]:

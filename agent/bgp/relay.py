@@ -30,6 +30,7 @@ from agent.bgp.helper import Speaker, log
 from agent.bgp.ledger import Command, Ledger
 from agent.bgp.link import Link
 from agent.bgp.past import Past
+from agent.bgp.stuck import Stuck
 
 #: Seconds between looks at what is late while something is on its way, and while nothing is.
 TICK, REST = 0.05, 1.0
@@ -37,8 +38,8 @@ TICK, REST = 0.05, 1.0
 PATIENCE = 60.0
 #: Seconds for one reload to be confirmed, and how many are tried before ExaBGP is restarted (fault 2, fault 3).
 RELOAD_TIME, RELOADS = 3.0, 5
-#: Seconds that a reload waits for what is on its way.
-RELOAD_WAIT = 10.0
+#: Seconds that a reload waits for what is on its way, and after which a peer that takes nothing of it is left.
+RELOAD_WAIT, RELOAD_STUCK = 10.0, 3.0
 #: Seconds without an UPDATE after which a peer that neither brackets its route refresh nor said an End-of-RIB is taken
 #: to be through.
 QUIET = 2.0
@@ -92,15 +93,17 @@ class Relay:
         watch_every: float,
         silence: float,
         heard: int,
+        send_hold: float,
     ) -> None:
         self._folder, self._configuration = folder, configuration
         self._assert_every, self._watch_every, self._silence = assert_every, watch_every, silence
-        self._heard_limit = heard
+        self._heard_limit, self._send_hold = heard, send_hold
         self._selector = selectors.DefaultSelector()
         self._speaker = Speaker(self._selector, self._event)
         self._agent = Link(self._selector, buffer, greet=self._greet, request=self._request, left=self._left)
         self._ledger = Ledger()
         self._past = Past()
+        self._stuck = Stuck()
         self._table: tables.Table | None = None
         self._problem = ""
         self._sessions: dict[str, Session] = {}
@@ -108,7 +111,7 @@ class Relay:
         self._base = int(time.monotonic() * 1000)
         self._loaded: str | None = None
         self._reload: Reload | None = None
-        self._watch_at = self._assert_at = time.monotonic()
+        self._watch_at = self._assert_at = self._worked_at = time.monotonic()
         self._missed = 0
         self._flush_due = False
 
@@ -142,6 +145,9 @@ class Relay:
 
     def _work(self) -> None:
         now = time.monotonic()
+        self._stuck.passed(min(now - self._worked_at, REST), self._ledger.waiting())
+        self._worked_at = now
+        self._leave(self._stuck.longer_than(self._send_hold))
         asked = self._speaker.unanswered()
         if asked is not None and now - asked > PATIENCE:
             self._speaker.restart(f"no answer for {PATIENCE:.0f} s")
@@ -270,7 +276,14 @@ class Relay:
                 return
         self._agent.pass_on(wire.KIND_UPDATE, b"%d %s" % (session.generation, line))
 
+    def _leave(self, stuck: list[str]) -> None:
+        for address in stuck:
+            log(f"peer {address} takes nothing of what is sent to it (RFC 9687): its session is restarted")
+            self._stuck.moved(address)
+            self._speaker.say(f"neighbor {address} teardown 4")
+
     def _sent(self, address: str, message: Any) -> None:
+        self._stuck.moved(address)
         if not isinstance(message, dict):
             return
         end = message.get("eor")
@@ -335,6 +348,7 @@ class Relay:
         elif reload.signalled == 0:
             # Nothing may be on its way: ExaBGP would forget the signal without a word (fault 2).
             if reload.tries == 0 and not self._ledger.idle() and now < reload.since + RELOAD_WAIT:
+                self._leave(self._stuck.longer_than(RELOAD_STUCK))
                 self._tell_peers(now)
                 return
             reload.signalled, reload.tries = now, reload.tries + 1
@@ -493,6 +507,7 @@ def main() -> None:
     parser.add_argument("--watch-every", type=float, default=5, help="seconds between looks at ExaBGP's peers")
     parser.add_argument("--silence", type=float, default=10, help="seconds to wait for the answer to a route refresh")
     parser.add_argument("--heard", type=int, default=LIMIT, help="bytes kept of a peer without route refresh")
+    parser.add_argument("--send-hold", type=float, default=60, help="seconds that a peer may take nothing")
     options = parser.parse_args()
     os.umask(0o077)
     # The signals that mean something to ExaBGP may reach its whole group: it speaks to us by closing our input.
@@ -506,6 +521,7 @@ def main() -> None:
         watch_every=options.watch_every,
         silence=options.silence,
         heard=options.heard,
+        send_hold=options.send_hold,
     ).run()
 
 
