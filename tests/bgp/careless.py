@@ -1,4 +1,4 @@
-"""The relay without one of its cares: what ExaBGP does then is what the care is for (tests/bgp/test_faults.py).
+"""The relay without one of its cares: what ExaBGP does then is what the care is for (tests/bgp/faults.py).
 
 ExaBGP runs it in the relay's place: ``python -ISEs careless.py FOLDER CONFIGURATION --without CARE``.
 """
