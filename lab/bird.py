@@ -83,7 +83,8 @@ def _session(router: Router, near: End, far: End, family: int, asn: int, node: N
     yield "  check link yes; graceful restart aware;"
     if node:
         yield "  passive yes;"  # a node's speaker does not listen
-    yield f"  ipv{family} {{ import filter {f'pools{family}' if node else 'fabric'}; export filter told; }};"
+    takes = f"pools{family}" if node else "fabric"
+    yield f"  ipv{family} {{ import filter {takes}; export filter told; next hop self; }};"
     yield "}"
 
 

@@ -29,6 +29,8 @@ from lab.probe import Prober
 from lab.processes import Daemon
 from lab.story import Story
 from lab.topology import Link, Router, Topology, Use, node_of_pod, pod_number, rack_name
+from lab.visitor import NAME as VISITOR
+from lab.visitor import Visitor
 from lab.wire import (
     LinkState,
     Part,
@@ -241,6 +243,10 @@ class Lab:
         wanted = frozenset(block for own in self._known.values() for block in own)
         protocol = PROTO_IMPORTS if member in self._machines else routers.PROTOCOL[self._topology.shape.tor]
         return rack.ways(self._net, member, wanted, protocol=protocol)
+
+    def visitor(self) -> Visitor:
+        """A ToR that is not there yet, for the segment of a mesh."""
+        return Visitor(self._net, self._clock, self._topology, self._folder.member(VISITOR))
 
     async def command(self, node: str, *words: str) -> str:
         """What a command of a person at the node prints. Raises LabError if it fails."""

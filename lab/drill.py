@@ -9,6 +9,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from lab import visitor
 from lab.drilling import Drill, Scene, Struck
 from lab.errors import LabError
 from lab.topology import Link, Topology, rack_name
@@ -19,6 +20,7 @@ from store.model import (
     BGPFilter,
     BGPFilterSpec,
     BGPPeer,
+    BGPPeerSpec,
     FilterRuleV4,
     FilterRuleV6,
     IPPool,
@@ -184,6 +186,56 @@ async def _config_change(scene: Scene) -> None:
         await scene.understood(node)
 
 
+async def _mesh_to_tor(scene: Scene) -> None:
+    store, nodes = scene.site.store, [node.name for node in scene.site.topology.nodes]
+    tor = scene.site.visitor()
+    with scene.step(f"{visitor.NAME} comes to the segment"):
+        tor.come()
+        scene.afterwards(tor.go)
+    mesh = {node: scene.peers(node) for node in nodes}
+    there = frozenset(visitor.ADDRESSES)
+
+    async def no_peers() -> None:
+        with scene.step("the BGPPeers are gone"):
+            for key in [peer.key for peer in (await store.list(BGPPeer)).items if peer.spec.as_number == visitor.ASN]:
+                await store.delete(BGPPeer, key)
+            await scene.until(
+                lambda: all(scene.peers(node) == mesh[node] for node in nodes), f"{visitor.NAME} has sessions still"
+            )
+
+    with scene.step(f"every node is a peer of {visitor.NAME}, by two BGPPeers"):
+        scene.afterwards(no_peers)
+        for family, address in zip(("v4", "v6"), visitor.ADDRESSES, strict=True):
+            spec = BGPPeerSpec(peer_ip=address, as_number=visitor.ASN, num_allowed_local_as_numbers=1)
+            await store.create(BGPPeer(metadata=Meta(name=f"{visitor.NAME}-{family}"), spec=spec))
+    with scene.step("nodeToNodeMeshEnabled: false"):
+        if not (await store.list(BGPConfiguration)).items:
+            await _make(scene, BGPConfiguration(metadata=Meta(name="default"), spec=BGPConfigurationSpec()))
+
+        async def mesh_again() -> None:
+            with scene.step("nodeToNodeMeshEnabled: true"):
+                await _set_mesh(scene, True)
+                await scene.until(
+                    lambda: all(scene.peers(node) >= mesh[node] for node in nodes), "the mesh is not there again"
+                )
+                await scene.calm(1)
+
+        scene.afterwards(mesh_again)
+        await _set_mesh(scene, False)
+        await scene.until(lambda: all(scene.peers(node) == there for node in nodes), "the mesh is not left")
+    with scene.step(f"{scene.away:g} s without the mesh"):
+        await scene.stay()
+
+
+async def _set_mesh(scene: Scene, on: bool) -> None:
+    await mutate(
+        scene.site.store,
+        BGPConfiguration,
+        "default",
+        lambda now: replace(now, spec=replace(now.spec, node_to_node_mesh_enabled=on)),
+    )
+
+
 def _everything() -> BGPFilterSpec:
     """Rules that let all of it through, each with a match of its own."""
     v4 = (FilterRuleV4(action="Accept", match_operator="In", cidr="10.244.0.0/16"),)
@@ -228,6 +280,10 @@ def _first_rack(topology: Topology) -> Struck:
 
 def _no_tor(topology: Topology) -> str:
     return "" if topology.tors else "there is no ToR in a mesh"
+
+
+def _needs_mesh(topology: Topology) -> str:
+    return "" if topology.shape.mesh else "this is no mesh: underlay-lab up --mesh"
 
 
 def _needs_two(topology: Topology) -> str:
@@ -279,6 +335,14 @@ DRILLS: Final = (
         struck=_first_rack,
         steps=_drain_tor,
         refusal=_needs_two,
+    ),
+    Drill(
+        name="mesh-to-tor",
+        sentence="A mesh gets a ToR, its nodes peer with that and leave the mesh, and come back to it.",
+        planned=True,
+        struck=_every_node,
+        steps=_mesh_to_tor,
+        refusal=_needs_mesh,
     ),
     Drill(
         name="cut-uplink",

@@ -16,6 +16,7 @@ from lab.pinger import Member, Path, Told
 from lab.pings import Pings, pinging
 from lab.story import Story
 from lab.topology import Topology, Use, node_of_pod
+from lab.visitor import Visitor
 from lab.wire import ProcessState
 from store.base import Store
 from store.clock import Clock
@@ -45,6 +46,7 @@ class Site(Protocol):
     def use(self, router: str, how: Use) -> None: ...
     def shut(self, router: str, *, on: bool) -> None: ...
     def ways(self, member: str) -> frozenset[str]: ...
+    def visitor(self) -> Visitor: ...
     def connections(self, node: str) -> Connections: ...
     def ask_agent(self, node: str) -> Callable[[], bool]: ...
     async def unrest(self) -> str: ...
@@ -97,6 +99,10 @@ class Scene:
         follows from what it saw."""
         await self.until(self.site.ask_agent(node), f"the agent of {node} does not do its work")
         await self.clock.sleep(1)
+
+    def peers(self, node: str) -> frozenset[str]:
+        """With whom the node has a session."""
+        return _peers(self.site.connections(node))
 
     def anew(self, node: str, old: Connections) -> bool:
         """Whether one of the node's connections is newer than ``old``."""

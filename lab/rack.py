@@ -30,20 +30,30 @@ def build(net: Net, topology: Topology) -> None:
     """Makes every namespace and link of the topology, and the default routes of its nodes. Starts nothing.
     Raises NetError."""
     for name in [*(r.name for r in topology.routers), *(n.name for n in topology.nodes)]:
-        net.add(name, forwarding=True)
-        net.sysctl(name, _SYSCTLS)
+        add(net, name)
     for name in topology.switches:
         net.add(name)
         net.ip(name, [f"link add name {_BRIDGE} type bridge", f"link set dev {_BRIDGE} up"])
     for link in topology.links:
-        net.link(link.upper.name, link.upper.port, link.lower.name, link.lower.port)
-        for end in (link.upper, link.lower):
-            if end.name in topology.switches:
-                net.ip(end.name, [f"link set dev {end.port} master {_BRIDGE}"])
-            else:
-                net.address(end.name, end.port, end.addresses)
+        plug(net, topology, link)
     for node in topology.nodes:
         net.ip(node.name, _defaults(node))
+
+
+def add(net: Net, name: str) -> None:
+    """Makes the namespace of a router or node. Raises NetError."""
+    net.add(name, forwarding=True)
+    net.sysctl(name, _SYSCTLS)
+
+
+def plug(net: Net, topology: Topology, link: Link) -> None:
+    """Makes the link between two namespaces that are there. Raises NetError."""
+    net.link(link.upper.name, link.upper.port, link.lower.name, link.lower.port)
+    for end in (link.upper, link.lower):
+        if end.name in topology.switches:
+            net.ip(end.name, [f"link set dev {end.port} master {_BRIDGE}"])
+        else:
+            net.address(end.name, end.port, end.addresses)
 
 
 def cut(net: Net, link: Link) -> None:

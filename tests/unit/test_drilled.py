@@ -8,7 +8,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from lab import bird, connections, drill, drilled, frr
+from lab import bird, connections, drill, drilled, frr, visitor
 from lab.drilled import PathLoss, Report
 from lab.drilling import pairs
 from lab.errors import LabError
@@ -179,3 +179,14 @@ def test_a_router_tells_others_first_and_then_uses_other_ways_itself() -> None:
         "no bgp graceful-shutdown",
         "bgp graceful-shutdown",
     ]
+
+
+def test_the_tor_that_comes_to_a_mesh_peers_with_every_node_and_is_every_routes_next_hop() -> None:
+    mesh = Topology.build(mesh=True)
+    seen = visitor.around(mesh)
+    text = bird.configuration(seen, seen.tors[0])
+    for node in mesh.nodes:
+        for address in node.addresses:
+            assert f"neighbor {address} as {node.asn};" in text
+    assert text.count("next hop self") == text.count("passive yes") == 2 * len(mesh.nodes)
+    assert not {address for node in mesh.nodes for address in node.addresses} & set(visitor.ADDRESSES)
