@@ -172,14 +172,14 @@ class Lab:
             raise LabError(f"{member} has no {part}; it has: {', '.join(daemons)}")
         daemon.kill(number, restart_after=restart_after)
 
-    def drill(self, name: str, *, rate: float, away: float) -> Play:
+    def drill(self, name: str, *, rate: float, away: float, calm: float) -> Play:
         """Begins it; it goes on to its end, whoever listens. One at a time: two would count each other's losses."""
         if self._group is None or self._story.state != "done":
             raise LabError(f"the lab is not up, it is {_STATES[self._story.state]}")
         if self._play and self._play.story.state == "under way":
             raise LabError(f"{self._play.name} is under way: one drill at a time")
         self._play = play = Play(drill.find(name), Story(self._clock))
-        self._group.create_task(play.run(self, self._clock, rate=rate, away=away))
+        self._group.create_task(play.run(self, self._clock, rate=rate, away=away, calm=calm))
         return play
 
     def cable(self, a: str, b: str, *, up: bool) -> None:

@@ -231,11 +231,10 @@ def link_mend(a: str, b: str, where: Folder) -> None:
 @click.option("--paths", is_flag=True, help="Each path, not only the groups.")
 @click.option("--rate", default=100.0, show_default=True, help="Packets a second along each path.")
 @click.option("--away", default=5.0, show_default=True, help="Seconds for which what is taken away stays away.")
+@click.option("--calm", default=4.0, show_default=True, help="Seconds without a loss, all as before, until it is over.")
 @click.option("-o", "output", type=click.Choice(["json", "markdown"]), help="For programs; or a table for a page.")
 @_dir
-def do_drill(
-    name: str, everything: bool, paths: bool, rate: float, away: float, output: str | None, where: Folder
-) -> None:
+def do_drill(name: str, everything: bool, paths: bool, output: str | None, where: Folder, **how: float) -> None:
     """Does what happens to a rack sooner or later, counts packets on all paths meanwhile, and says what was lost.
     Without NAME: which drills there are."""
     if everything == bool(name):
@@ -250,7 +249,7 @@ def do_drill(
     for one in asked:
         try:
             heard = None if output else _progress
-            report = client.ask(where, Drill(one.name, rate, away), drilled.Report, heard=heard)
+            report = client.ask(where, Drill(one.name, **how), drilled.Report, heard=heard)
         except KeyboardInterrupt:
             raise LabError("interrupted; the drill goes on to its end, which takes back what it did") from None
         reports.append(report)

@@ -22,8 +22,6 @@ from store.base import Store
 from store.clock import Clock
 from store.errors import StoreError
 
-#: Seconds that all is to be as before, and nothing to be lost, until a drill is over.
-CALM: Final = 4.0
 _WITHIN: Final = 120.0
 _LOOK_EVERY: Final = 0.1
 _log = logging.getLogger(__name__)
@@ -192,10 +190,10 @@ class Play:
         self.report: Report | None = None
         self._drill = drill
 
-    async def run(self, site: Site, clock: Clock, *, rate: float, away: float) -> None:
+    async def run(self, site: Site, clock: Clock, *, rate: float, away: float, calm: float) -> None:
         """Raises nothing: the story ends with what went wrong."""
         try:
-            self.report = await run(self._drill, site, clock, self.story.step, rate=rate, away=away)
+            self.report = await run(self._drill, site, clock, self.story.step, rate=rate, away=away, calm=calm)
         except (LabError, NetError, StoreError) as e:
             self.story.end("failed", str(e))
         except Exception as e:
@@ -205,7 +203,7 @@ class Play:
             self.story.end("done")
 
 
-async def run(drill: Drill, site: Site, clock: Clock, step: Step, *, rate: float, away: float) -> Report:
+async def run(drill: Drill, site: Site, clock: Clock, step: Step, *, rate: float, away: float, calm: float) -> Report:
     """Raises LabError if it cannot be done, or not to its end; what was done is taken back then, too."""
     refusal = drill.refusal(site.topology)
     if refusal:
@@ -222,7 +220,7 @@ async def run(drill: Drill, site: Site, clock: Clock, step: Step, *, rate: float
             start = clock.monotonic()
             await drill.steps(scene)
         with step("until all is as before"):
-            unrest = await scene.calm(CALM)
+            unrest = await scene.calm(calm)
         told = await pings.finish()
     struck = drill.struck(site.topology)
     return Report(

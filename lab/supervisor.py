@@ -88,7 +88,7 @@ class Supervisor:
                     yield step
                 yield Done()
             elif isinstance(request, Drill):
-                play = self._lab.drill(request.name, rate=request.rate, away=request.away)
+                play = self._lab.drill(request.name, rate=request.rate, away=request.away, calm=request.calm)
                 async for step in play.story.follow():
                     yield step
                 yield Done(msgspec.to_builtins(play.report))

@@ -65,6 +65,8 @@ class Drill(msgspec.Struct, frozen=True, tag=True):
     rate: float = 100
     #: Seconds for which what is taken away stays away.
     away: float = 5
+    #: Seconds that all is to be as before, and nothing to be lost, until it is over.
+    calm: float = 4
 
 
 class Where(msgspec.Struct, frozen=True, tag=True):
