@@ -252,6 +252,8 @@ class Relay:
                 # Its peers did nothing: when it is gone so are we, and the agent keeps their routes meanwhile.
                 log(f"ExaBGP shuts down and leaves {address}")
             case "down":
+                # It says nothing where it could not make out a message, not even where one begins.
+                reason = reason or "the peer said what is no BGP: see exabgp.log"
                 session = self._sessions.pop(address, None)
                 generation = self._base if session is None else session.generation
                 change = self._past.down(address, generation, str(reason), now, was_up=session is not None)

@@ -123,7 +123,8 @@ class Raw:
         buffer: int = 0,
     ) -> None:
         self.address = address
-        self._open = opening(asn, "10.9.9.9", hold, families, restart, refresh)
+        #: What it says for an OPEN.
+        self.opening = opening(asn, "10.9.9.9", hold, families, restart, refresh)
         self._pause = hold / 3
         #: Sessions that came up, and the NOTIFICATIONs that they ended with: code and subcode.
         self.ups = 0
@@ -180,7 +181,7 @@ class Raw:
 
     async def _session(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        await loop.sock_sendall(connection, self._open)
+        await loop.sock_sendall(connection, self.opening)
         self.told = []
         beating: asyncio.Task[None] | None = None
         try:

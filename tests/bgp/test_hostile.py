@@ -12,14 +12,13 @@ import ipaddress
 import os
 import random
 import struct
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any
+from collections import Counter
 
 from agent.bgp.model import SessionDown, SessionUp
-from agent.rib import Peer, Policy, Refusal, Rib, Selection
+from agent.rib import Refusal, Rib
 from lab.net import Net
-from tests.bgp.conftest import BOTH, Node, announce, run, session, until
+from tests.bgp.conftest import Node, run, until
+from tests.bgp.hostile import CANARY, Rack
 from tests.bgp.raw import (
     AS_PATH,
     CLUSTER_LIST,
@@ -41,7 +40,6 @@ from tests.bgp.raw import (
     REFRESH,
     TRANSITIVE,
     UPDATE,
-    Raw,
     as_path,
     attribute,
     message,
@@ -53,10 +51,10 @@ from tests.bgp.raw import (
     update,
     usual,
 )
-from tests.bgp.routers import NODE4, NODE6, NODE_AS, TOR4, TOR6, TOR_AS, Bird, Router
+from tests.bgp.routers import NODE4, NODE6, NODE_AS, TOR6, TOR_AS, Bird
 
-#: What each case says something of, and what each peer says after it.
-PREFIX, CANARY, SIX = "10.245.0.0/26", "10.245.99.0/24", "fd00:10:245::/64"
+#: What each case says something of.
+PREFIX, SIX = "10.245.0.0/26", "fd00:10:245::/64"
 IT, IT6 = nlri(PREFIX), nlri(SIX)
 HOP6 = ipaddress.ip_address(TOR6).packed
 BOTH_WAYS = OPTIONAL | TRANSITIVE
@@ -159,85 +157,6 @@ CASES: dict[str, tuple[bytes, str | Refusal]] = {
 }
 
 
-#: Our end of the link to them: a link of its own, as BIRD takes port 179 of all addresses.
-HERE = "10.0.3.1"
-
-
-def address(number: int) -> str:
-    return f"10.0.3.{10 + number}"
-
-
-def peer(at: str) -> Peer:
-    return Peer(address=at, name=at, peer_as=TOR_AS, local_as=NODE_AS, families=BOTH, interface=2)
-
-
-class Rack:
-    """Hostile peers beside an honest one; the node's speaker, and what its RIB makes of them."""
-
-    def __init__(self, net: Net, node: Node, bird: Router, count: int, **of_each: Any) -> None:
-        self._node, self._bird = node, bird
-        net.add("hostile")
-        net.link("node", "up1", "hostile", "down1")
-        net.address("node", "up1", [f"{HERE}/24"])
-        net.address("hostile", "down1", [f"{address(i)}/24" for i in range(count)])
-        self.raws = [Raw(net, "hostile", address(i), **of_each) for i in range(count)]
-        for one in self.raws:
-            one.greeting = self.canary(one)
-        self.policy = Policy(
-            peers=tuple(peer(at) for at in (TOR4, *(one.address for one in self.raws))),
-            allowed=frozenset({"10.244.0.0/16", "10.245.0.0/16", "fd00:10:245::/48"}),
-            own_blocks=frozenset({"10.244.0.0/26"}),
-            own_addresses=frozenset({NODE4, NODE6, HERE}),
-            router_id=NODE4,
-            on_link=frozenset({("10.0.1.0/24", 2), ("10.0.3.0/24", 2), ("fd00:1::/64", 2)}),
-        )
-
-    @staticmethod
-    def canary(raw: Raw) -> bytes:
-        return update(usual(raw.address), nlri(CANARY))
-
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[Rack]:
-        self._bird.start(["10.245.77.0/26"])
-        self._node.start()
-        async with contextlib.AsyncExitStack() as stack:
-            for one in self.raws:
-                await stack.enter_async_context(one.running())
-            self.driver, self.events = await stack.enter_async_context(self._node.driver())
-            hostile = {session(name=r.address, address=r.address, local_address=HERE) for r in self.raws}
-            self.driver.set_sessions(frozenset(hostile | {session()}))
-            self.announced = frozenset({announce("10.244.0.0/26")})
-            self.driver.set_announcements(self.announced)
-            await until(lambda: all(r.up for r in self.raws), limit=60)
-            await until(lambda: len({e.peer for e in self.events if isinstance(e, SessionUp)}) == 1 + len(self.raws))
-            await until(lambda: "10.244.0.0/26" in self._bird.table(), limit=20)
-            self._speaker, self._relay = self._node.process.pid, self._node.relay()
-            yield self
-
-    def seen(self) -> tuple[Rib, Selection]:
-        rib = Rib()
-        rib.configure(self.policy.peers, 0.0)
-        for event in self.events:
-            rib.apply(event, 0.0)
-        return rib, rib.select(self.policy)
-
-    async def sound(self) -> None:
-        """Nobody but the peer itself is hurt: the processes live, the honest peer's session too, and news get there."""
-        for prefix in ("10.244.0.64/26", "10.244.0.128/26"):
-            self.driver.set_announcements(self.announced | {announce(prefix)})
-            await until(lambda prefix=prefix: self._bird.table().keys() == {"10.244.0.0/26", prefix}, limit=20)
-        assert self._node.process.poll() is None
-        assert (self._node.process.pid, self._node.relay()) == (self._speaker, self._relay)
-        assert [e.peer for e in self.events if isinstance(e, SessionDown) and e.peer == TOR4] == []
-        rib, selection = self.seen()
-        assert "10.245.77.0/26" in rib.peers[TOR4].routes
-        allowed = [ipaddress.ip_network(text) for text in self.policy.allowed]
-        for prefix, hops in selection.best.items():
-            network = ipaddress.ip_network(prefix)
-            assert any(network.version == a.version and network.subnet_of(a) for a in allowed)  # type: ignore[arg-type]
-            assert {hop.interface for hop in hops} == {2}
-
-
 def test_malformed_messages_cost_their_own_session_at_most(net: Net, bird: Bird, node: Node) -> None:
     rack = Rack(net, node, bird, len(CASES))
 
@@ -273,6 +192,7 @@ def test_malformed_messages_cost_their_own_session_at_most(net: Net, bird: Bird,
                 became[name] = RESET if raw.ups > 1 else found or taken
                 assert best.keys() <= {PREFIX, SIX, CANARY}, name
             assert became == {name: becomes for name, (_, becomes) in CASES.items()}
+            assert all(e.reason for e in rack.events if isinstance(e, SessionDown))
             await rack.sound()
 
     run(main(), 120)
@@ -318,99 +238,56 @@ def test_noise(net: Net, bird: Bird, node: Node) -> None:
     run(main(), 120)
 
 
-def resident(pid: int) -> int:
-    """Bytes of memory."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _opening(
+    *capabilities: bytes, asn: int = TOR_AS, hold: int = 9, version: int = 4, router: bytes = b"\x0a\x09\x09\x09"
+) -> bytes:
+    said = b"".join(capabilities)
+    parameters = b"\2" + bytes([len(said)]) + said if said else b""
+    return message(OPEN, struct.pack("!BHH", version, asn, hold) + router + bytes([len(parameters)]) + parameters)
 
 
-async def closed(rack: Rack) -> None:
-    """The first peer's window is closed in the middle of a large table, and it says that it lives."""
-    slow = rack.raws[0]
-    slow.reading.clear()
-    rack.announced |= {
-        announce(f"10.{100 + i // 250}.{i % 250}.0/24", med=i, peer=slow.address, next_hop=HERE) for i in range(2000)
-    }
-    rack.driver.set_announcements(rack.announced)
-    await until(lambda: 0 < len(rack.driver.state().confirmed) < 2000)
+FOUR = b"\x41\4" + struct.pack("!I", TOR_AS)
+#: What is said for an OPEN, and whether a session comes of it.
+OPENINGS: dict[str, tuple[bytes, bool]] = {
+    "a good one": (_opening(FOUR), True),
+    "without capabilities": (_opening(), True),
+    "unknown capabilities": (_opening(*[b'\xc8\3\xff"{'] * 30, FOUR), True),
+    "the AS of somebody else": (_opening(asn=65002), False),
+    "AS 0": (_opening(asn=0), False),
+    "a hold time of 1": (_opening(FOUR, hold=1), False),
+    "version 3": (_opening(FOUR, version=3), False),
+    "router id 0.0.0.0": (_opening(FOUR, router=b"\0\0\0\0"), False),
+    "a capability longer than all": (_opening(b"\x41\xc8\0\0\0\1"), False),
+    "an AS of three bytes": (_opening(b"\x41\3\0\0\1"), False),
+    "half a family": (_opening(b"\1\3\0\1\0", FOUR), False),
+    "half a restart time": (_opening(b"\x40\1\0", FOUR), False),
+    "half a next hop's family": (_opening(b"\5\5\0\1\0\1\0", FOUR), False),
+    "a name that is none": (_opening(b'\x49\5\xff\xfe"{\\', FOUR), False),
+    "two": (_opening(FOUR) * 2, False),
+    "an UPDATE": (update(usual(), IT), False),
+    "HTTP": (b"GET / HTTP/1.0\r\n\r\n" * 2, False),
+    "one byte": (message(OPEN, b"\4"), False),
+}
 
 
-def test_a_peer_that_stops_reading_holds_up_nobody_else(net: Net, bird: Bird, node: Node) -> None:
-    """ExaBGP has the rest of the table at hand until the peer reads on, and goes on with the other peer."""
-    rack = Rack(net, node, bird, 1, buffer=2048)
-    (slow,) = rack.raws
-
-    async def main() -> None:
-        async with rack.running():
-            await closed(rack)
-            before = {pid: resident(pid) for pid in (node.process.pid, node.relay())}
-            await rack.sound()
-            waiting = net.run("node", ["ss", "-Htn", "dst", slow.address]).stdout.split()
-            assert int(waiting[2]) > 10_000, "there was room for all"
-            assert len(slow.told) < 100
-            grown = {pid: resident(pid) - size for pid, size in before.items()}
-            assert max(grown.values()) < 20 << 20
-            slow.reading.set()
-            whole = {(a.peer, a.prefix) for a in rack.announced}
-            await until(lambda: whole <= rack.driver.state().confirmed, limit=30)
-            await until(lambda: len(slow.told) >= 2000, limit=30)
-            assert (slow.ups, slow.notifications) == (1, [])
-
-    run(main(), 120)
-
-
-def test_a_peer_that_takes_nothing_is_left_in_the_end(net: Net, bird: Bird, node: Node) -> None:
-    """RFC 9687: or ExaBGP would burn a core for ever, and no block be withdrawn from all peers (R9)."""
-    node.options = ("--send-hold", "2")
-    rack = Rack(net, node, bird, 1, buffer=2048)
-    (slow,) = rack.raws
+def test_openings_that_are_none(net: Net, bird: Bird, node: Node) -> None:
+    rack = Rack(net, node, bird, len(OPENINGS))
+    for raw, (said, _) in zip(rack.raws, OPENINGS.values(), strict=True):
+        raw.opening = said
 
     async def main() -> None:
-        async with rack.running():
-            await closed(rack)
-            await until(lambda: [e.peer for e in rack.events if isinstance(e, SessionDown)] == [slow.address], limit=30)
-            await until(lambda: {peer for peer, _ in rack.driver.state().sent} == {TOR4})
-            slow.reading.set()
-            await until(lambda: slow.ups == 2 and len(slow.told) >= 2000, limit=60)
-            await rack.sound()
+        async with rack.running(up=False):
 
-    run(main(), 120)
+            def tried() -> bool:
+                """Each came up, or was refused twice."""
+                downs = Counter(e.peer for e in rack.events if isinstance(e, SessionDown))
+                ups = {e.peer for e in rack.events if isinstance(e, SessionUp)}
+                return all(raw.address in ups or downs[raw.address] > 1 for raw in rack.raws)
 
-
-def test_a_peer_that_takes_nothing_keeps_no_configuration_away(net: Net, bird: Bird, node: Node) -> None:
-    """ExaBGP loses a reload while announcements are pending (exabgp.md, fault 2), and so it would be restarted."""
-    rack = Rack(net, node, bird, 2, buffer=2048)
-    slow, other = rack.raws
-
-    async def main() -> None:
-        async with rack.running():
-            await closed(rack)
-            rack.announced |= {announce("10.200.0.0/24", peer=slow.address, next_hop=HERE)}
-            rack.driver.set_announcements(rack.announced)
-            left = {session(name=slow.address, address=slow.address, local_address=HERE), session()}
-            rack.driver.set_sessions(frozenset(left))
-            await until(lambda: not other.up, limit=60)
-            await rack.sound()
-
-    run(main(), 120)
-
-
-def test_a_peer_that_says_a_byte_a_second_is_dead_in_time(net: Net, bird: Bird, node: Node) -> None:
-    rack = Rack(net, node, bird, 1, hold=3)
-    (slow,) = rack.raws
-
-    async def main() -> None:
-        async with rack.running():
-            slow.keepalives = False
-            for byte in rack.canary(slow)[:8]:
-                with contextlib.suppress(OSError):
-                    await slow.say(bytes([byte]))
-                if slow.notifications:
-                    break
-                await asyncio.sleep(1)
-            assert slow.notifications[0] == (4, 0), "the hold timer expired (RFC 4271, 6.5)"
-            slow.keepalives = True
-            await until(lambda: slow.ups == 2, limit=30)
-            await until(lambda: CANARY in rack.seen()[0].peers[slow.address].routes)
+            await until(tried, limit=60)
+            ups = {e.peer for e in rack.events if isinstance(e, SessionUp)}
+            became = {name: raw.address in ups for name, raw in zip(OPENINGS, rack.raws, strict=True)}
+            assert became == {name: comes for name, (_, comes) in OPENINGS.items()}
             await rack.sound()
 
     run(main(), 120)
