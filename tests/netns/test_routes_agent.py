@@ -18,6 +18,7 @@ from store.model import BGPNodeStatus, IPAMBlock, block_name
 from tests.bgp import routers
 from tests.bgp.agents import OWN4, OWN6, Agent, block, peers
 from tests.conftest import eventually
+from tests.promtext import Labels, check, get, value
 
 FAR = ("10.244.2.0/26", "10.244.3.0/26", "fd00:10:244::80/122", "192.0.2.0/24", "10.244.1.8/29")
 
@@ -41,7 +42,8 @@ class Beside(Agent):
 
 
 @pytest.fixture
-def agent(net: Net, tmp_path: Path) -> Iterator[Beside]:
+def agent(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Beside]:
+    monkeypatch.setenv("UNDERLAY_METRICS", str(tmp_path / "m.sock"))
     made = Beside(net, tmp_path)
     made.start_speaker()
     made.start()
@@ -70,8 +72,23 @@ def settled(agent: Beside) -> bool:
     return True
 
 
+def figures(agent: Beside) -> dict[str, dict[Labels, float]]:
+    """What is told where ``--metrics`` says."""
+    code, page = get(agent.folder / "m.sock", "/metrics")
+    assert code == 200
+    return check(page)
+
+
 def test_blocks_go_out_imports_come_in_and_nothing_else(agent: Beside) -> None:
     eventually(lambda: settled(agent), limit=20)
+    for socket in ("m.sock", "run/agent.sock"):
+        assert get(agent.folder / socket, "/healthz") == (200, b"ok\n")
+        eventually(lambda socket=socket: get(agent.folder / socket, "/readyz") == (200, b"ok\n"))
+    found = figures(agent)
+    assert value(found, "underlay_agent_routes", protocol="imports", family="ipv4") == 2
+    assert value(found, "underlay_agent_view_live") == 1
+    refused = {dict(labels)["reason"]: count for labels, count in found["underlay_bgp_prefixes_refused"].items()}
+    assert refused == {"OutsidePools": 1, "OwnBlock": 1}
 
     def told() -> bool:
         status = agent.status()
@@ -197,6 +214,14 @@ def test_without_store_it_starts_from_its_last_good_view(agent: Beside) -> None:
     agent.net.ip("node", [f"route del blackhole {OWN4} proto 142", "route flush proto 143"])
     agent.start()
     eventually(lambda: settled(agent), limit=20)
+    # It is ready all the same: what it knew last is in place.
+    eventually(lambda: get(agent.folder / "m.sock", "/readyz") == (200, b"ok\n"), limit=20)
+    found = figures(agent)
+    assert value(found, "underlay_agent_view_live") == 0
+    assert value(found, "underlay_agent_informer_synced", kind="ippools") == 0
+    assert value(found, "underlay_agent_informer_behind_seconds", kind="ippools") > 0
+    assert value(found, "underlay_agent_last_good_age_seconds") > 0
+    assert value(found, "underlay_store_failures_total", verb="watch") > 0
 
 
 def test_it_says_in_one_line_what_it_lacks(net: Net, tmp_path: Path) -> None:
