@@ -19,8 +19,9 @@ AS_ROOT = $(shell unshare --mount --net --pid --fork true 2>/dev/null || echo un
 help: ## this list
 	awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-11s%s\n", $$1, $$2}' Makefile
 
-lab: need-lab $(VENV)/.lab $(if $(findstring kube,$(ARGS)),$(VENV)/.kube) build/underlay-shim ## a virtual rack on this machine (ARGS="--racks 3 --nodes 2 --pods 3", ARGS="--store kube")
+lab: need-lab $(VENV)/.lab $(if $(findstring kube,$(ARGS)),$(VENV)/.kube) $(if $(findstring cluster,$(ARGS)),need-test $(VENV)/.kube) build/underlay-shim ## a virtual rack on this machine (ARGS="--racks 3 --nodes 2 --pods 3", ARGS="--store kube", ARGS="--cluster")
 	$(if $(findstring kube,$(ARGS)),$(BIN)/python lab/kube/build.py >/dev/null)
+	$(if $(findstring cluster,$(ARGS)),$(BIN)/python lab/kube/build.py --node >/dev/null; $(MAKE) image)
 	exec $(BIN)/underlay-lab up $(ARGS)
 
 lab-down: need-lab $(VENV)/.lab ## takes the rack away

@@ -9,13 +9,13 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
 from cni.errors import CNIError, first_of
 from cni.marks import PROTO_IMPORTS
-from lab import connections, drill, oob, rack, routers
+from lab import connections, drill, oob, rack, routers, topology
 from lab.drilling import Connections, Play
 from lab.errors import LabError
 from lab.folder import Folder
@@ -27,13 +27,15 @@ from lab.objects import objects
 from lab.pinger import Member
 from lab.probe import Prober
 from lab.processes import Daemon
+from lab.runtime import Sandbox
 from lab.story import Story
 from lab.topology import Link, Router, Topology, Use, node_of_pod, pod_number, rack_name
 from lab.visitor import NAME as VISITOR
 from lab.visitor import Visitor
 from lab.wire import (
+    AnyPart,
     LinkState,
-    Part,
+    NodeState,
     Place,
     PodState,
     ProcessState,
@@ -72,6 +74,33 @@ class Kube(msgspec.Struct, frozen=True):
     listener: socket.socket
 
 
+class Operated(Protocol):
+    """An API server of the lab's own, as an operator sees it."""
+
+    @property
+    def store_url(self) -> str: ...
+    @property
+    def environment(self) -> dict[str, str]: ...
+    @property
+    def daemons(self) -> dict[Program, Daemon]: ...
+
+
+class Machines(Protocol):
+    """A node of the lab: ``lab.machine.Machine``, or one of a cluster."""
+
+    @property
+    def node(self) -> topology.Node: ...
+    @property
+    def environment(self) -> dict[str, str]: ...
+    @property
+    def daemons(self) -> Mapping[Any, Daemon]: ...
+    @property
+    def sandboxes(self) -> dict[str, Sandbox]: ...
+    async def add(self, pod: str) -> Sandbox: ...
+    async def delete(self, pod: str) -> None: ...
+    def state(self, blocks: tuple[str, ...]) -> NodeState: ...
+
+
 class Lab:
     """``run()`` builds it and keeps its daemons up until it is cancelled; every other method may be called meanwhile.
 
@@ -85,19 +114,13 @@ class Lab:
         self._story = Story(clock)
         self._net = Net(folder.path)
         self._control: ControlPlane | None = None
-        self._store: Store
-        if kube is None:
-            self._store = open_store(folder.store_url, clock=clock)
-        else:
-            # It needs the client of the API server, which a lab on a file does not.
-            from lab.control import ControlPlane
-
-            self._control = ControlPlane(self._net, clock, folder, kube.programs, kube.listener)
-            self._store = self._control.store()
+        #: ``_control``, or a cluster's.
+        self._api: Operated | None = None
+        self._store = self._open_store(kube)
         #: As the store had them last.
         self._known: dict[str, tuple[str, ...]] = {}
         self._prober = Prober(self._net)
-        self._machines: dict[str, Machine] = {}
+        self._machines: dict[str, Machines] = {}
         self._routers: dict[str, dict[RouterPart, Daemon]] = {}
         self._cut: set[Link] = set()
         self._group: asyncio.TaskGroup | None = None
@@ -131,10 +154,10 @@ class Lab:
         return State(
             state=_STATES[self._story.state],
             dir=str(self._folder.path),
-            store=self._control.store_url if self._control else self._folder.store_url,
+            store=self._api.store_url if self._api else self._folder.store_url,
             shape=self._topology.shape,
             switches=self._topology.switches,
-            control_plane={name: d.state() for name, d in self._control.daemons.items()} if self._control else {},
+            control_plane={name: d.state() for name, d in self._api.daemons.items()} if self._api else {},
             routers=tuple(self._router_state(router) for router in self._topology.routers),
             links=tuple(
                 LinkState(a=link.upper.name, b=link.lower.name, up=link not in self._cut)
@@ -165,7 +188,7 @@ class Lab:
         if self._control:
             self._control.kubelets.detached(name)
 
-    def kill(self, member: str, part: Part | RouterPart | Program, number: int, restart_after: float) -> None:
+    def kill(self, member: str, part: AnyPart, number: int, restart_after: float) -> None:
         daemons = self._daemons(member)
         daemon = daemons.get(part)
         if daemon is None:
@@ -287,6 +310,15 @@ class Lab:
 
     # -- building ------------------------------------------------------------------------------------------------
 
+    def _open_store(self, kube: Kube | None) -> Store:
+        if kube is None:
+            return open_store(self._folder.store_url, clock=self._clock)
+        # It needs the client of the API server, which a lab on a file does not.
+        from lab.control import ControlPlane
+
+        self._api = self._control = ControlPlane(self._net, self._clock, self._folder, kube.programs, kube.listener)
+        return self._control.store()
+
     async def _build(self, group: asyncio.TaskGroup) -> None:
         topology, step = self._topology, self._story.step
         if self._control:
@@ -298,12 +330,7 @@ class Lab:
             rack.build(self._net, topology)
             if self._control:
                 oob.plug(self._net, topology.nodes)
-        if topology.routers:
-            with step(f"{routers.NAME[topology.shape.tor]} on {_count(len(topology.routers), 'router')}"):
-                for router in topology.routers:
-                    self._routers[router.name] = daemons = self._router(router)
-                    for daemon in daemons.values():
-                        group.create_task(daemon.run())
+        self._start_routers(group)
         if self._control:
             with step("etcd and API server"):
                 await self._control.ready(limit=_API_READY_WITHIN)
@@ -313,6 +340,7 @@ class Lab:
             await self._fill_store()
         with step(f"CNI server, agent and ExaBGP on {_count(len(topology.nodes), 'node')}"):
             stores = await self._stores()
+            machines = []
             for node in topology.nodes:
                 self._machines[node.name] = machine = Machine(
                     self._net,
@@ -322,17 +350,35 @@ class Lab:
                     stores=stores[node.name],
                     new_id=lambda: secrets.token_hex(32),
                 )
+                machines.append(machine)
                 group.create_task(machine.run())
-            for machine in self._machines.values():
+            for machine in machines:
                 await machine.ready(limit=_READY_WITHIN)
         pods = [pod for node in topology.nodes for pod in node.pods]
         with step(f"{_count(len(pods), 'pod')}, attached through the shim"):
-            async with asyncio.TaskGroup() as adds:
-                for pod in pods:
-                    adds.create_task(self.pod_add(pod))
+            await self._add_pods()
             if self._control:
                 await self._control.kubelets.settled(limit=_READY_WITHIN)
-        with step("routes: every block known to every router and node"):
+        await self._see_routes()
+
+    def _start_routers(self, group: asyncio.TaskGroup) -> None:
+        topology = self._topology
+        if not topology.routers:
+            return
+        with self._story.step(f"{routers.NAME[topology.shape.tor]} on {_count(len(topology.routers), 'router')}"):
+            for router in topology.routers:
+                self._routers[router.name] = daemons = self._router(router)
+                for daemon in daemons.values():
+                    group.create_task(daemon.run())
+
+    async def _add_pods(self) -> None:
+        async with asyncio.TaskGroup() as adds:
+            for node in self._topology.nodes:
+                for pod in node.pods:
+                    adds.create_task(self.pod_add(pod))
+
+    async def _see_routes(self) -> None:
+        with self._story.step("routes: every block known to every router and node"):
             problem = await self._converge(_CONVERGED_WITHIN)
             if problem:
                 raise LabError(f"after {_CONVERGED_WITHIN:.0f} s {problem}")
@@ -407,7 +453,7 @@ class Lab:
         try:
             blocks = (await self._store.list(IPAMBlock)).items
         except Unavailable as e:
-            if self._control is None:
+            if self._api is None:
                 raise
             _log.info("blocks as they were last: %s", e)
             return self._known
@@ -435,21 +481,21 @@ class Lab:
                 return router
         raise LabError(f"no router is called {name}")
 
-    def _machine(self, name: str) -> Machine:
+    def _machine(self, name: str) -> Machines:
         if name not in self._machines:
             raise LabError(f"no node is called {name}; nodes are: {', '.join(self._machines) or 'not there yet'}")
         return self._machines[name]
 
     def _daemons(self, member: str) -> Mapping[Any, Daemon]:
-        if self._control and member == oob.CONTROL_PLANE:
-            return self._control.daemons
+        if self._api and member == oob.CONTROL_PLANE:
+            return self._api.daemons
         return self._routers.get(member) or self._machine(member).daemons
 
     def _environment(self, name: str) -> dict[str, str]:
         if name in self._routers:
             return routers.environment(self._topology.shape.tor, self._folder.member(name))
-        if self._control and name == oob.CONTROL_PLANE:
-            return self._control.environment
+        if self._api and name == oob.CONTROL_PLANE:
+            return self._api.environment
         if name in self._machines:
             return {"UNDERLAY_NODE": name} | self._machines[name].environment
         return {}

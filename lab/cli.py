@@ -16,9 +16,10 @@ import click
 import msgspec
 
 from lab import client, drill, drilled, drilling, folder, matrix, routers
+from lab.busybox import BUSYBOX
 from lab.errors import LabError
 from lab.folder import Folder
-from lab.kube.build import NotHere, find
+from lab.kube.build import NotHere, find, find_node
 from lab.matrix import Report
 from lab.net import NetError
 from lab.oob import CONTROL_PLANE
@@ -92,10 +93,15 @@ def main() -> None:
     show_default=True,
     help="Where objects live: a file, or an API server of the lab's own with our rights and policies.",
 )
+@click.option("--cluster", is_flag=True, help="A real cluster: kubelets and containerd, Underlay from its manifests.")
+@click.option("--bare", is_flag=True, help="With --cluster: without Underlay, for you to install.")
 @_dir
-def up(where: Folder, store: str, **asked: Any) -> None:
+def up(where: Folder, store: str, cluster: bool, bare: bool, **asked: Any) -> None:
     """Builds the rack, draws it, and shows who reaches whom."""
+    if bare and not cluster:
+        raise LabError("--bare is for --cluster: any other lab is nothing without Underlay")
     wanted = Topology.build(**asked).shape
+    store = "kube" if cluster else store
     if client.alive(where):
         there = client.state(where)
         if (there.shape, there.store.partition(":")[0]) != (wanted, store):
@@ -108,13 +114,17 @@ def up(where: Folder, store: str, **asked: Any) -> None:
         if not wanted.mesh:
             routers.require(wanted.tor)
         programs = _programs() if store == "kube" else None
+        more = _cluster(bare) if cluster else []
         click.echo(f"A lab is being built in {where.path}; {_down(where)} takes it away.")
-        client.start(where, wanted, programs=programs)
+        client.start(where, wanted, programs=programs, cluster=more)
         _follow(where, told=True)
         click.echo(f"{time.monotonic() - begin:6.2f} s  in all\n")
     state = client.state(where)
     click.echo(picture(state, width=_width()) + "\n")
-    _measure(where, 3, state)
+    if bare:
+        click.echo("No network yet: underlay-lab exec control-plane kubectl apply -k manifests/")
+    else:
+        _measure(where, 3, state)
 
 
 @main.command()
@@ -281,6 +291,23 @@ def _programs() -> Path:
         raise LabError(f"--store kube needs {e.name}: pip install 'underlay[kube]'") from e
     except NotHere as e:
         raise LabError(str(e)) from e
+
+
+def _cluster(bare: bool) -> list[str]:
+    """What makes a cluster of a lab. Raises LabError, which says what to type."""
+    image = Path(__file__).resolve().parents[1] / "build" / "underlay-image.tar"
+    try:
+        found = [f"--of-nodes={find_node().folder}", f"--image={image}"]
+    except NotHere as e:
+        raise LabError(str(e)) from e
+    if not image.exists():
+        raise LabError(f"{image} is not built: make image")
+    for program in (Path("/usr/bin/containerd"), Path("/usr/lib/cni/loopback"), BUSYBOX):
+        if not program.exists():
+            raise LabError(
+                f"--cluster needs {program}: apt-get install containerd runc containernetworking-plugins busybox-static"
+            )
+    return found + (["--bare"] if bare else [])
 
 
 def _follow(where: Folder, *, told: bool) -> None:

@@ -63,9 +63,10 @@ def alive(folder: Folder) -> bool:
     return True
 
 
-def start(folder: Folder, shape: Shape, *, programs: Path | None = None) -> None:
+def start(folder: Folder, shape: Shape, *, programs: Path | None = None, cluster: Sequence[str] = ()) -> None:
     """Starts a supervisor for the folder, detached from this process; returns when it answers. ``programs``: the folder
-    of a control plane's, which is to be its store. Raises LabError."""
+    of a control plane's, which is to be its store; ``cluster``: what makes a whole cluster of it, as the supervisor's
+    options. Raises LabError."""
     lock = folders.claim(folder)
     if lock is None:
         raise LabError(f"{folder.path}: another lab is starting or ending there; try again in a moment")
@@ -76,7 +77,7 @@ def start(folder: Folder, shape: Shape, *, programs: Path | None = None) -> None
         if programs:
             # Made here, so that it is in the network namespace of the shells that will use it.
             listener = ours.enter_context(socket.create_server(("127.0.0.1", 0)))
-            asked += [f"--programs={programs}", f"--listener={listener.fileno()}"]
+            asked += [f"--programs={programs}", f"--listener={listener.fileno()}", *cluster]
             passed.append(listener.fileno())
         process = subprocess.Popen(
             [*_unshare(), sys.executable, "-m", "lab.supervisor", str(folder.path), *asked],

@@ -71,6 +71,16 @@ class Net:
         self._names.append(name)
         _loopback_up()
 
+    def take(self, name: str, namespace: Path) -> None:
+        """Makes a member of a namespace that somebody else made, known by a file of it (/proc/PID/ns/net)."""
+        fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with netns.inside(fd):
+                netns.pin(self.path(name))
+        finally:
+            os.close(fd)
+        self._names.append(name)
+
     def remove(self, name: str) -> None:
         """Unpins it; links that end in it go with it once no process of ours is in it."""
         netns.remove(self.path(name))

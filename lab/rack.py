@@ -10,7 +10,7 @@ from lab.net import Net
 from lab.topology import Link, Node, Topology
 
 #: A switch's one part.
-_BRIDGE: Final = "bridge"
+BRIDGE: Final = "bridge"
 #: No wait for duplicate address detection on point-to-point links, and no rate limit on what traceroute asks for.
 _SYSCTLS = {
     "net.ipv6.conf.all.accept_dad": "0",
@@ -33,7 +33,7 @@ def build(net: Net, topology: Topology) -> None:
         add(net, name)
     for name in topology.switches:
         net.add(name)
-        net.ip(name, [f"link add name {_BRIDGE} type bridge", f"link set dev {_BRIDGE} up"])
+        net.ip(name, [f"link add name {BRIDGE} type bridge", f"link set dev {BRIDGE} up"])
     for link in topology.links:
         plug(net, topology, link)
     for node in topology.nodes:
@@ -51,7 +51,7 @@ def plug(net: Net, topology: Topology, link: Link) -> None:
     net.link(link.upper.name, link.upper.port, link.lower.name, link.lower.port)
     for end in (link.upper, link.lower):
         if end.name in topology.switches:
-            net.ip(end.name, [f"link set dev {end.port} master {_BRIDGE}"])
+            net.ip(end.name, [f"link set dev {end.port} master {BRIDGE}"])
         else:
             net.address(end.name, end.port, end.addresses)
 

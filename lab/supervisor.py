@@ -22,7 +22,7 @@ import msgspec
 from lab.building import Kube, Lab
 from lab.errors import LabError
 from lab.folder import Folder
-from lab.kube.build import Programs
+from lab.kube.build import NodePrograms, Programs
 from lab.net import NetError
 from lab.processes import kill_all_others
 from lab.topology import Shape, Topology, TopologyError
@@ -128,6 +128,9 @@ def main() -> None:
     parser.add_argument("--shape", required=True, help="what was asked for, as JSON")
     parser.add_argument("--programs", type=Path, help="folder of etcd, kube-apiserver and kube-controller-manager")
     parser.add_argument("--listener", type=int, help="descriptor of the socket that leads to the API server")
+    parser.add_argument("--of-nodes", type=Path, help="folder of kubelet, kube-scheduler and kubectl: a whole cluster")
+    parser.add_argument("--image", type=Path, help="of Underlay, for the nodes of a cluster")
+    parser.add_argument("--bare", action="store_true", help="install nothing in the cluster")
     said = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     if os.getpid() == 1:
@@ -138,16 +141,26 @@ def main() -> None:
     try:
         shape = msgspec.json.decode(said.shape, type=Shape)
         topology = Topology.build(**msgspec.structs.asdict(shape))
-        kube = None
-        if said.programs:
-            kube = Kube(Programs(said.programs, "given"), socket.socket(fileno=said.listener))
-        asyncio.run(_live(Folder(said.folder), topology, kube))
+        asyncio.run(_live(Folder(said.folder), topology, said))
     finally:
         kill_all_others()
 
 
-async def _live(folder: Folder, topology: Topology, kube: Kube | None) -> None:
-    await Supervisor(Lab(folder, topology, SystemClock(), kube), folder).run()
+async def _live(folder: Folder, topology: Topology, said: argparse.Namespace) -> None:
+    await Supervisor(_lab(folder, topology, said), folder).run()
+
+
+def _lab(folder: Folder, topology: Topology, said: argparse.Namespace) -> Lab:
+    if not said.programs:
+        return Lab(folder, topology, SystemClock())
+    programs, listener = Programs(said.programs, "given"), socket.socket(fileno=said.listener)
+    if not said.of_nodes:
+        return Lab(folder, topology, SystemClock(), Kube(programs, listener))
+    # They need the client of the API server, which a lab on a file does not.
+    from lab.cluster.lab import ClusterLab, Parts
+
+    parts = Parts(programs, NodePrograms(said.of_nodes), said.image, listener, install=not said.bare)
+    return ClusterLab(folder, topology, SystemClock(), parts)
 
 
 def _be_init() -> None:

@@ -14,8 +14,11 @@ from lab.topology import Shape
 Part = Literal["agent", "cni", "exabgp"]
 #: Of a router: BIRD's one, or FRR's two.
 RouterPart = Literal["bird", "zebra", "bgpd"]
-#: Of the control plane.
-Program = Literal["etcd", "kube-apiserver", "kube-controller-manager"]
+#: Of the control plane; the scheduler is there only in a cluster.
+Program = Literal["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"]
+#: Of a cluster's node.
+KubePart = Literal["containerd", "kubelet"]
+AnyPart = Part | RouterPart | Program | KubePart
 
 
 class Follow(msgspec.Struct, frozen=True, tag=True):
@@ -43,7 +46,7 @@ class PodDel(msgspec.Struct, frozen=True, tag=True):
 
 class Kill(msgspec.Struct, frozen=True, tag=True):
     member: str
-    part: Part | RouterPart | Program
+    part: AnyPart
     signal: int = 9
     #: Seconds after its end until it is started again.
     restart_after: float = 1.0
