@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from agent import health, metrics
 from agent.bgp.driver import Driver
@@ -13,6 +11,7 @@ from agent.status import StatusWriter
 from agent.view import View
 from cni import endpoint
 from cni.endpoint import Page, Reply
+from cni.process import resident
 from cni.prometheus import CONTENT_TYPE, render
 from store.clock import Clock
 from store.counted import CountedStore
@@ -73,9 +72,3 @@ class Pages:
             relay_connections=self._driver.connections,
             resident=resident(),
         )
-
-
-def resident() -> int:
-    """Bytes of memory that this process has (proc(5), statm). OSError."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

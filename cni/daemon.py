@@ -25,6 +25,7 @@ from cni.lock import alone
 from cni.metrics import Calls, State, families
 from cni.netlink import Netlink
 from cni.prometheus import CONTENT_TYPE, render
+from cni.process import resident
 from cni.queue import Queue
 from cni.reaper import Reaper
 from ipam.errors import IPAMError
@@ -328,6 +329,7 @@ def _state(ipam: NodeIPAM, store: CountedStore, recorder: Recorder, check: sourc
         store_failures=store.failures,
         events_written=recorder.written,
         events_dropped=recorder.dropped,
+        resident=resident(),
     )
 
 

@@ -72,6 +72,7 @@ class State(msgspec.Struct, frozen=True):
     store_failures: Mapping[str, int]
     events_written: int
     events_dropped: int
+    resident: int
 
 
 def families(state: State) -> Iterable[Family]:
@@ -116,6 +117,7 @@ def families(state: State) -> Iterable[Family]:
     )
     yield one("underlay_events_written_total", "counter", "Writes of Events.", state.events_written)
     yield one("underlay_events_dropped_total", "counter", "Events that were not written.", state.events_dropped)
+    yield one("process_resident_memory_bytes", "gauge", "Resident memory of this process.", state.resident)
 
 
 def _addresses(blocks: Iterable[BlockView]) -> Iterable[Sample]:

@@ -63,6 +63,7 @@ def test_a_server_tells_what_it_did_and_how_it_is(node: Plugin) -> None:
     assert found["underlay_ipam_journal_write_seconds_count"] > 0
     assert found['underlay_store_requests_total{verb="create"}'] == 2
     assert found["underlay_events_dropped_total"] == 0
+    assert 10 << 20 < found["process_resident_memory_bytes"] < 100 << 20
     assert get(node.folder / "m.sock", "/healthz") == (200, b"ok\n")
     assert get(node.folder / "m.sock", "/readyz") == (200, b"ok\n")
     ok(node.call("DEL", "c1", "pod-1"))

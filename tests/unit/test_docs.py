@@ -244,9 +244,9 @@ def _told_at_three_in_the_morning(section: str) -> set[str]:
 
 def test_every_metric_and_option_of_the_cni_server_is_in_the_docs() -> None:
     text = (ROOT / "docs/cni.md").read_text()
-    names = set(re.findall(r'"(underlay_[a-z_]+)"', (ROOT / "cni/metrics.py").read_text()))
+    names = set(re.findall(r'"((?:underlay|process)_[a-z_]+)"', (ROOT / "cni/metrics.py").read_text()))
     assert "underlay_ipam_condition" in names
-    assert set(re.findall(r"`(underlay_[a-z_]+)`", text)) == names
+    assert set(re.findall(r"`((?:underlay|process)_[a-z_]+)`", text)) == names
     options = set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', (ROOT / "cni/daemon.py").read_text()))
     assert "--metrics" in options
     for option in options:

@@ -79,6 +79,7 @@ def test_the_cni_servers_page_is_well_formed() -> None:
         store_failures={},
         events_written=1,
         events_dropped=0,
+        resident=1 << 25,
     )
     found = check(render((*calls.families(), *families(state))))
     assert value_of(found, "underlay_cni_calls_total", verb="other", code="4") == 1
