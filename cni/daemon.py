@@ -24,8 +24,8 @@ from cni.kernel import NetlinkView
 from cni.lock import alone
 from cni.metrics import Calls, State, families
 from cni.netlink import Netlink
-from cni.prometheus import CONTENT_TYPE, render
 from cni.process import resident
+from cni.prometheus import CONTENT_TYPE, render
 from cni.queue import Queue
 from cni.reaper import Reaper
 from ipam.errors import IPAMError
