@@ -223,7 +223,8 @@ class Driver:
             case wire.KIND_UP:
                 self._up(told["peer"], told)
             case wire.KIND_DOWN:
-                self._down(told["peer"], told["generation"], told["reason"])
+                if told["peer"] in self._generations:  # or it is a connection that never became a session
+                    self._down(told["peer"], told["generation"], told["reason"])
             case wire.KIND_RESYNC | wire.KIND_END:
                 event = Resync if kind == wire.KIND_RESYNC else EndOfRib
                 self._sink(event(peer=told["peer"], generation=told["generation"], family=told["family"]))

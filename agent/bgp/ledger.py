@@ -40,7 +40,6 @@ class Step:
     action: Action
     attributes: str
     before: str | None  # what ExaBGP was told of this prefix before, should it refuse
-    repeat: bool = False  # said again, though ExaBGP knows: ends with the answer
     answered: bool = False
     reported: bool = False
     since: float = 0.0  # when it was answered
@@ -224,7 +223,7 @@ class Ledger:
                 self._refuse(peer, prefix, step, alone=len(command.steps) == 1)
                 continue
             step.answered, step.since = True, now
-            if step.reported or step.repeat:
+            if step.reported:
                 self._end(peer, prefix, step)
 
     def reported(self, address: str, announced: Iterable[str], withdrawn: Iterable[str]) -> None:
@@ -235,7 +234,7 @@ class Ledger:
         for action, prefixes in (("withdraw", withdrawn), ("announce", announced)):
             for prefix in prefixes:
                 step = peer.steps.get(prefix)
-                if step is None or step.repeat or step.action != action:
+                if step is None or step.action != action:
                     self._seen(peer, prefix, action == "announce")
                     continue
                 step.reported = True
@@ -377,19 +376,18 @@ class Ledger:
                 self._mark(peer, prefix, "held")
                 return Step("announce", told, told)
         if wanted is not None and (again or wanted != told):
-            repeat = again and prefix in peer.confirmed and wanted == told
-            if not repeat:
+            if wanted != told or prefix not in peer.confirmed:  # what is only repeated stays confirmed
                 self._mark(peer, prefix, "held")
             peer.told[prefix] = wanted
             peer.withdrawn.pop(prefix, None)
-            return Step("announce", wanted, told, repeat)
+            return Step("announce", wanted, told)
         if wanted is None and told is not None:
             del peer.told[prefix]
             self._mark(peer, prefix, "held")
             _remember(peer, prefix, told)
             return Step("withdraw", told, told)
         if wanted is None and prefix in peer.withdrawn:
-            return Step("withdraw", peer.withdrawn[prefix], None, repeat=True)
+            return Step("withdraw", peer.withdrawn[prefix], None)
         return None
 
     def _barriers_for(self, peer: Peer, now: float) -> Iterator[Command]:

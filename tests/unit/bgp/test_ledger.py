@@ -424,6 +424,24 @@ def test_repetition_says_withdrawals_again() -> None:
     ]
 
 
+def test_what_is_wanted_again_waits_for_a_repeated_withdrawal() -> None:
+    """With other attributes it could be sent before it (fault 1)."""
+    ledger = Ledger()
+    ledger.up(PEERS[0], 1, FAMILIES)
+    ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[0]}})
+    answered(ledger)
+    ledger.reported(PEERS[0], PREFIXES[:1], [])
+    ledger.want({PEERS[0]: {}})
+    answered(ledger)
+    ledger.reported(PEERS[0], [], PREFIXES[:1])
+    ledger.assert_all()
+    assert [line.split()[2] for line in answered(ledger)] == ["withdraw"]
+    ledger.want({PEERS[0]: {PREFIXES[0]: ATTRIBUTES[1]}})
+    assert announced(ledger) == []
+    ledger.reported(PEERS[0], [], PREFIXES[:1])
+    assert announced(ledger) == [ATTRIBUTES[1].split()]
+
+
 def test_peer_that_is_down_is_told_nothing() -> None:
     """What is queued for it would make ExaBGP lose every reload (fault 2)."""
     ledger = Ledger()
