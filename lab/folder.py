@@ -6,6 +6,7 @@ supervisor, so it is held from before the first file until the last process of t
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -19,6 +20,7 @@ import msgspec
 from lab.errors import LabError
 
 _MARK: Final = ".underlay-lab"
+_CGROUPS: Final = Path("/sys/fs/cgroup")
 #: sun_path is 108 bytes (unix(7)), and the longest socket is FOLDER/node-NNNN/run/speaker/relay.sock.
 _LONGEST: Final = 108 - len("/node-5760/run/speaker/relay.sock") - 8
 
@@ -101,6 +103,7 @@ def remove(folder: Folder, *, limit: float = 10) -> bool:
         if fd is not None:
             try:
                 _owned(folder.path)
+                _remove_cgroups(folder)
                 shutil.rmtree(folder.path)
             finally:
                 os.close(fd)
@@ -109,6 +112,19 @@ def remove(folder: Folder, *, limit: float = 10) -> bool:
             raise LabError(f"{folder.path}: its lab did not end within {limit:.0f} s: see {folder.log}")
         time.sleep(0.02)
     return False
+
+
+def _remove_cgroups(folder: Folder) -> None:
+    """Of the containers that a cluster of this folder had; their processes are gone. They lie among those of any other
+    containerd, by their ids; version 1 has a tree for each controller, version 2 is one tree."""
+    ids = {path.name for path in folder.path.glob("node-*/containerd/io.containerd.grpc.v1.cri/*/*")}
+    parents = [*_CGROUPS.glob("k8s.io"), *_CGROUPS.glob("*/k8s.io")] if ids else []
+    for parent in parents:
+        for path in parent.iterdir():
+            if path.name in ids:
+                path.rmdir()
+        with contextlib.suppress(OSError):  # somebody else's are there
+            parent.rmdir()
 
 
 def _owned(path: Path) -> None:
