@@ -290,8 +290,12 @@ class Ledger:
         )
 
     def waiting(self) -> list[str]:
-        """Peers to which something is on its way."""
-        return [a for a, peer in self._peers.items() if peer.up and (peer.steps or any(peer.barriers.values()))]
+        """Peers to which something is on its way that ExaBGP has read."""
+        return [
+            address
+            for address, peer in self._peers.items()
+            if peer.up and (any(peer.barriers.values()) or any(step.answered for step in peer.steps.values()))
+        ]
 
     # -- what may be held -----------------------------------------------------------------------------------------
 

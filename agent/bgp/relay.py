@@ -39,7 +39,7 @@ PATIENCE = 60.0
 #: Seconds for one reload to be confirmed, and how many are tried before ExaBGP is restarted (fault 2, fault 3).
 RELOAD_TIME, RELOADS = 3.0, 5
 #: Seconds that a reload waits for what is on its way, and after which a peer that takes nothing of it is left.
-RELOAD_WAIT, RELOAD_STUCK = 10.0, 3.0
+RELOAD_WAIT, RELOAD_STUCK = 10.0, 5.0
 #: Seconds without an UPDATE after which a peer that neither brackets its route refresh nor said an End-of-RIB is taken
 #: to be through.
 QUIET = 2.0
@@ -145,7 +145,8 @@ class Relay:
 
     def _work(self) -> None:
         now = time.monotonic()
-        self._stuck.passed(min(now - self._worked_at, REST), self._ledger.waiting())
+        if self._speaker.unanswered() is None:  # or it is ExaBGP that keeps them waiting
+            self._stuck.passed(min(now - self._worked_at, REST), self._ledger.waiting())
         self._worked_at = now
         self._leave(self._stuck.longer_than(self._send_hold))
         asked = self._speaker.unanswered()
