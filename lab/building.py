@@ -261,6 +261,16 @@ class Lab:
         """Has a router shut its sessions, or have them again."""
         routers.shut(self._net, self._topology, self._router_of(router), self._folder.member(router), on=on)
 
+    def power(self, member: str, *, on: bool) -> None:
+        """Takes the carrier from all links of a router or node at once, or gives it back."""
+        rack.power(self._net, self._topology, member, on=on)
+        links = {link for link in self._topology.links if member in (link.upper.name, link.lower.name)}
+        self._cut = self._cut - links if on else self._cut | links
+
+    def mute(self, member: str, *, on: bool) -> None:
+        """Has a router or node hang: its ports have their carrier, and nothing leaves them. Or ends that."""
+        rack.mute(self._net, self._topology, member, on=on)
+
     def ways(self, member: str) -> frozenset[str]:
         """The ports of a node or router that its routes to blocks lead through; a port is called as who is there."""
         wanted = frozenset(block for own in self._known.values() for block in own)

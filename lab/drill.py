@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from lab import visitor
 from lab.drilling import Drill, Scene, Struck
 from lab.errors import LabError
-from lab.topology import Link, Topology, rack_name
+from lab.topology import Topology, rack_name
 from store.base import mutate
 from store.model import (
     BGPConfiguration,
@@ -82,26 +82,46 @@ async def _upgrade(scene: Scene) -> None:
 
 
 async def _cut_uplink(scene: Scene) -> None:
-    link = _cables(scene.site.topology, scene.node)[0]
-    with scene.step(f"the link between {link.lower.name} and {link.upper.name} is cut for {scene.away:g} s"):
-        _cut(scene, link)
+    site, node = scene.site, scene.node
+    upper = next(link.upper.name for link in site.topology.links if link.lower.name == node)
+
+    async def mend() -> None:
+        with scene.step(f"the link between {node} and {upper} is mended"):
+            site.cable(node, upper, up=True)
+
+    with scene.step(f"the link between {node} and {upper} is cut for {scene.away:g} s"):
+        scene.afterwards(mend)
+        site.cable(node, upper, up=False)
         await scene.stay()
 
 
 async def _kill_tor(scene: Scene) -> None:
-    tor = scene.site.topology.tors[0].name
-    with scene.step(f"{tor} is dead, with all its ports, for {scene.away:g} s"):
-        for link in _cables(scene.site.topology, tor):
-            _cut(scene, link)
-        for part in scene.site.processes(tor):
-            scene.site.kill(tor, part, SIGKILL, scene.away)
+    await _kill_machine(scene, scene.site.topology.tors[0].name)
+
+
+async def _hang_tor(scene: Scene) -> None:
+    site, tor = scene.site, scene.site.topology.tors[0].name
+    neighbours = _neighbours(site.topology, tor)
+
+    async def back() -> None:
+        with scene.step(f"{tor} sends again"):
+            site.mute(tor, on=False)
+
+    with scene.step(f"{tor} sends nothing, its ports are up: until everybody has left it"):
+        scene.afterwards(back)
+        site.mute(tor, on=True)
+        await scene.until(lambda: not any(tor in site.ways(name) for name in neighbours), f"{tor} is still used")
         await scene.stay()
+
+
+def _neighbours(topology: Topology, router: str) -> list[str]:
+    return [far.name for _, far in topology.ends(router)]
 
 
 async def _drain_tor(scene: Scene) -> None:
     site, tor = scene.site, scene.site.topology.tors[0].name
-    nodes = [node.name for node in site.topology.nodes if tor in {uplink.tor for uplink in node.uplinks}]
-    neighbours = [*nodes, *(spine.name for spine in site.topology.spines)]
+    neighbours = _neighbours(site.topology, tor)
+    nodes = [name for name in neighbours if site.topology.node(name)]
 
     async def again() -> None:
         with scene.step(f"{tor} takes GRACEFUL_SHUTDOWN back, and is used again"):
@@ -128,29 +148,22 @@ async def _drain_tor(scene: Scene) -> None:
 
 
 async def _kill_node(scene: Scene) -> None:
-    with scene.step(f"{scene.node} is dead, with all its ports, for {scene.away:g} s"):
-        for link in _cables(scene.site.topology, scene.node):
-            _cut(scene, link)
-        for part in scene.site.processes(scene.node):
-            scene.site.kill(scene.node, part, SIGKILL, scene.away)
+    await _kill_machine(scene, scene.node)
+
+
+async def _kill_machine(scene: Scene, name: str) -> None:
+    site = scene.site
+
+    async def back() -> None:
+        with scene.step(f"{name} has power again"):
+            site.power(name, on=True)
+
+    with scene.step(f"{name} has no power for {scene.away:g} s"):
+        scene.afterwards(back)
+        site.power(name, on=False)
+        for part in site.processes(name):
+            site.kill(name, part, SIGKILL, scene.away)
         await scene.stay()
-
-
-def _cables(topology: Topology, name: str) -> list[Link]:
-    """Those that end there, the way up first."""
-    found = [link for link in topology.links if name in (link.upper.name, link.lower.name)]
-    return sorted(found, key=lambda link: link.upper.name == name)
-
-
-def _cut(scene: Scene, link: Link) -> None:
-    ends = link.upper.name, link.lower.name
-
-    async def mend() -> None:
-        with scene.step(f"the link between {ends[1]} and {ends[0]} is mended"):
-            scene.site.cable(*ends, up=True)
-
-    scene.afterwards(mend)
-    scene.site.cable(*ends, up=False)
 
 
 # -- wishes ------------------------------------------------------------------------------------------------------------
@@ -353,15 +366,23 @@ DRILLS: Final = (
     ),
     Drill(
         name="kill-tor",
-        sentence="A ToR dies with all its ports, and comes back.",
+        sentence="A ToR loses its power, and comes back.",
         planned=False,
         struck=_first_rack,
         steps=_kill_tor,
         refusal=_no_tor,
     ),
     Drill(
+        name="hang-tor",
+        sentence="A ToR sends nothing any more though its ports are up, until all have left it, and comes back.",
+        planned=False,
+        struck=_first_rack,
+        steps=_hang_tor,
+        refusal=_needs_two,
+    ),
+    Drill(
         name="kill-node",
-        sentence="A node dies with all its processes and ports, and comes back.",
+        sentence="A node loses its power, and comes back.",
         planned=False,
         struck=_first_node,
         steps=_kill_node,

@@ -65,6 +65,24 @@ def mend(net: Net, link: Link) -> None:
     net.ip(link.upper.name, [f"link set dev {link.upper.port} up"])
 
 
+def power(net: Net, topology: Topology, name: str, *, on: bool) -> None:
+    """Shuts all ports of a router or node at once, as when it has no power any more, or opens them."""
+    net.ip(name, [f"link set dev {near.port} {'up' if on else 'down'}" for near, _ in topology.ends(name)])
+
+
+def mute(net: Net, topology: Topology, name: str, *, on: bool) -> None:
+    """Has a router or node send nothing any more by any of its ports, which keep their carrier; or ends that."""
+    for near, _ in topology.ends(name):
+        net.run(
+            name,
+            [
+                "tc",
+                "qdisc",
+                *(("add", "dev", near.port, "root", "blackhole") if on else ("del", "dev", near.port, "root")),
+            ],
+        )
+
+
 def routes(net: Net, name: str, *, protocol: str | int | None = None) -> frozenset[str]:
     """Destinations, in both families, of the main table of a namespace, as CIDRs; of one route protocol if given."""
     found: set[str] = set()
