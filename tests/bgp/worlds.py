@@ -42,13 +42,12 @@ class World:
         self.honest = routers.Bird(net, folder, "tor2", SECOND)
 
     def start(self) -> None:
+        self.honest.start(HONEST)
         self.agent.start_speaker()
         self.agent.start()
-        # Or a route into one of them would keep it from use.
-        eventually(lambda: sum(line.startswith("blackhole") for line in self.agent.routes()) == 2, limit=20)
-        self.before = self.own_routes()
-        self.honest.start(HONEST)
+        # The bad one comes later, or its routes into our blocks would keep them from use.
         eventually(lambda: self.imports() == set(HONEST) and self.heard(), limit=30)
+        self.before = self.own_routes()
         self.since = self.session()
         self._pings = {
             target: self.net.spawn("node", ["ping", "-i", "0.05", target], log=self.folder / f"ping-{target}")
