@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -13,7 +13,7 @@ from lab.drilled import PathLoss, Report
 from lab.errors import LabError
 from lab.net import NetError
 from lab.pinger import Member, Path, Told
-from lab.pings import Pings, pinging
+from lab.pings import pinging
 from lab.story import Story
 from lab.topology import Topology, Use, node_of_pod
 from lab.visitor import Visitor
@@ -27,6 +27,7 @@ _LOOK_EVERY: Final = 0.1
 _log = logging.getLogger(__name__)
 
 Step = Callable[[str], AbstractContextManager[None]]
+Ping = Callable[[Sequence[Member], Sequence[tuple[int, int]], float], AbstractAsyncContextManager["Counter"]]
 Connections = frozenset[tuple[str, int, int]]
 
 
@@ -55,12 +56,20 @@ class Site(Protocol):
     async def command(self, node: str, *words: str) -> str: ...
 
 
+class Counter(Protocol):
+    """``lab.pings.Pings``."""
+
+    async def tell(self) -> Told: ...
+    async def release(self, members: Sequence[str]) -> Told: ...
+    async def finish(self) -> Told: ...
+
+
 class Scene:
     """Where a drill plays. ``node`` is the one that it is about, unless it is about others; what it takes away is gone
     for ``away`` seconds."""
 
     def __init__(
-        self, site: Site, clock: Clock, pings: Pings, step: Step, *, later: AsyncExitStack, away: float
+        self, site: Site, clock: Clock, pings: Counter, step: Step, *, later: AsyncExitStack, away: float
     ) -> None:
         self.site, self.clock, self.step, self.away = site, clock, step, away
         self.node = site.topology.nodes[0].name
@@ -205,14 +214,24 @@ class Play:
             self.story.end("done")
 
 
-async def run(drill: Drill, site: Site, clock: Clock, step: Step, *, rate: float, away: float, calm: float) -> Report:
+async def run(
+    drill: Drill,
+    site: Site,
+    clock: Clock,
+    step: Step,
+    *,
+    rate: float,
+    away: float,
+    calm: float,
+    ping: Ping = pinging,
+) -> Report:
     """Raises LabError if it cannot be done, or not to its end; what was done is taken back then, too."""
     refusal = drill.refusal(site.topology)
     if refusal:
         raise LabError(f"{drill.name}: {refusal}")
     members = site.members()
     begin = clock.monotonic()
-    async with pinging(members, pairs(members), rate) as pings:
+    async with ping(members, pairs(members), rate) as pings:
         async with AsyncExitStack() as later:
             scene = Scene(site, clock, pings, step, later=later, away=away)
             with step("packets on every path"):
