@@ -1,4 +1,4 @@
-"""What a peer told in one session, for one that cannot be asked again (no RFC 2918). Standard library only.
+"""What a peer told in one session, for one that cannot be asked again (no RFC 2918). Pure; standard library only.
 
 ExaBGP's lines are kept as they came, and only as long as a prefix stands in them. ExaBGP's own Adj-RIB-In would not do:
 of two next hops it keeps the link-local one (exabgp.md, fault 14), and it costs a copy of every peer's routes.
