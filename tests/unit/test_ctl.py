@@ -377,11 +377,11 @@ def test_a_calico_file_is_applied_with_a_line_for_each_field_that_was_ignored(ct
 
 def test_a_calico_file_is_refused_with_a_line_for_each_field_that_is_not_served(ctl: Ctl) -> None:
     text = CALICO.replace("ipipMode: Never", "ipipMode: Always\n  vxlanMode: CrossSubnet\n  natOutgoing: true")
-    text = text.replace("keepOriginalNextHop: false", "keepOriginalNextHop: true\n  reachableBy: 10.0.0.254")
+    text = text.replace("keepOriginalNextHop: false", "keepOriginalNextHop: true")
     code, out, err = ctl("apply", "-f", ctl.file(text, "calico.yaml"))
     assert (code, out) == (1, "")
     refused = [line for line in err.splitlines() if not line.startswith("note: ")]
-    fields = ("ipipMode", "vxlanMode", "natOutgoing", "keepOriginalNextHop", "reachableBy")
+    fields = ("ipipMode", "vxlanMode", "natOutgoing", "keepOriginalNextHop")
     assert [sum(f"spec.{field}:" in line for line in refused) for field in fields] == [1] * len(fields)
     assert len(refused) == len(fields)
     assert ctl.all(IPPool) == ()
