@@ -30,7 +30,7 @@ from agent.bgp.model import (
 )
 from agent.fib import NextHop
 from agent.filters import EMPTY, Candidate, Filter, Rule, split_communities
-from agent.prefix import Prefix, PrefixSet, parse
+from agent.prefix import Prefix, PrefixSet, address_number, parse
 from store.validate import WELL_KNOWN_COMMUNITIES
 
 #: Members of one ECMP route at most.
@@ -105,6 +105,7 @@ class Refusal(enum.Enum):
     InvalidPrefix = "the prefix is not one"
     DefaultRouteRefused = "a default route comes in only from a peer with defaultRoute: Fallback"
     OutsidePools = "the prefix is inside no pool and no importCIDRs"
+    InsideLink = "the prefix is inside a connected subnet and holds a peer's address there, or ours: it would lead away"
     OwnBlock = "the prefix is equal to or inside a block of this node: somebody else announces it too"
     ASSet = "the AS_PATH has an AS_SET (RFC 9774)"
     OwnASInPath = "our AS is in the AS_PATH more often than numAllowedLocalASNumbers"
@@ -121,8 +122,11 @@ class Refusal(enum.Enum):
 class Context:
     """A peer and what its routes are judged by, prepared for many look-ups."""
 
-    def __init__(self, peer: Peer, policy: Policy, allowed: PrefixSet, own: PrefixSet) -> None:
+    def __init__(
+        self, peer: Peer, policy: Policy, allowed: PrefixSet, own: PrefixSet, inside_links: frozenset[Prefix]
+    ) -> None:
         self.peer = peer
+        self.inside_links = inside_links
         self.router_id = policy.router_id
         self.own_addresses = policy.own_addresses
         self.allowed = allowed
@@ -172,10 +176,10 @@ class Context:
 
 def contexts(policy: Policy) -> dict[str, Context]:
     """One context per peer, by address."""
-    allowed, own = PrefixSet(policy.allowed), PrefixSet(policy.own_blocks)
+    allowed, own, inside = PrefixSet(policy.allowed), PrefixSet(policy.own_blocks), inside_links(policy)
     return {
         p.address: Context(
-            p, policy, PrefixSet(policy.allowed | set(p.import_cidrs)) if p.import_cidrs else allowed, own
+            p, policy, PrefixSet(policy.allowed | set(p.import_cidrs)) if p.import_cidrs else allowed, own, inside
         )
         for p in policy.peers
     }
@@ -183,6 +187,19 @@ def contexts(policy: Policy) -> dict[str, Context]:
 
 def _by_length(item: tuple[str, int]) -> tuple[int, str, int]:
     return -int(item[0].partition("/")[2]), *item
+
+
+def inside_links(policy: Policy) -> frozenset[Prefix]:
+    """Every prefix that is more specific than a connected subnet and holds an address at which a session ends there."""
+    subnets = sorted({cidr for cidr, _ in policy.on_link}, key=lambda cidr: -parse(cidr).length)
+    tested = [(PrefixSet([cidr]), parse(cidr).length) for cidr in subnets]
+    found = set()
+    for address in policy.own_addresses | {p.address for p in policy.peers}:
+        bits, number = address_number(address)
+        length = next((length for subnet, length in tested if subnet.covers_address(address)), bits)
+        for longer in range(length + 1, bits + 1):
+            found.add(Prefix(bits, number >> (bits - longer) << (bits - longer), longer))
+    return frozenset(found)
 
 
 def is_martian(address: str) -> bool:
@@ -206,6 +223,10 @@ def refused_default(prefix: Prefix, context: Context) -> bool:
 def outside_pools(prefix: Prefix, context: Context) -> bool:
     # A default route has a switch of its own.
     return not is_default(prefix) and not context.allowed.covers(prefix)
+
+
+def inside_link(prefix: Prefix, context: Context) -> bool:
+    return prefix in context.inside_links
 
 
 def has_as_set(path: Attributes, context: Context) -> bool:
@@ -236,6 +257,7 @@ def own_cluster_list(path: Attributes, context: Context) -> bool:
 PREFIX_RULES: Final[tuple[tuple[Refusal, Callable[[Prefix, Context], bool]], ...]] = (
     (Refusal.DefaultRouteRefused, refused_default),
     (Refusal.OutsidePools, outside_pools),
+    (Refusal.InsideLink, inside_link),
 )
 PATH_RULES: Final[tuple[tuple[Refusal, Callable[[Attributes, Context], bool]], ...]] = (
     (Refusal.ASSet, has_as_set),

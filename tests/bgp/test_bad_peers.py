@@ -12,7 +12,7 @@ from tests.bgp import routers
 from tests.bgp.agents import OWN4, OWN6
 from tests.bgp.conftest import run
 from tests.bgp.raw import Raw, nlri, update, usual
-from tests.bgp.routers import NODE4, NODE_AS, TOR4, TOR_AS
+from tests.bgp.routers import NODE4, NODE_AS, SECOND, TOR4, TOR_AS
 from tests.bgp.worlds import HONEST, WORLD4, WORLD6, World
 from tests.conftest import eventually
 
@@ -60,6 +60,20 @@ def test_nothing_comes_in_that_is_the_node_s_own(net: Net, tmp_path: Path, kind:
     world.sound()
     net.ip("node", ["route del default via 192.168.0.254"])
     assert f"via {TOR4} dev up0" in net.run("node", ["ip", "route", "get", WORLD4]).stdout
+
+
+def test_a_wide_import_leads_no_session_away_from_its_link(net: Net, tmp_path: Path) -> None:
+    """importCIDRs that hold the uplinks: the addresses of ToRs and node stay where they are."""
+    world = World(net, tmp_path, import_cidrs=("10.0.0.0/8", "fd00::/8"))
+    world.start()
+    wide = {"10.0.0.0/8", "10.9.0.0/16", "fd00:9::/64"}
+    bad = routers.Bird(net, tmp_path)
+    bad.start((*wide, "10.0.2.2/32", "10.0.2.0/30", f"{NODE4}/32", "fd00:2::2/128", "fd00:2::/112"))
+    eventually(lambda: world.imports() == {*wide, *HONEST}, limit=30)
+    eventually(lambda: (world.told("tor-4").received, world.told("tor-6").received) == (5, 3))
+    assert world.imports() == {*wide, *HONEST}
+    assert f"{SECOND.tor4} dev up1" in net.run("node", ["ip", "route", "get", SECOND.tor4]).stdout
+    world.sound()
 
 
 def test_next_hops_and_paths_that_lead_nowhere(net: Net, tmp_path: Path) -> None:

@@ -212,6 +212,27 @@ def test_a_peer_s_import_cidrs_widen_for_it_alone() -> None:
     assert verdict(received, peers=(peer(), peer(B, import_cidrs=("192.0.2.0/24",)))) is Refusal.OutsidePools
 
 
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("10.0.0.0/8", (NextHop(A, 2),)),
+        ("10.0.2.0/31", (NextHop(A, 2),)),  # the subnet itself: the kernel's own route to it comes first
+        ("10.0.2.0/32", Refusal.InsideLink),  # the other ToR
+        ("10.0.1.1/32", Refusal.InsideLink),  # ourselves
+        ("10.0.9.0/24", (NextHop(A, 2),)),
+        ("10.0.9.128/25", Refusal.InsideLink),
+        ("10.0.9.0/25", (NextHop(A, 2),)),  # on a link of ours, and nobody's that we know
+        ("10.0.9.200/32", Refusal.InsideLink),
+        ("10.0.77.1/32", (NextHop(A, 2),)),  # a peer that is on no link is reached by any route
+    ],
+)
+def test_an_import_leads_no_session_away_from_its_link(prefix: str, expected: Refusal | tuple[NextHop, ...]) -> None:
+    """Whatever importCIDRs let in."""
+    peers = (peer(import_cidrs=("10.0.0.0/8",)), peer(B), peer("10.0.9.200"), peer("10.0.77.1"))
+    on_link = frozenset({("10.0.1.0/31", 2), ("10.0.2.0/31", 3), ("10.0.9.0/24", 4)})
+    assert verdict(route(prefix), peers=peers, on_link=on_link) == expected
+
+
 def test_a_default_route_comes_in_where_the_peer_may_give_one() -> None:
     assert verdict(route("0.0.0.0/0"), peers=(peer(default_route=True),)) == (NextHop(A, 2),)
 
