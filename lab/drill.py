@@ -34,6 +34,8 @@ from store.model import (
 _NAME: Final = "drill"
 #: Seconds that a process is away in an upgrade, at most: the image is there already.
 _UPGRADE: Final = 2.0
+#: Seconds that a machine without power is away, at least: none boots within the hold time.
+_BOOT: Final = 12.0
 
 
 def find(name: str) -> Drill:
@@ -152,18 +154,18 @@ async def _kill_node(scene: Scene) -> None:
 
 
 async def _kill_machine(scene: Scene, name: str) -> None:
-    site = scene.site
+    site, away = scene.site, max(scene.away, _BOOT)
 
     async def back() -> None:
         with scene.step(f"{name} has power again"):
             site.power(name, on=True)
 
-    with scene.step(f"{name} has no power for {scene.away:g} s"):
+    with scene.step(f"{name} has no power for {away:g} s"):
         scene.afterwards(back)
         site.power(name, on=False)
         for part in site.processes(name):
-            site.kill(name, part, SIGKILL, scene.away)
-        await scene.stay()
+            site.kill(name, part, SIGKILL, away)
+        await scene.clock.sleep(away)
 
 
 # -- wishes ------------------------------------------------------------------------------------------------------------

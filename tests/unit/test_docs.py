@@ -396,6 +396,7 @@ def test_every_policy_is_in_the_docs_with_what_it_says() -> None:
 
 
 def test_every_drill_is_in_the_docs() -> None:
-    rows = re.findall(r"^\| `([-a-z]+)` \| (.*?) \| (.*) \|$", (ROOT / "docs/drills.md").read_text(), re.MULTILINE)
-    told = {name: (sentence, loses == "nothing") for name, sentence, loses in rows if name in {d.name for d in DRILLS}}
+    text = (ROOT / "docs/drills.md").read_text().partition("\n## ")[0]
+    rows = re.findall(r"^\| `([-a-z]+)` \| (.*?) \| (.*) \|$", text, re.MULTILINE)
+    told = {name: (sentence, loses == "nothing") for name, sentence, loses in rows}
     assert told == {drill.name: (drill.sentence, drill.planned) for drill in DRILLS}
