@@ -245,7 +245,9 @@ class Relay:
                 self._sessions[address] = Session(
                     self._base, peering, heard=None if peering.refresh else Heard(self._heard_limit)
                 )
-                self._ledger.up(address, self._base, peering.families)
+                if not peering.told:
+                    log(f"peer {address} names no family (RFC 4760): ExaBGP announces nothing to it")
+                self._ledger.up(address, self._base, peering.told)
                 change = self._past.up(address, self._base, now)
                 about = self._about(self._sessions[address])
                 self._agent.tell(wire.KIND_UP, {"peer": address, **about, "change": change})

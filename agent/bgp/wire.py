@@ -52,6 +52,9 @@ class Peering(NamedTuple):
     hold_time: int = 0
     #: The peer's.
     router_id: str = ""
+    #: Families in which the peer can be told anything: to one that names none, and so has IPv4 unicast (RFC 4760,
+    #: section 8), ExaBGP sends neither routes nor an End-of-RIB.
+    told: tuple[str, ...] = ()
 
 
 class Head(NamedTuple):
@@ -120,6 +123,7 @@ def peering(sent: Any, received: Any) -> Peering:
         extended_next_hop=tuple(sorted(_next_hops(sent) & _next_hops(received))),
         hold_time=min(_number(sent, "hold_time"), _number(received, "hold_time")),
         router_id=str(received.get("router_id", "")) if isinstance(received, dict) else "",
+        told=tuple(f for f in FAMILIES if f in ours and f in theirs) if _names_families(received) else (),
     )
 
 
@@ -138,6 +142,10 @@ def _capability(message: Any, number: str, name: str) -> dict[str, Any] | None:
     found = message.get("capabilities") if isinstance(message, dict) else None
     value = found.get(number, found.get(name)) if isinstance(found, dict) else None
     return value if isinstance(value, dict) else None
+
+
+def _names_families(message: Any) -> bool:
+    return _capability(message, "1", "multiprotocol") is not None
 
 
 def _families(message: Any) -> set[str]:

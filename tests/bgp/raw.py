@@ -126,8 +126,9 @@ class Raw:
         #: What it says for an OPEN.
         self.opening = opening(asn, "10.9.9.9", hold, families, restart, refresh)
         self._pause = hold / 3
-        #: Sessions that came up, and the NOTIFICATIONs that they ended with: code and subcode.
+        #: Sessions that came up, connections that came, and the NOTIFICATIONs that they ended with: code and subcode.
         self.ups = 0
+        self.attempts = 0
         self.notifications: list[tuple[int, int]] = []
         #: Bodies of the UPDATEs that the node sent in this session.
         self.told: list[bytes] = []
@@ -176,6 +177,7 @@ class Raw:
         while True:
             connection, _ = await loop.sock_accept(self._listener)
             connection.setblocking(False)
+            self.attempts += 1
             with connection, contextlib.suppress(OSError):
                 await self._session(connection)
 

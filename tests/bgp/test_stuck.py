@@ -110,3 +110,21 @@ def test_a_peer_that_says_a_byte_a_second_is_dead_in_time(net: Net, bird: Bird, 
             await rack.sound()
 
     run(main(), 120)
+
+
+def test_a_peer_that_names_no_family_is_not_stuck(net: Net, bird: Bird, node: Node) -> None:
+    """ExaBGP tells it nothing, not even an End-of-RIB."""
+    node.options = ("--send-hold", "1")
+    rack = Rack(net, node, bird, 1, families=())
+    (plain,) = rack.raws
+
+    async def main() -> None:
+        async with rack.running():
+            rack.announced |= {announce("10.244.1.0/26", peer=plain.address, next_hop=HERE)}
+            rack.driver.set_announcements(rack.announced)
+            await asyncio.sleep(3)  # longer than it may take nothing
+            assert (plain.ups, plain.told) == (1, [])
+            assert "names no family" in node.log.read_text()
+            await rack.sound()
+
+    run(main(), 120)

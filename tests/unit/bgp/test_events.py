@@ -212,7 +212,7 @@ def without(message: dict[str, Any], *numbers: str) -> dict[str, Any]:
 
 
 def test_all_agreed() -> None:
-    agreed = wire.Peering(BOTH, BOTH, 60, helper=True, refresh=True, enhanced=True, asn4=True)
+    agreed = wire.Peering(BOTH, BOTH, 60, helper=True, refresh=True, enhanced=True, asn4=True, told=BOTH)
     assert wire.peering(SENT, BIRD) == agreed._replace(hold_time=9, router_id="10.0.1.2")
 
 
@@ -233,6 +233,7 @@ def test_helper_without_a_family_of_its_own() -> None:
 def test_capabilities_left_out() -> None:
     agreed = wire.peering(SENT, without(BIRD, "1", "2", "64", "65", "70"))
     assert agreed == wire.Peering(families=("ipv4 unicast",), hold_time=9, router_id="10.0.1.2")
+    assert agreed.told == (), "and ExaBGP tells it nothing"
     assert not wire.peering(without(SENT, "graceful-restart"), BIRD).helper
 
 
