@@ -17,6 +17,7 @@ from store.clock import Clock
 NAME: Final = "tor-1"
 ASN: Final = 65001
 _ADDRESSES: Final = ("10.1.0.254/24", "fd00:10:1::fe/64")
+_MAC: Final = "02:00:0a:01:00:fe"
 #: IPv4 and IPv6, without prefix length.
 ADDRESSES: Final = tuple(map(bare, _ADDRESSES))
 
@@ -36,6 +37,8 @@ class Visitor:
         self._net.sysctl(NAME, {f"net.ipv4.conf.{each}.send_redirects": "0" for each in ("all", "default")})
         port = Link(upper=End(name=SWITCH, port=NAME, addresses=()), lower=_end())
         rack.plug(self._net, self._topology, port)
+        # One that comes again is the same device: the nodes know its address still.
+        self._net.ip(NAME, [f"link set dev {SWITCH} address {_MAC}"])
         (program,) = routers.prepare(around(self._topology), _router(), self._folder)
         daemon = Daemon(
             self._net,
