@@ -33,7 +33,7 @@ def small(lab: Lab) -> Lab:
 
 def drilled(lab: Lab, name: str) -> tuple[Report, int, str]:
     """What the drill found, its exit code, and what it printed."""
-    done = lab.command("drill", name, "--away", "0.5", "--calm", "2", "-o", "json", check=False, timeout=170)
+    done = lab.command("drill", name, "--away", "0.5", "--calm", "1", "-o", "json", check=False, timeout=170)
     assert done.stdout, done.stderr
     return msgspec.json.decode(done.stdout, type=Report), done.returncode, done.stdout + done.stderr
 
