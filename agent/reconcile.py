@@ -89,6 +89,7 @@ class Reconciler:
         self._woken = asyncio.Event()
         self._events = 0
         self._missing: dict[str, float] = {}
+        self._ready: dict[str, float] = {}
         self._failures: tuple[Failure, ...] = ()
         self._retry = RETRY[0]
         self._full_at = 0.0
@@ -191,10 +192,12 @@ class Reconciler:
                     rib=self.rib,
                     link_name=self._link_name,
                     missing=self._missing,
+                    ready=self._ready,
                 )
             )
         self.figures.passes += 1
         self._missing = {address: self._missing.get(address, now) for address in wanted.missing}
+        self._ready = {address: self._ready.get(address, now) for address in wanted.ready}
         if wanted.sessions is not None:
             self.rib.configure(wanted.peers, now)
         if cluster.live:

@@ -488,6 +488,13 @@ class Rib:
         known = self.peers.get(peer.address)
         return known.exceeded if known and _same(self._configured.get(peer.address), peer) else ""
 
+    def awaited(self, address: str, now: float) -> bool:
+        """Whether a peer that is configured is up, or has routes left, or may still come up and tell some."""
+        known, peer = self.peers.get(address), self._configured.get(address)
+        if known is None or peer is None:
+            return False
+        return known.up or bool(known.routes) or not all(known.reported(f, now) for f in peer.families)
+
     def deadline(self, now: float) -> float | None:
         """The next moment at which ``advance`` or ``reported`` may say something new."""
         return min((at for p in self.peers.values() for at in p.deadlines(now)), default=None)

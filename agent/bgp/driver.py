@@ -131,6 +131,7 @@ class Driver:
         self.changed.set()
 
     def state(self) -> SpeakerState:
+        asked = self._good if self._sessions is None else self._sessions
         return SpeakerState(
             known=self._known,
             sent=frozenset(self._held).union(
@@ -140,6 +141,8 @@ class Driver:
             withdrawn_at=dict(self._withdrawn_at),
             refused={**self._refused, **{a: p for a, p in self._duplicates.items() if a not in self._refused}},
             unsendable=dict(self._unsent),
+            sessions=frozenset(asked.values()),
+            inherited=self._sessions is None,
         )
 
     # -- running --------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True, order=True):
     restart_time: int = 60
     #: Wait for the peer to connect instead of connecting (mesh: one of the two sides).
     passive: bool = False
+    #: Of the node-to-node mesh.
+    mesh: bool = False
     #: Hops to the peer at most, by the TTL of its packets (RFC 5082); 0: any number.
     hops: int = 0
     #: Where the password is, for people; "" for a session without one.
@@ -155,3 +157,6 @@ class SpeakerState(msgspec.Struct, frozen=True, kw_only=True):
     refused: dict[str, str] = {}
     #: (peer, prefix) -> why this announcement cannot be made.
     unsendable: dict[tuple[str, str], str] = {}
+    #: The sessions that it was asked for last; ``inherited``: by an agent before this one, which has not asked yet.
+    sessions: frozenset[Session] = frozenset()
+    inherited: bool = False

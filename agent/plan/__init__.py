@@ -3,14 +3,16 @@
 ``plan`` reads one ``Snapshot`` and returns one ``Plan``; nothing is remembered between two. Order (R9) comes of that: a
 block is announced only once its blackhole *is seen* in the kernel, and loses its blackhole only once its withdrawal *is
 seen* to be sent. Each module decides one part: ``identity``, ``sessions``, ``exports`` (blocks and announcements),
-``imports``, ``pods``, and ``notes`` what people should know.
+``imports``, ``pods``, ``leaving`` (a mesh that was switched off), and ``notes`` what people should know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from agent.adjrib import FAMILIES
+from msgspec.structs import replace
+
+from agent.adjrib import FAMILIES, family_of
 from agent.bgp.model import Family
 from agent.fib import Route, RouteKey
 from agent.plan.exports import (
@@ -25,10 +27,11 @@ from agent.plan.exports import (
 )
 from agent.plan.identity import Identity, identify
 from agent.plan.imports import import_policy, imports, uplink_sysctls, uplinks, ways_to_peers
+from agent.plan.leaving import Parting, part, staying
 from agent.plan.model import Cluster, Notes, Plan, Snapshot, usable
 from agent.plan.notes import note_forwarding, note_own_blocks, note_refused_routes, note_speaker, note_standing
 from agent.plan.pods import REPAIR_AFTER, missing_pod_routes, overdue
-from agent.plan.sessions import below_maximum, wanted_sessions
+from agent.plan.sessions import below_maximum, mesh_sessions, peer_sessions
 from agent.rib import Peer
 from cni.marks import PROTO_BLOCKS, PROTO_IMPORTS
 
@@ -42,10 +45,13 @@ def plan(snapshot: Snapshot) -> Plan:
     me = identify(snapshot, notes)
     pools = [pool for pool in cluster.pools if usable(pool, notes)]
 
-    wanted = wanted_sessions(me, snapshot, notes) if me.local_as else []
+    peered = peer_sessions(me, snapshot, notes) if me.local_as else {}
+    tors = [peering for peering in peered.values() if peering is not None]
+    meshed = mesh_sessions(me, snapshot, peered, notes) if me.local_as else []
+    leaving = staying(me, snapshot, peered) if me.local_as else []
+    wanted = [*tors, *meshed, *leaving]
     peers = tuple(sorted((peering.peer for peering in wanted), key=lambda p: p.address))
     peerings = [peering for peering in wanted if below_maximum(peering.peer, snapshot.rib, notes)]
-    sessions = [peering.session for peering in peerings]
 
     held = {prefix for prefix, protocol, _ in kernel.routes if protocol == PROTO_BLOCKS}
     standing = standing_blocks(snapshot, held)
@@ -56,6 +62,11 @@ def plan(snapshot: Snapshot) -> Plan:
 
     policy = import_policy(me, peers, pools, known, snapshot)
     selection = snapshot.rib.select(policy)
+    parting = part(leaving, tors, {family_of(a) for a in peered}, announcements, selection, snapshot, notes)
+    if parting.gone:
+        peers = tuple(peer for peer in peers if peer.address not in parting.gone)
+        selection = snapshot.rib.select(replace(policy, peers=peers))
+    sessions = [peering.session for peering in peerings if peering.peer.address not in parting.gone]
     # R5: what others announce stays in the kernel, where the CNI server sees it, and the block has no blackhole.
     blackholes = known | (fresh - routed_elsewhere(fresh, selection, notes))
     missing = missing_pod_routes(snapshot)
@@ -80,14 +91,15 @@ def plan(snapshot: Snapshot) -> Plan:
         deletable=deletable(snapshot, me, peers),
         sysctls=uplink_sysctls(uplinks(routes.values(), peers), kernel),
         sessions=frozenset(sessions) if me.local_as else None,
-        announcements=frozenset(announcements) if me.local_as else None,
+        announcements=frozenset(parting.apply(announcements)) if me.local_as else None,
         peers=peers,
         conditions=notes.conditions(),
         selection=selection,
         local_as=me.local_as,
         router_id=me.router_id,
         missing=frozenset(missing),
-        wake_at=wake_at(snapshot, held - standing, missing),
+        ready=parting.ready,
+        wake_at=wake_at(snapshot, held - standing, missing, parting),
     )
 
 
@@ -107,9 +119,9 @@ def deletable(snapshot: Snapshot, me: Identity, peers: Iterable[Peer]) -> frozen
     }
 
 
-def wake_at(snapshot: Snapshot, going: Iterable[str], missing: Iterable[str]) -> float | None:
+def wake_at(snapshot: Snapshot, going: Iterable[str], missing: Iterable[str], parting: Parting) -> float | None:
     """The first moment from now on at which time alone changes the plan."""
-    at = [snapshot.rib.deadline(snapshot.now)]
+    at = [snapshot.rib.deadline(snapshot.now), *parting.wake_at]
     at += [t + SETTLE for cidr in going if (t := snapshot.speaker.withdrawn_at.get(cidr)) is not None]
     at += [snapshot.missing.get(address, snapshot.now) + REPAIR_AFTER for address in missing]
     return min((t for t in at if t is not None and t > snapshot.now), default=None)

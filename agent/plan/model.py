@@ -50,6 +50,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     link_name: Callable[[str, str], str]
     #: Pod addresses whose route was already missing before, and since when.
     missing: Mapping[str, float] = {}
+    #: Peers of a mesh that was switched off whose sessions this node could already do without, and since when.
+    ready: Mapping[str, float] = {}
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +71,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     router_id: str = ""
     #: Pod addresses whose route is missing.
     missing: frozenset[str] = frozenset()
+    #: Peers of a mesh that was switched off whose sessions this node can do without.
+    ready: frozenset[str] = frozenset()
     #: When time alone will make the plan another one.
     wake_at: float | None = None
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from agent import filters
 from agent.adjrib import family_of
 from agent.bgp.model import Session
+from agent.fib import KernelState
 from agent.plan.identity import Identity, node_addresses, node_as
 from agent.plan.model import Cluster, Notes, Snapshot, usable
 from agent.prefix import is_inside, length_of
@@ -31,11 +32,11 @@ class Peering(NamedTuple):
     exports: filters.Filter = filters.EMPTY
 
 
-def wanted_sessions(me: Identity, snapshot: Snapshot, notes: Notes) -> list[Peering]:
-    """One session per BGPPeer that names this node, and per other node and family where the mesh is on. An address has
-    one session: the first BGPPeer by name, before the mesh. It has none if that BGPPeer cannot have one now (R13)."""
+def peer_sessions(me: Identity, snapshot: Snapshot, notes: Notes) -> dict[str, Peering | None]:
+    """One session per BGPPeer that names this node, by the peer's address. An address has one session: that of the
+    first BGPPeer by name. It has none (None) if that BGPPeer cannot have one now (R13)."""
     found: dict[str, Peering | None] = {}
-    own = {a.address for a in snapshot.kernel.addresses} | set(me.addresses.values())
+    own = own_addresses(me, snapshot.kernel)
     known = {f.name: f for f in snapshot.cluster.filters if usable(f, notes)}
     taken: dict[str, str] = {}
     for peer in sorted(snapshot.cluster.peers, key=lambda p: p.name):
@@ -52,15 +53,30 @@ def wanted_sessions(me: Identity, snapshot: Snapshot, notes: Notes) -> list[Peer
                 if problem:
                     notes.add("PeerNotUsable", f"BGPPeer {peer.name}: {problem}")
                 found[at.address], taken[at.address] = peering, peer.name
-    if mesh_enabled(snapshot.cluster.configuration):
-        if len(snapshot.cluster.nodes) >= MESH_LIMIT:
-            count = len(snapshot.cluster.nodes) + 1
-            notes.add("MeshTooLarge", f"a full mesh of {count} nodes: peer with the ToRs or with route reflectors")
-        for node in sorted(snapshot.cluster.nodes, key=lambda n: n.name):
-            for peering in mesh_sessions(node, me, snapshot):
-                if peering.session.address not in own:
-                    found.setdefault(peering.session.address, peering)
-    return [peering for peering in found.values() if peering is not None]
+    return found
+
+
+def mesh_sessions(me: Identity, snapshot: Snapshot, peered: Container[str], notes: Notes) -> list[Peering]:
+    """One session per other node and family where the mesh is on, but to the addresses that BGPPeers have to
+    themselves (``peered``)."""
+    cluster = snapshot.cluster
+    if not mesh_enabled(cluster.configuration):
+        return []
+    if len(cluster.nodes) >= MESH_LIMIT:
+        count = len(cluster.nodes) + 1
+        notes.add("MeshTooLarge", f"a full mesh of {count} nodes: peer with the ToRs or with route reflectors")
+    own = own_addresses(me, snapshot.kernel)
+    found: dict[str, Peering] = {}
+    for node in sorted(cluster.nodes, key=lambda n: n.name):
+        for peering in node_sessions(node, me, snapshot):
+            address = peering.session.address
+            if address not in own and address not in peered:
+                found.setdefault(address, peering)
+    return list(found.values())
+
+
+def own_addresses(me: Identity, kernel: KernelState) -> set[str]:
+    return {a.address for a in kernel.addresses} | set(me.addresses.values())
 
 
 def selects(peer: BGPPeer, node: Node | None) -> bool:
@@ -187,8 +203,8 @@ def password_of(password: BGPPassword | None, secrets: Iterable[Secret]) -> tupl
     return f"Secret {ref.name}, key {ref.key}", base64.b64encode(value).decode()
 
 
-def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peering]:
-    """Sessions to another node."""
+def node_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peering]:
+    """The mesh's sessions to another node."""
     peer_as = node_as(node, snapshot.cluster.configuration)
     if as_number_problem(peer_as):
         return
@@ -199,31 +215,37 @@ def mesh_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peer
         local = me.addresses.get(family)
         if local is None:
             continue
-        _, interface = local_end(address, me)
-        yield Peering(
-            Session(
-                name=name,
-                address=address,
-                local_address=local,
-                local_as=me.local_as,
-                peer_as=peer_as,
-                router_id=me.router_id,
-                families=(family,),
-                passive=passive,
-                port=listen_port(snapshot.cluster, me.name if passive else node.name),
-                secret=secret,
-                password=value,
-            ),
-            Peer(
-                address=address,
-                name=name,
-                peer_as=peer_as,
-                local_as=me.local_as,
-                families=(family,),
-                interface=interface,
-                max_restart_time=duration(spec.node_mesh_max_restart_time),
-            ),
+        session = Session(
+            name=name,
+            address=address,
+            local_address=local,
+            local_as=me.local_as,
+            peer_as=peer_as,
+            router_id=me.router_id,
+            families=(family,),
+            passive=passive,
+            port=listen_port(snapshot.cluster, me.name if passive else node.name),
+            secret=secret,
+            password=value,
+            mesh=True,
         )
+        yield mesh_peering(session, me, snapshot)
+
+
+def mesh_peering(session: Session, me: Identity, snapshot: Snapshot) -> Peering:
+    """A session of the mesh, and what its routes are judged by."""
+    _, interface = local_end(session.address, me)
+    spec = (snapshot.cluster.configuration or NO_CONFIGURATION).spec
+    peer = Peer(
+        address=session.address,
+        name=session.name,
+        peer_as=session.peer_as,
+        local_as=session.local_as,
+        families=session.families,
+        interface=interface,
+        max_restart_time=duration(spec.node_mesh_max_restart_time),
+    )
+    return Peering(session, peer)
 
 
 def local_end(peer: str, me: Identity) -> tuple[str, int]:
