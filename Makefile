@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The tests in two halves, which run beside each other: most of a test's time is waiting. In each what is cheap comes first.
 NEAR := $(wildcard $(addprefix tests/,unit contract netns runtime))
-FAR := $(wildcard $(addprefix tests/,bgp kube e2e))
+FAR := $(wildcard $(addprefix tests/,bgp kube e2e cluster))
 CODE := agent bench cni ctl ipam lab manifests store tests
 # Namespaces are root's to make; anybody is root in a user namespace of his own.
 AS_ROOT = $(shell unshare --mount --net --pid --fork true 2>/dev/null || echo unshare --user --map-root-user)
@@ -27,7 +27,7 @@ lab: need-lab $(VENV)/.lab $(if $(findstring kube,$(ARGS)),$(VENV)/.kube) $(if $
 lab-down: need-lab $(VENV)/.lab ## takes the rack away
 	exec $(BIN)/underlay-lab down $(ARGS)
 
-test: need-test lint apiserver runtimes build/underlay-shim ## everything: lint, and all tests (TESTS=tests/kube ARGS="-k block")
+test: need-test lint apiserver runtimes image ## everything: lint, and all tests (TESTS=tests/kube ARGS="-k block")
 	# In a user namespace everybody is called root: without this, one user's /tmp/pytest-of-root is in the others' way.
 	if [ "$$(id -u)" != 0 ]; then export PYTEST_DEBUG_TEMPROOT=/tmp/ul-$$(id -u); mkdir -p -m 700 "$$PYTEST_DEBUG_TEMPROOT"; fi
 	run() { $(AS_ROOT) $(BIN)/python -m pytest -q "$$@" $(ARGS); }

@@ -16,10 +16,10 @@ import click
 import msgspec
 
 from lab import client, drill, drilled, drilling, folder, matrix, routers
-from lab.busybox import BUSYBOX
+from lab.cluster import needs
 from lab.errors import LabError
 from lab.folder import Folder
-from lab.kube.build import NotHere, find, find_node
+from lab.kube.build import NotHere, find
 from lab.matrix import Report
 from lab.net import NetError
 from lab.oob import CONTROL_PLANE
@@ -114,7 +114,7 @@ def up(where: Folder, store: str, cluster: bool, bare: bool, **asked: Any) -> No
         if not wanted.mesh:
             routers.require(wanted.tor)
         programs = _programs() if store == "kube" else None
-        more = _cluster(bare) if cluster else []
+        more = needs.options(bare=bare) if cluster else []
         click.echo(f"A lab is being built in {where.path}; {_down(where)} takes it away.")
         client.start(where, wanted, programs=programs, cluster=more)
         _follow(where, told=True)
@@ -122,7 +122,11 @@ def up(where: Folder, store: str, cluster: bool, bare: bool, **asked: Any) -> No
     state = client.state(where)
     click.echo(picture(state, width=_width()) + "\n")
     if bare:
-        click.echo("No network yet: underlay-lab exec control-plane kubectl apply -k manifests/")
+        click.echo(
+            "No network yet:\n"
+            "underlay-lab exec control-plane kubectl apply -k manifests/\n"
+            f"underlay-lab exec control-plane underlayctl apply -f {where.path}/fabric.yaml"
+        )
     else:
         _measure(where, 3, state)
 
@@ -291,23 +295,6 @@ def _programs() -> Path:
         raise LabError(f"--store kube needs {e.name}: pip install 'underlay[kube]'") from e
     except NotHere as e:
         raise LabError(str(e)) from e
-
-
-def _cluster(bare: bool) -> list[str]:
-    """What makes a cluster of a lab. Raises LabError, which says what to type."""
-    image = Path(__file__).resolve().parents[1] / "build" / "underlay-image.tar"
-    try:
-        found = [f"--of-nodes={find_node().folder}", f"--image={image}"]
-    except NotHere as e:
-        raise LabError(str(e)) from e
-    if not image.exists():
-        raise LabError(f"{image} is not built: make image")
-    for program in (Path("/usr/bin/containerd"), Path("/usr/lib/cni/loopback"), BUSYBOX):
-        if not program.exists():
-            raise LabError(
-                f"--cluster needs {program}: apt-get install containerd runc containernetworking-plugins busybox-static"
-            )
-    return found + (["--bare"] if bare else [])
 
 
 def _follow(where: Folder, *, told: bool) -> None:

@@ -132,6 +132,7 @@ def enter(folder: Folder, name: str, command: Sequence[str]) -> list[str]:
         "env",
         f"PATH={Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
         *environment,
+        *place.through,
         first,
         *rest,
     ]

@@ -70,6 +70,10 @@ class Machine:
     def sandboxes(self) -> dict[str, Sandbox]:
         return dict(self._sandboxes)
 
+    def inside(self, *words: str) -> list[str]:
+        """The command line that runs a command there, once its network is entered: it is on our machine."""
+        return list(words)
+
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             for daemon in self._daemons.values():

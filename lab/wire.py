@@ -104,10 +104,12 @@ Answer = Step | Done | Failed
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a command runs: the network namespace as the supervisor sees it, and what to set for the command."""
+    """Where a command runs: the network namespace as the supervisor sees it, what to set for the command, and the words
+    before it that lead on from there, to a machine of its own."""
 
     netns: str
     environment: dict[str, str] = {}
+    through: tuple[str, ...] = ()
 
 
 # -- State: what ``status`` tells ----------------------------------------------------------------------------------

@@ -45,8 +45,10 @@ def holder(home: Path, name: str, up: Path) -> str:
     lines = [
         "set -e",
         "mount --make-rshared /",
-        # A tmpfs: it ends with the node, as a machine's does.
+        f"cd {home}",
+        # A tmpfs: it ends with the node, as a machine's does. The lab's own folder may be below it.
         "mount -t tmpfs run /run",
+        *((f"mkdir -p {home.parent}", f"mount -c --bind .. {home.parent}") if home.is_relative_to("/run") else ()),
         "mkdir -p /run/containerd /run/netns",
         "mount --make-rshared /run",
         f"mkdir -p {' '.join(FOLDERS)}",

@@ -20,9 +20,12 @@ from lab.objects import objects
 from lab.topology import Topology
 from store.base import Store
 from store.clock import Clock
+from store.files import dump_yaml
 from store.model import Node
 
 MANIFESTS: Final = Path(__file__).resolve().parents[2] / "manifests"
+#: Pools and peers of the rack, in the lab's folder: what an operator applies after the manifests.
+FABRIC: Final = "fabric.yaml"
 _API_WITHIN: Final = 120.0
 _NODES_WITHIN: Final = 120.0
 _IMAGES_WITHIN: Final = 120.0
@@ -66,6 +69,8 @@ class ClusterLab(Lab):
             cluster.prepare()
             sandbox = self._folder.path / "busybox.tar"
             busybox.write(sandbox, config.SANDBOX_IMAGE)
+            wishes = (obj for obj in objects(topology) if not isinstance(obj, Node))
+            (self._folder.path / FABRIC).write_text(dump_yaml(wishes))
         with step(f"namespaces for {self._census()}; {len(topology.links)} links"):
             rack.build(self._net, topology)
             fabric.plug(self._net, topology)
