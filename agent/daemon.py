@@ -1,6 +1,7 @@
 """``underlay-agent``: ties store, kernel and speaker to the loop, and runs until SIGTERM.
 
-At the end nothing is taken back: routes, sessions and announcements stay as they are for the next one (R14).
+At the end nothing is taken back: routes, sessions and announcements stay as they are for the next one (R14). Only where
+the machine itself goes down the node is first taken out of the routes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 from contextlib import closing, suppress
+from typing import Final
 
 from agent import config
 from agent.bgp.driver import Driver
@@ -30,6 +32,9 @@ from store.errors import StoreError
 from store.open import open_store
 
 log = logging.getLogger(__name__)
+
+#: Seconds that the end of the agent waits for a node that goes down to be out of the routes.
+DRAIN_LIMIT: Final = 12.0
 
 
 def main() -> int:
@@ -53,12 +58,15 @@ async def run(settings: config.Config, clock: Clock) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     store = CountedStore(open_store(settings.store, clock=clock))
+    loops: list[Reconciler] = []
     try:
         with closing(Kernel(settings.sysctls)) as kernel:
-            work = asyncio.create_task(_alone(settings, clock, store, kernel))
+            work = asyncio.create_task(_alone(settings, clock, store, kernel, loops))
             ending = asyncio.create_task(stop.wait())
             try:
                 await asyncio.wait({work, ending}, return_when=asyncio.FIRST_COMPLETED)
+                for loop in loops:
+                    await loop.drained(DRAIN_LIMIT)
             finally:
                 ending.cancel()
                 work.cancel()
@@ -69,14 +77,19 @@ async def run(settings: config.Config, clock: Clock) -> None:
     log.info("stopped; routes and sessions stay")
 
 
-async def _alone(settings: config.Config, clock: Clock, store: CountedStore, kernel: Kernel) -> None:
+async def _alone(
+    settings: config.Config, clock: Clock, store: CountedStore, kernel: Kernel, loops: list[Reconciler]
+) -> None:
     """Two agents would take the speaker and each other's routes in turn: the second waits for the first one's end."""
     async with alone(settings.run / "agent.lock", clock):
-        await _work(settings, clock, store, kernel)
+        await _work(settings, clock, store, kernel, loops)
 
 
-async def _work(settings: config.Config, clock: Clock, store: CountedStore, kernel: Kernel) -> None:
-    """Everything that runs, each part owned by this one group: the first that fails ends the others."""
+async def _work(
+    settings: config.Config, clock: Clock, store: CountedStore, kernel: Kernel, loops: list[Reconciler]
+) -> None:
+    """Everything that runs, each part owned by this one group: the first that fails ends the others. ``loops`` is told
+    of the loop."""
     writer = StatusWriter(store, settings.node, clock)
     view = View(
         store,
@@ -95,6 +108,7 @@ async def _work(settings: config.Config, clock: Clock, store: CountedStore, kern
         link_name=link_name,
         publish=writer.offer,
     )
+    loops.append(loop)
     driver = Driver(settings.run / "speaker", clock, loop.event)
     pages = Pages(clock, store, view, loop, driver, writer).all()
     # For whoever is root on this node; ``metrics`` is for who may scrape it.

@@ -104,6 +104,12 @@ class Reconciler:
         self.rib.apply(event, self._clock.monotonic())
         self.wake()
 
+    async def drained(self, limit: float) -> None:
+        """Returns when a node that goes down is out of the routes, after ``limit`` seconds at most; else at once."""
+        end = self._clock.monotonic() + limit
+        while self.seen and self.seen.plan.going_down and self._clock.monotonic() < end:
+            await self._clock.sleep(GATHER)
+
     async def run(self) -> None:
         """Until cancelled; whatever is in the kernel then stays there (R14)."""
         loop = asyncio.get_running_loop()

@@ -181,6 +181,31 @@ def node_status(ctx: click.Context, name: str | None, all_nodes: bool, url: str 
     return _on_store(ctx, url, lambda store: show_node_status(store, name or "", all_nodes=all_nodes))
 
 
+@node.command("drain-routes")
+@click.argument("name", metavar="NODE")
+@click.option("--undo", is_flag=True, help="Have it announce its blocks as before.")
+@click.option("--wait", default=60.0, show_default=True, help="Seconds until the command gives up; the node goes on.")
+@click.option("--force", is_flag=True, help="Withdraw also the blocks in which pods live, after asking.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@store_option
+@click.pass_context
+def node_drain_routes(
+    ctx: click.Context, name: str, undo: bool, wait: float, force: bool, yes: bool, url: str | None
+) -> int:
+    """Takes NODE out of the routes: peers are asked to use other ways (GRACEFUL_SHUTDOWN, RFC 8326), and after 5 s its
+    blocks are withdrawn, but for those in which pods live. It cordons nothing and ends no pod."""
+    from ctl import drain
+    from store.clock import SystemClock
+
+    if undo:
+        if force:
+            raise Usage(["--undo and --force: one of the two"])
+        return _on_store(ctx, url, lambda store: drain.undo(store, SystemClock(), name, wait=wait))
+    return _on_store(
+        ctx, url, lambda store: drain.drain_routes(store, SystemClock(), name, wait=wait, force=force, yes=yes)
+    )
+
+
 @cli.group()
 def ipam() -> None:
     """Addresses: pools, blocks, who holds what."""

@@ -20,6 +20,8 @@ CALICO_GROUP = "projectcalico.org/v3"
 ANNOTATION_ASN = "underlay.network/as-number"
 #: Node annotations: where the node's sessions end, by IP version, where that is not its first InternalIP.
 ANNOTATION_ADDRESS = {4: "underlay.network/ipv4-address", 6: "underlay.network/ipv6-address"}
+#: On a Node: take it out of the routes (``underlayctl node drain-routes``): ``yes``, or ``force``: with its pods.
+ANNOTATION_DRAIN = "underlay.network/drain-routes"
 #: IPAMBlock annotation: addresses that people want released, in canonical text with commas between. The block's owner
 #: carries it out and removes it (R2); see ``release_wanted``.
 ANNOTATION_RELEASE = "underlay.network/release"
@@ -436,8 +438,18 @@ class NodeSpec(_Struct, frozen=True, kw_only=True):
     unschedulable: bool = False
 
 
+class NodeCondition(_Struct, frozen=True, kw_only=True):
+    """What the kubelet says of its Node; not when, which changes all the time."""
+
+    type: str
+    status: str
+    reason: str = ""
+    message: str = ""
+
+
 class NodeStatus(_Struct, frozen=True, kw_only=True):
     addresses: tuple[NodeAddress, ...] = ()
+    conditions: tuple[NodeCondition, ...] = ()
 
 
 class Node(Resource, frozen=True, kw_only=True, tag="Node"):

@@ -93,6 +93,9 @@ class Driver:
         self._withdrawn_at: dict[str, float] = {}
         #: Table generation -> pairs of the table before: the relay may announce them until it took this one.
         self._superseded: dict[int, frozenset[tuple[str, str]]] = {}
+        self._confirmed_at: dict[tuple[str, str], float] = {}
+        #: Pair -> generation of the table that says something new of it, which the relay has not taken yet.
+        self._new: dict[tuple[str, str], int] = {}
 
     # -- what is wanted -------------------------------------------------------------------------------------------
 
@@ -125,9 +128,14 @@ class Driver:
             rows.append([*row, list(a.as_path)] if a.as_path else row)
         if rows == self._rows and unsent == self._unsent:
             return
-        before = frozenset((str(row[0]), str(row[1])) for row in self._rows or ())
-        self._rows, self._unsent = rows, unsent
-        self._send_table(before)
+        old = {(str(row[0]), str(row[1])): row for row in self._rows or ()}
+        first, self._rows, self._unsent = self._rows is None, rows, unsent
+        self._send_table(frozenset(old))
+        for row in rows if not first else ():
+            pair = (str(row[0]), str(row[1]))
+            if old.get(pair) != row:
+                self._new[pair] = self._table
+                self._confirmed_at.pop(pair, None)
         self.changed.set()
 
     def state(self) -> SpeakerState:
@@ -138,6 +146,7 @@ class Driver:
                 pair for pairs in self._superseded.values() for pair in pairs if pair[0] in self._generations
             ),
             confirmed=frozenset(self._confirmed),
+            confirmed_at=dict(self._confirmed_at),
             withdrawn_at=dict(self._withdrawn_at),
             refused={**self._refused, **{a: p for a, p in self._duplicates.items() if a not in self._refused}},
             unsendable=dict(self._unsent),
@@ -208,6 +217,7 @@ class Driver:
         _log.warning("the speaker is gone: %s", reason)
         self._known, self._mark = False, None
         self._held, self._confirmed, self._superseded = set(), set(), {}
+        self._confirmed_at, self._new = {}, {}
         self._generations = {}
         self._sink(SpeakerLost(reason=reason))
         self.changed.set()
@@ -239,6 +249,7 @@ class Driver:
                     self._unsent[(told["peer"], prefix)] = "ExaBGP refused it: see exabgp.log"
             case wire.KIND_TABLE:
                 self._superseded = {g: p for g, p in self._superseded.items() if g > told["generation"]}
+                self._new = {pair: g for pair, g in self._new.items() if g > told["generation"]}
                 if told["problem"]:
                     _log.warning("%s", told["problem"])
             case wire.KIND_CONF:
@@ -263,6 +274,7 @@ class Driver:
         self._table = max(self._table, told["table"] or 0)
         self._held = {(peer, prefix) for peer, prefix in told["held"]}
         self._confirmed = {(peer, prefix) for peer, prefix in told["confirmed"]}
+        self._confirmed_at = dict.fromkeys(self._confirmed, self._clock.monotonic())
         # After an overflow this is said again: sessions that went meanwhile are down, those that stayed say nothing.
         for peer, generation in list(self._generations.items()):
             if peer not in told["peers"]:
@@ -302,6 +314,7 @@ class Driver:
 
     def _sent(self, peer: str, prefix: str, state: str) -> None:
         pair = (peer, prefix)
+        self._confirmed_at.pop(pair, None)
         if state == "gone":
             self._held.discard(pair)
             self._confirmed.discard(pair)
@@ -314,6 +327,8 @@ class Driver:
         self._withdrawn_at.pop(prefix, None)
         if state == "confirmed":
             self._confirmed.add(pair)
+            if pair not in self._new:  # else it is of the announcement before
+                self._confirmed_at[pair] = self._clock.monotonic()
         else:
             self._confirmed.discard(pair)
 

@@ -151,6 +151,9 @@ class SpeakerState(msgspec.Struct, frozen=True, kw_only=True):
     known: bool = False
     sent: frozenset[tuple[str, str]] = frozenset()
     confirmed: frozenset[tuple[str, str]] = frozenset()
+    #: Pair -> monotonic time at which the newest announcement of it was reported as sent; those of ``confirmed`` whose
+    #: announcement has not changed since.
+    confirmed_at: dict[tuple[str, str], float] = {}
     #: Prefix -> monotonic time at which its withdrawal was reported as sent to every peer that is up (R9).
     withdrawn_at: dict[str, float] = {}
     #: Session.address -> why its configuration was not taken (R13).

@@ -3,7 +3,7 @@
 ``plan`` reads one ``Snapshot`` and returns one ``Plan``; nothing is remembered between two. Order (R9) comes of that: a
 block is announced only once its blackhole *is seen* in the kernel, and loses its blackhole only once its withdrawal *is
 seen* to be sent. Each module decides one part: ``identity``, ``sessions``, ``exports`` (blocks and announcements),
-``imports``, ``pods``, ``leaving`` (a mesh that was switched off), and ``notes`` what people should know.
+``imports``, ``pods``, ``leaving`` (a mesh that was switched off), ``draining``, and ``notes`` what people should know.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from agent.adjrib import FAMILIES, family_of
 from agent.bgp.model import Family
 from agent.fib import Route, RouteKey
+from agent.plan.draining import SHUTDOWN, drain, why_drained
 from agent.plan.exports import (
     SETTLE,
     advertisements,
@@ -27,7 +28,7 @@ from agent.plan.exports import (
 )
 from agent.plan.identity import Identity, identify
 from agent.plan.imports import import_policy, imports, uplink_sysctls, uplinks, ways_to_peers
-from agent.plan.leaving import Parting, part, staying
+from agent.plan.leaving import part, staying
 from agent.plan.model import Cluster, Notes, Plan, Snapshot, usable
 from agent.plan.notes import note_forwarding, note_own_blocks, note_refused_routes, note_speaker, note_standing
 from agent.plan.pods import REPAIR_AFTER, missing_pod_routes, overdue
@@ -59,6 +60,8 @@ def plan(snapshot: Snapshot) -> Plan:
     known = (standing - fresh) | {cidr for cidr in held - standing if still_announced(cidr, snapshot)}
     # R9: install, then announce.
     announcements = announce(standing & held, peerings, pools, advertisements(cluster, me.name, notes))
+    why = why_drained(cluster.node, notes)
+    announcements, due = drain(announcements, why, snapshot, notes)
 
     policy = import_policy(me, peers, pools, known, snapshot)
     selection = snapshot.rib.select(policy)
@@ -91,7 +94,10 @@ def plan(snapshot: Snapshot) -> Plan:
         deletable=deletable(snapshot, me, peers),
         sysctls=uplink_sysctls(uplinks(routes.values(), peers), kernel),
         sessions=frozenset(sessions) if me.local_as else None,
-        announcements=frozenset(parting.apply(announcements)) if me.local_as else None,
+        # What is withdrawn already only the speaker knows: until it says so, it keeps what it has.
+        announcements=frozenset(parting.apply(announcements))
+        if me.local_as and not (why and not snapshot.speaker.known)
+        else None,
         peers=peers,
         conditions=notes.conditions(),
         selection=selection,
@@ -99,7 +105,8 @@ def plan(snapshot: Snapshot) -> Plan:
         router_id=me.router_id,
         missing=frozenset(missing),
         ready=parting.ready,
-        wake_at=wake_at(snapshot, held - standing, missing, parting),
+        going_down=why == SHUTDOWN and bool(announcements),
+        wake_at=wake_at(snapshot, held - standing, missing, (*parting.wake_at, *due)),
     )
 
 
@@ -119,9 +126,9 @@ def deletable(snapshot: Snapshot, me: Identity, peers: Iterable[Peer]) -> frozen
     }
 
 
-def wake_at(snapshot: Snapshot, going: Iterable[str], missing: Iterable[str], parting: Parting) -> float | None:
+def wake_at(snapshot: Snapshot, going: Iterable[str], missing: Iterable[str], others: Iterable[float]) -> float | None:
     """The first moment from now on at which time alone changes the plan."""
-    at = [snapshot.rib.deadline(snapshot.now), *parting.wake_at]
+    at = [snapshot.rib.deadline(snapshot.now), *others]
     at += [t + SETTLE for cidr in going if (t := snapshot.speaker.withdrawn_at.get(cidr)) is not None]
     at += [snapshot.missing.get(address, snapshot.now) + REPAIR_AFTER for address in missing]
     return min((t for t in at if t is not None and t > snapshot.now), default=None)
