@@ -443,7 +443,6 @@ class NodeCondition(_Struct, frozen=True, kw_only=True):
 
     type: str
     status: str
-    reason: str = ""
     message: str = ""
 
 
