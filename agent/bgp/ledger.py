@@ -137,11 +137,7 @@ class Ledger:
             self._peer(address)
         for peer in self._peers.values():
             old, new = before.get(peer.address, {}), routes.get(peer.address, {})
-            changed = {p for p in {*old, *new} if old.get(p) != new.get(p)}
-            peer.dirty.update(changed)
-            # What was reported as sent is the announcement before, from now on.
-            for prefix in changed & peer.confirmed:
-                self._mark(peer, prefix, "held")
+            peer.dirty.update(p for p in {*old, *new} if old.get(p) != new.get(p))
             if first and peer.up:
                 peer.again.update(new)
                 peer.dirty.update(new)
