@@ -20,8 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from cni.errors import CNIError
-from cni.message import ANSWER, ANSWER_MAGIC, REQUEST, REQUEST_MAGIC
-from cni.server import SOCKET
+from cni.message import ANSWER, ANSWER_MAGIC, REQUEST, REQUEST_MAGIC, SOCKET
 
 #: The plugin's name: the binary's, and ``type`` in the conflist.
 PLUGIN: Final = "underlay"

@@ -17,8 +17,8 @@ from cni import install, rtnl
 from cni.errors import CNIError
 from cni.install import InstallError
 from cni.marks import LINK_GROUP
+from cni.message import SOCKET
 from cni.netlink import Netlink
-from cni.server import SOCKET
 
 _TREE: Final = Path(__file__).resolve().parents[1]
 #: Seconds between two looks for the server.
@@ -67,7 +67,10 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
     parser.add_argument("--cni-version", default="1.0.0", help="cniVersion of the conflist")
     parser.add_argument("--mtu", type=int, default=0, help="MTU of pods; the uplinks' if 0")
     parser.add_argument(
-        "--chain", action="append", default=[], help="a plugin behind ours: portmap, bandwidth, or its JSON; repeatable"
+        "--chain",
+        action="append",
+        default=[],
+        help="a plugin behind ours: portmap, bandwidth, or its JSON; repeatable (UNDERLAY_CNI_CHAIN: names, by commas)",
     )
     parser.add_argument(
         "--pods-may-choose",
@@ -91,9 +94,13 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
             version=values.cni_version,
             mtu=values.mtu,
             pods_may_choose=values.pods_may_choose.lower() == "yes",
-            chain=tuple(install.chained(text) for text in values.chain),
+            chain=tuple(install.chained(text) for text in values.chain or _names(environment)),
         ),
     )
+
+
+def _names(environment: Mapping[str, str]) -> list[str]:
+    return [name.strip() for name in environment.get("UNDERLAY_CNI_CHAIN", "").split(",") if name.strip()]
 
 
 def default_shim() -> Path:

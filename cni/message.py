@@ -16,6 +16,8 @@ import msgspec
 
 from cni.errors import CNIError
 
+#: The server's, in its run directory.
+SOCKET: Final = "cni.sock"
 REQUEST: Final = struct.Struct("<4sII")
 ANSWER: Final = struct.Struct("<4sII")
 REQUEST_MAGIC: Final = b"ULC1"

@@ -22,13 +22,11 @@ import msgspec
 
 from cni import message, netns, spec
 from cni.errors import CNIError
-from cni.message import MalformedMessage
+from cni.message import SOCKET, MalformedMessage
 from cni.spec import Refusal
 from cni.verbs import CarryOut
 
 log = logging.getLogger(__name__)
-
-SOCKET: Final = "cni.sock"
 
 _UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
 _NS_GET_NSTYPE: Final = 0xB703  # ioctl_ns(2)

@@ -28,7 +28,8 @@ from store.clock import Clock
 
 _LOOK_EVERY: Final = 0.05
 _LIMIT: Final = 60.0
-_LOOPBACK: Final = Path("/usr/lib/cni/loopback")
+#: Of the reference set: containerd takes the first for itself, the other is for hostPort.
+_PLUGINS: Final = (Path("/usr/lib/cni/loopback"), Path("/usr/lib/cni/portmap"))
 
 
 class KubeMachine:
@@ -45,7 +46,8 @@ class KubeMachine:
             (self._home / part).mkdir(parents=True, exist_ok=True)
         (self._home / "containerd.toml").write_text(config.containerd(self._home))
         (self._home / "kubelet.json").write_text(config.kubelet(plane.ca))
-        shutil.copy2(_LOOPBACK, self._home / "bin" / "loopback")
+        for plugin in _PLUGINS:
+            shutil.copy2(plugin, self._home / "bin" / plugin.name)
         self.environment = {"KUBECONFIG": str(plane.kubelet(node.name))}
         self._holder: asyncio.subprocess.Process | None = None
         self._booted = asyncio.Event()

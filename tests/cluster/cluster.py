@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,8 @@ from tests.conftest import eventually
 BIN: Final = Path(sys.executable).parent
 ROOT: Final = Path(__file__).resolve().parents[2]
 NAMESPACE: Final = "underlay-system"
+#: The Namespace of the pods that are there before the network.
+FIRST: Final = "first"
 #: What pods of tests run: it sleeps, unless told otherwise.
 IMAGE: Final = "underlay.network/busybox:lab"
 #: The machine is shared.
@@ -34,6 +37,8 @@ class Cluster:
 
     def __init__(self, path: Path) -> None:
         self.folder = Folder(path)
+        #: Seconds from the start of ``install`` to what is named.
+        self.times: dict[str, float] = {}
         self.environment = os.environ | {
             "KUBECONFIG": str(path / "admin.kubeconfig"),
             "UNDERLAY_STORE": f"kube:{path / 'admin.kubeconfig'}",
@@ -47,13 +52,29 @@ class Cluster:
         return self.lab("up", "--cluster", "--pods", "0", *options, limit=300)
 
     def install(self) -> None:
-        """Underlay, as a user installs it. Nodes are not Ready yet when it returns."""
+        """Underlay, as a user installs it, where two pods wait for a network already. Nodes are not Ready yet when it
+        returns."""
+        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": FIRST}}, _waiting())
+        self._begin = time.monotonic()
         self.kubectl("apply", "-k", "manifests/")
         self.underlayctl("apply", "-f", str(self.folder.path / "fabric.yaml"))
+        self._note("applied")
 
     def ready(self, *, limit: float = LIMIT) -> None:
-        """Waits until all nodes are Ready and take pods, and Underlay's own pods are Ready."""
+        """Waits until a pod runs, all nodes are Ready and take pods, and Underlay's own pods are Ready."""
+
+        def runs() -> bool:
+            return any(pod["status"]["phase"] == "Running" for pod in self.get("pods", "-n", FIRST))
+
+        eventually(lambda: any(_is(node, "Ready") for node in self.get("nodes")), limit=limit)
+        self._note("first node Ready")
+        eventually(runs, limit=limit)
+        self._note("first pod Running")
         eventually(lambda: self.not_ready() == [], limit=limit, every=0.3)
+        self._note("everything Ready")
+
+    def _note(self, what: str) -> None:
+        self.times[what] = time.monotonic() - self._begin
 
     def not_ready(self) -> list[str]:
         """What is not as it is to be: nodes, DaemonSets."""
@@ -140,6 +161,31 @@ def addresses(pod: Wire) -> tuple[str, ...]:
     """A pod's, IPv4 first."""
     found = (str(ip["ip"]) for ip in pod["status"].get("podIPs", ()))
     return tuple(sorted(found, key=lambda address: ":" in address))
+
+
+def _waiting() -> Wire:
+    """Two pods, on two nodes."""
+    labels = {"app": FIRST}
+    spread = {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "DoNotSchedule",
+        "labelSelector": {"matchLabels": labels},
+    }
+    pod = {
+        "containers": [{"name": "main", "image": IMAGE, "imagePullPolicy": "Never"}],
+        "topologySpreadConstraints": [spread],
+        "dnsPolicy": "Default",
+        "terminationGracePeriodSeconds": 0,
+    }
+    template = {"metadata": {"labels": labels}, "spec": pod}
+    spec = {"replicas": 2, "selector": {"matchLabels": labels}, "template": template}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": FIRST, "namespace": FIRST},
+        "spec": spec,
+    }
 
 
 def _is(obj: Wire, condition: str) -> bool:

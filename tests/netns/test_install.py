@@ -203,6 +203,18 @@ def test_garbage_for_a_plugin_is_refused_in_a_sentence(text: str) -> None:
 # -- the command line ----------------------------------------------------------------------------------------------
 
 
+def test_a_cluster_names_the_chain_in_its_settings() -> None:
+    def chain(words: list[str], value: str) -> list[str]:
+        plugins = installer.parse(words, {"UNDERLAY_CNI_CHAIN": value}).configuration["plugins"]
+        return [plugin["type"] for plugin in plugins[1:]]
+
+    assert chain([], "") == []
+    assert chain([], "portmap, bandwidth") == ["portmap", "bandwidth"]
+    assert chain(["--chain", "bandwidth"], "portmap") == ["bandwidth"]
+    with pytest.raises(InstallError, match="portmap, bandwidth"):
+        chain([], "portmop")
+
+
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
     """Exit code, and all that was printed."""
     code = 0
