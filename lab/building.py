@@ -270,6 +270,17 @@ class Lab:
         links = {link for link in self._topology.links if member in (link.upper.name, link.lower.name)}
         self._cut = self._cut - links if on else self._cut | links
 
+    def pods(self, node: str) -> frozenset[str]:
+        return frozenset(self._machine(node).sandboxes)
+
+    def blocks(self, node: str) -> frozenset[str]:
+        """Of the node, as the store had them last."""
+        return frozenset(self._known.get(node, ()))
+
+    def routed(self, node: str, blocks: frozenset[str]) -> bool:
+        """Whether a node has a route to one of these blocks from its peers."""
+        return bool(blocks & rack.routes(self._net, node, protocol=PROTO_IMPORTS))
+
     def mute(self, member: str, *, on: bool) -> None:
         """Has a router or node hang: its ports have their carrier, and nothing leaves them. Or ends that."""
         rack.mute(self._net, self._topology, member, on=on)

@@ -149,6 +149,38 @@ async def _drain_tor(scene: Scene) -> None:
         await scene.stay()
 
 
+async def _drain_node(scene: Scene) -> None:
+    site, node = scene.site, scene.node
+    pods = [member.name for member in site.members() if member.name in site.pods(node)]
+    others = [other.name for other in site.topology.nodes if other.name != node]
+
+    async def pods_again() -> None:
+        with scene.step(f"{node} has its {len(pods)} pods again, new ones"):
+            for pod in pods:
+                if pod not in site.pods(node):
+                    await site.pod_add(pod)
+
+    async def undo() -> None:
+        with scene.step(f"underlayctl node drain-routes {node} --undo"):
+            await site.command(node, "underlayctl", "node", "drain-routes", node, "--undo")
+            await scene.calm(1)
+
+    with scene.step(f"the {len(pods)} pods of {node} end, as kubectl drain has it"):
+        scene.afterwards(pods_again)
+        await scene.release([*pods, node])
+        for pod in pods:
+            await site.pod_del(pod)
+    with scene.step(f"underlayctl node drain-routes {node}"):
+        blocks = site.blocks(node)
+        scene.afterwards(undo)
+        await site.command(node, "underlayctl", "node", "drain-routes", node)
+        await scene.until(
+            lambda: not any(site.routed(other, blocks) for other in others), f"blocks of {node} are still routed to"
+        )
+    with scene.step(f"{scene.away:g} s without {node}"):
+        await scene.stay()
+
+
 async def _kill_node(scene: Scene) -> None:
     await _kill_machine(scene, scene.node)
 
@@ -350,6 +382,13 @@ DRILLS: Final = (
         struck=_first_rack,
         steps=_drain_tor,
         refusal=_needs_two,
+    ),
+    Drill(
+        name="drain-node",
+        sentence="A node's pods end, its routes are drained, and undone.",
+        planned=True,
+        struck=_first_node,
+        steps=_drain_node,
     ),
     Drill(
         name="mesh-to-tor",
