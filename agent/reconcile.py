@@ -14,7 +14,8 @@ from typing import Final, Protocol
 
 from msgspec.structs import replace
 
-from agent.bgp.model import Announcement, Event, Session, SpeakerState
+from agent.bgp.history import History
+from agent.bgp.model import Announcement, Event, Session, SessionChanges, SpeakerState
 from agent.delta import Failure, NoFreeId, Operation, delta, explain
 from agent.fib import KernelState
 from agent.health import Seen
@@ -80,6 +81,8 @@ class Reconciler:
         self._node, self._view, self._kernel, self._speaker = node, view, kernel, speaker
         self._clock, self._link_name, self._publish = clock, link_name, publish
         self.rib = Rib()
+        #: What became of each peer's sessions.
+        self.history = History()
         self.figures = Figures(clock.monotonic())
         #: What the last pass saw; None before there was one.
         self.seen: Seen | None = None
@@ -100,6 +103,10 @@ class Reconciler:
 
     def event(self, event: Event) -> None:
         """Takes one of the speaker's events."""
+        if isinstance(event, SessionChanges):
+            if self.history.take(event):
+                self.wake()
+            return
         self._events += 1
         self.rib.apply(event, self._clock.monotonic())
         self.wake()
@@ -206,6 +213,7 @@ class Reconciler:
         self._ready = {address: self._ready.get(address, now) for address in wanted.ready}
         if wanted.sessions is not None:
             self.rib.configure(wanted.peers, now)
+            self.history.keep(peer.address for peer in wanted.peers)
         if cluster.live:
             own = {block.spec.cidr for block in cluster.blocks}
             held = {prefix for prefix, protocol, _ in kernel.routes if protocol == PROTO_BLOCKS}
@@ -263,5 +271,5 @@ class Reconciler:
         if self.kernel_error:
             kind = "KernelUnavailable"
             conditions.append(Condition(type=kind, status="True", reason=kind, message=self.kernel_error))
-        self.status = report(wanted, self.rib, state, conditions, self.status, self._clock.now())
+        self.status = report(wanted, self.rib, state, self.history, conditions, self.status, self._clock.now())
         self._publish(self.status)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from msgspec.structs import replace
 
+from agent.bgp.history import History
 from agent.bgp.model import SpeakerState
 from agent.plan import Plan
 from agent.rib import Peer, Rib
@@ -16,6 +17,7 @@ def report(
     plan: Plan,
     rib: Rib,
     speaker: SpeakerState,
+    history: History,
     conditions: Iterable[Condition],
     before: BGPNodeStatusStatus,
     now: str,
@@ -33,13 +35,19 @@ def report(
     return BGPNodeStatusStatus(
         as_number=plan.local_as,
         router_id=plan.router_id,
-        sessions=tuple(_session(p, plan, rib, speaker, sessions, now) for p in plan.peers),
+        sessions=tuple(_session(p, plan, rib, speaker, history, sessions, now) for p in plan.peers),
         conditions=tuple(found[kind] for kind in sorted(found)),
     )
 
 
 def _session(
-    peer: Peer, plan: Plan, rib: Rib, speaker: SpeakerState, before: Mapping[str, SessionStatus], now: str
+    peer: Peer,
+    plan: Plan,
+    rib: Rib,
+    speaker: SpeakerState,
+    history: History,
+    before: Mapping[str, SessionStatus],
+    now: str,
 ) -> SessionStatus:
     known, address = rib.peers.get(peer.address), peer.address
     received = len(known.routes) if known else 0
@@ -52,7 +60,9 @@ def _session(
     elif refusal:
         state, reason = "Idle", refusal
     else:
-        state, reason = "Connecting", known.reason if known else ""
+        # Without a speaker the history ends before the session does.
+        reason = history.why_down(address) if speaker.known else ""
+        state, reason = "Connecting", reason or (known.reason if known else "")
     last = before.get(address)
     return SessionStatus(
         peer=peer.name,

@@ -23,6 +23,7 @@ from agent.bgp.model import (
     Family,
     Received,
     Resync,
+    SessionChanges,
     SessionDown,
     SessionUp,
     SpeakerLost,
@@ -439,6 +440,8 @@ class Rib:
         if isinstance(event, SpeakerLost):
             for peer in self.peers.values():
                 self._changed |= peer.speaker_lost(event.reason, now)
+            return
+        if isinstance(event, SessionChanges):  # for people
             return
         known = self.peers.get(event.peer)
         if known is None:  # told before the configuration is read: kept, and judged when it is

@@ -14,19 +14,24 @@ import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from agent.bgp import conf, speaker, wire
+from agent.bgp import notification as notifications
 from agent.bgp.events import Decoder, Problem
 from agent.bgp.model import (
     Announcement,
+    Capabilities,
+    Change,
     EndOfRib,
     Event,
     Resync,
     Session,
+    SessionChanges,
     SessionDown,
     SessionUp,
     SpeakerLost,
@@ -234,10 +239,9 @@ class Driver:
             case wire.KIND_HELLO:
                 self._hello(told)
             case wire.KIND_UP:
-                self._up(told["peer"], told)
+                self._came_up(told["peer"], told)
             case wire.KIND_DOWN:
-                if told["peer"] in self._generations:  # or it is a connection that never became a session
-                    self._down(told["peer"], told["generation"], told["reason"])
+                self._ended(told["peer"], told)
             case wire.KIND_RESYNC | wire.KIND_END:
                 event = Resync if kind == wire.KIND_RESYNC else EndOfRib
                 self._sink(event(peer=told["peer"], generation=told["generation"], family=told["family"]))
@@ -282,6 +286,8 @@ class Driver:
         for peer, about in told["peers"].items():
             if self._generations.get(peer) != about["generation"]:
                 self._up(peer, about)
+        for peer, changes in told.get("history", {}).items():  # an older relay keeps none
+            self._sink(SessionChanges(peer=peer, changes=tuple(map(_change, changes))))
         self._send_table(frozenset((peer, prefix) for peer, prefix in told["wanted"]))
         self._reconfigure.set()
 
@@ -295,8 +301,30 @@ class Driver:
                 graceful_restart=tuple(about["graceful"]),
                 restart_time=about["restart_time"],
                 helper=about["helper"],
+                capabilities=_capabilities(about),
             )
         )
+
+    def _came_up(self, peer: str, told: dict[str, Any]) -> None:
+        self._up(peer, told)
+        self._changed_now(peer, told, "up", told["generation"])
+
+    def _ended(self, peer: str, told: dict[str, Any]) -> None:
+        """A session, or a connection that never was one (which an older relay does not tell)."""
+        generation, reason = told["generation"], told["reason"]
+        if peer in self._generations:
+            notification = notifications.read(told.get("change", {}).get("notification"), reason)
+            self._down(peer, generation, notifications.reason_in_words(reason, notification))
+        self._changed_now(peer, told, "down", generation)
+
+    def _changed_now(self, peer: str, told: dict[str, Any], state: Literal["up", "down"], generation: int) -> None:
+        if "change" in told:
+            change = _change(told["change"])
+        else:
+            now, reason = int(datetime.fromisoformat(self._clock.now()).timestamp()), told.get("reason", "")
+            said = notifications.read(None, reason)
+            change = Change(state=state, generation=generation, at=now, last=now, reason=reason, notification=said)
+        self._sink(SessionChanges(peer=peer, changes=(change,)))
 
     def _down(self, peer: str, generation: int, reason: str) -> None:
         self._generations.pop(peer, None)
@@ -445,6 +473,33 @@ async def exabgp_validate(path: Path) -> str:
         return ""
     lines = [line.strip() for line in printed.decode("utf-8", "replace").splitlines() if line.strip()]
     return "; ".join(lines[-6:]) or f"exabgp validate ended with {process.returncode}"
+
+
+def _change(told: dict[str, Any]) -> Change:
+    """As the relay tells it (``agent.bgp.past``). Raises KeyError, TypeError, ValueError."""
+    return Change(
+        state=told["state"],
+        generation=told["generation"],
+        at=told["at"],
+        last=told["last"],
+        times=told["times"],
+        reason=told["reason"],
+        notification=notifications.read(told["notification"], told["reason"]),
+    )
+
+
+def _capabilities(about: dict[str, Any]) -> Capabilities | None:
+    """None from a relay that is older and does not say."""
+    if "asn4" not in about:
+        return None
+    return Capabilities(
+        refresh=about["refresh"],
+        enhanced=about["enhanced"],
+        asn4=about["asn4"],
+        extended_next_hop=tuple(about["extended_next_hop"]),
+        hold_time=about["hold_time"],
+        router_id=about["router_id"],
+    )
 
 
 def _unsendable(announcement: Announcement) -> str:

@@ -87,6 +87,44 @@ class Received(msgspec.Struct, frozen=True, kw_only=True):
 # older one than the last ``SessionUp`` is dropped by whoever reads it. ---------------------------------------------
 
 
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What both ends of a session agreed on, beside families and graceful restart."""
+
+    #: Route refresh (RFC 2918), and with its begin and end marked (RFC 7313).
+    refresh: bool = False
+    enhanced: bool = False
+    #: AS numbers of four bytes (RFC 6793).
+    asn4: bool = False
+    #: Families whose next hop may be of the other family (RFC 8950), as ``ipv4 unicast ipv6``.
+    extended_next_hop: tuple[str, ...] = ()
+    #: Seconds; 0: silence never ends the session.
+    hold_time: int = 0
+    #: The peer's.
+    router_id: str = ""
+
+
+class Notification(msgspec.Struct, frozen=True, kw_only=True):
+    """A NOTIFICATION (RFC 4271, 4.5). ``sent``: we said it. ``text`` is its data, as far as people can read it."""
+
+    sent: bool
+    code: int
+    subcode: int
+    text: str = ""
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One change of a session, or (``failed``) a connection that never became one. ``reason`` is ExaBGP's. It was seen
+    ``times`` times, from ``at`` to ``last``, in seconds since 1970."""
+
+    state: Literal["up", "down", "failed"]
+    generation: int
+    at: int
+    last: int
+    times: int = 1
+    reason: str = ""
+    notification: Notification | None = None
+
+
 class SessionUp(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     peer: str
     generation: int
@@ -97,6 +135,8 @@ class SessionUp(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     restart_time: int = 0
     #: The peer keeps *our* routes while our speaker restarts (RFC 4724, 4.2); if not: GracefulRestartNotNegotiated.
     helper: bool = False
+    #: None: the relay is older than this agent, and does not say.
+    capabilities: Capabilities | None = None
 
 
 class SessionDown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -136,7 +176,15 @@ class SpeakerLost(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reason: str
 
 
-Event = SessionUp | SessionDown | Update | EndOfRib | Resync | SpeakerLost
+class SessionChanges(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """For people: what changed with a peer now, or all that the relay remembers of it. What follows of it for routes
+    is in the other events."""
+
+    peer: str
+    changes: tuple[Change, ...]
+
+
+Event = SessionUp | SessionDown | Update | EndOfRib | Resync | SpeakerLost | SessionChanges
 
 
 class SpeakerState(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ import pytest
 
 from agent.bgp import conf, speaker
 from agent.bgp.driver import Driver
-from agent.bgp.model import Announcement, Event, Session
+from agent.bgp.model import Announcement, Event, Session, SessionChanges
 from lab.net import Net
 from store.clock import SystemClock
 from tests.bgp import routers
@@ -69,6 +69,7 @@ class Node:
         self.folder = folder / "run" / "speaker"
         self.options: tuple[str, ...] = ()
         self.process: Any = None
+        self.changes: list[Event] = []
 
     @property
     def log(self) -> Path:
@@ -97,9 +98,13 @@ class Node:
 
     @contextlib.asynccontextmanager
     async def driver(self) -> AsyncIterator[tuple[Driver, list[Event]]]:
-        """A driver, as the agent runs it, and the events it gave."""
+        """A driver, as the agent runs it, and the events it gave; those for people are in ``changes``."""
         events: list[Event] = []
-        driver = Driver(self.folder, SystemClock(), events.append, relay_options=self.options)
+
+        def sink(event: Event) -> None:
+            (self.changes if isinstance(event, SessionChanges) else events).append(event)
+
+        driver = Driver(self.folder, SystemClock(), sink, relay_options=self.options)
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(driver.run())
             try:
