@@ -42,3 +42,10 @@ def test_pods_of_a_deployment_reach_each_other_the_api_server_and_another_rack(c
             assert api.get("user") == "system:serviceaccount:install:default", api
             others = [other.name for other in (*web, far) if other != pod for _ in other.addresses]
             assert [answer.get("hostname") for answer in dialled] == others
+
+
+def test_an_operator_is_at_the_console_of_a_node(cluster: Cluster) -> None:
+    said = cluster.node_exec("node-1", "sh", "-c", "hostname; ls /etc/cni/net.d /opt/cni/bin")
+    assert said.startswith("node-1\n")
+    assert {"10-underlay.conflist", "underlay", "loopback"} <= set(said.split())
+    assert cluster.node_exec("tor-1", "hostname") != "node-1\n"
