@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from agent.bgp.model import Attributes, EndOfRib, Family, Received, Resync, SessionDown, SessionUp, Update
+from agent.bgp.model import Attributes, Capabilities, EndOfRib, Family, Received, Resync, SessionDown, SessionUp, Update
 
 #: A peer that is up and silent is taken to have told everything after this many seconds (R8).
 REPORT_LIMIT: Final = 30.0
@@ -46,6 +46,8 @@ class AdjRibIn:
         #: Families whose routes may outlive the session; and whether the peer keeps ours while our speaker restarts.
         self.graceful: tuple[Family, ...] = ()
         self.helper = False
+        self.restart_time = 0
+        self.capabilities: Capabilities | None = None
         #: How often the session went down.
         self.downs = 0
         #: In what way it exceeded its maximum; "": it never did.
@@ -66,6 +68,7 @@ class AdjRibIn:
             return set()
         self.generation, self.up, self.since, self.reason = event.generation, True, now, ""
         self.families, self.graceful, self.helper = event.families, event.graceful_restart, event.helper
+        self.restart_time, self.capabilities = event.restart_time, event.capabilities
         self._patience = {f: float(event.restart_time) if f in self.graceful else 0.0 for f in self.families}
         for family in self.families:
             self._mark(family)

@@ -110,10 +110,10 @@ async def _work(
     )
     loops.append(loop)
     driver = Driver(settings.run / "speaker", clock, loop.event)
-    pages = Pages(clock, store, view, loop, driver, writer).all()
+    pages = Pages(settings.node, clock, store, view, loop, driver, writer)
     # For whoever is root on this node; ``metrics`` is for who may scrape it.
-    here = Endpoint(Address(path=str(settings.run / "agent.sock")), pages, clock)
-    there = (Endpoint(settings.metrics, pages, clock),) if settings.metrics else ()
+    here = Endpoint(Address(path=str(settings.run / "agent.sock")), pages.for_people(), clock)
+    there = (Endpoint(settings.metrics, pages.all(), clock),) if settings.metrics else ()
     async with asyncio.TaskGroup() as tasks:
         for part in (view, driver, loop, writer, here, *there):
             tasks.create_task(part.run(), name=type(part).__name__)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
-from agent import health, metrics
+import msgspec
+
+from agent import health, look, metrics
 from agent.bgp.driver import Driver
+from agent.health import Seen
 from agent.reconcile import Reconciler
 from agent.status import StatusWriter
 from agent.view import View
@@ -21,13 +25,47 @@ class Pages:
     """Looks at the parts of the agent whenever it is asked."""
 
     def __init__(
-        self, clock: Clock, store: CountedStore, view: View, loop: Reconciler, driver: Driver, writer: StatusWriter
+        self,
+        node: str,
+        clock: Clock,
+        store: CountedStore,
+        view: View,
+        loop: Reconciler,
+        driver: Driver,
+        writer: StatusWriter,
     ) -> None:
+        self._node = node
         self._clock, self._store, self._view = clock, store, view
         self._loop, self._driver, self._writer = loop, driver, writer
 
     def all(self) -> dict[str, Page]:
         return {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
+
+    def for_people(self) -> dict[str, Page]:
+        """And what ``underlayctl bgp`` asks for."""
+        shown: dict[str, Callable[[Seen, look.Asked], look.Answer]] = {
+            "/bgp/peers": lambda seen, asked: look.peers(
+                self._node, self._loop.status, self._loop.rib, self._loop.history, asked
+            ),
+            "/bgp/routes": lambda seen, asked: look.routes(
+                self._node, seen.plan, self._loop.rib, seen.kernel, asked, best=True
+            ),
+            "/bgp/received": lambda seen, asked: look.routes(
+                self._node, seen.plan, self._loop.rib, seen.kernel, asked, best=False
+            ),
+            "/bgp/advertised": lambda seen, asked: look.advertised(self._node, seen.plan, seen.speaker, asked),
+        }
+        return self.all() | {path: partial(self._look, page) for path, page in shown.items()}
+
+    def _look(self, page: Callable[[Seen, look.Asked], look.Answer], query: Mapping[str, str]) -> Reply:
+        seen = self._loop.seen
+        if seen is None:
+            return Reply("the agent has planned nothing yet: look at /readyz", code=503)
+        try:
+            asked = look.asked(query)
+        except ValueError as e:
+            return Reply(str(e), code=400)
+        return Reply(msgspec.json.encode(page(seen, asked)), "application/json")
 
     def _healthz(self, _: Mapping[str, str]) -> Reply:
         return endpoint.health(health.unhealthy(self._health()))

@@ -152,6 +152,13 @@ class Context:
             found = self._ways[key] = (attributes, way, worth(attributes, external=self.peer.external))
         return found
 
+    def rule(self, route: Received, prefix: Prefix, hop: NextHop) -> Rule:
+        """The first rule of the peer's filters that the route meets."""
+        attributes = route.attributes
+        communities = attributes.communities + attributes.large_communities
+        interface = self.interfaces.get(hop.interface, "")
+        return self.peer.imports.decide(Candidate(prefix, attributes.as_path, communities, interface))
+
     def _find_way(self, attributes: Attributes, next_hop: str, bits: int) -> NextHop | Refusal:
         for refusal, applies in PATH_RULES:
             if applies(attributes, self):
@@ -275,7 +282,7 @@ def admit(route: Received, prefix: Prefix, context: Context) -> Path | Refusal:
     for refusal, applies in PREFIX_RULES:
         if applies(prefix, context):
             return refusal
-    attributes, hop, value = context.way(route, prefix.bits)
+    _, hop, value = context.way(route, prefix.bits)
     if isinstance(hop, Refusal):
         return hop
     # Behind the others, so that it is said of others' routes only, and not of our own that came back.
@@ -283,14 +290,7 @@ def admit(route: Received, prefix: Prefix, context: Context) -> Path | Refusal:
         return Refusal.OwnBlock
     if not context.peer.imports.applies_to(prefix):
         return Path(route, hop, value)
-    rule = context.peer.imports.decide(
-        Candidate(
-            prefix,
-            attributes.as_path,
-            attributes.communities + attributes.large_communities,
-            context.interfaces.get(hop.interface, ""),
-        )
-    )
+    rule = context.rule(route, prefix, hop)
     if not rule.accept:
         return Refusal.RejectedByFilter
     if not rule.prepend and not rule.add:
@@ -498,6 +498,15 @@ class Rib:
             return False
         return known.up or bool(known.routes) or not all(known.reported(f, now) for f in peer.families)
 
+    def explain(self, prefix: str) -> list[Fate]:
+        """What became of the prefix as each peer told it, under the policy of the last ``select``."""
+        told = {
+            address: (self.peers[address].routes[prefix], context)
+            for address, context in self._contexts.items()
+            if address in self.peers and prefix in self.peers[address].routes
+        }
+        return explain(told, prefix)
+
     def deadline(self, now: float) -> float | None:
         """The next moment at which ``advance`` or ``reported`` may say something new."""
         return min((at for p in self.peers.values() for at in p.deadlines(now)), default=None)
@@ -547,6 +556,48 @@ class Rib:
             hops = ecmp(paths)
             found = self._sets[as_told] = self._sets.setdefault(hops, hops)
         return found
+
+
+class Fate(NamedTuple):
+    """What became of a peer's route: ``best``, ``worse`` (by the step of the choice that ``why`` names) or ``refused``
+    (by the rule that ``why`` names)."""
+
+    peer: str
+    route: Received
+    state: str
+    why: str = ""
+
+
+def explain(told: Mapping[str, tuple[Received, Context]], prefix: str) -> list[Fate]:
+    """What became of the prefix as each of these peers (by address) told it."""
+    try:
+        parsed = parse(prefix)
+    except ValueError:
+        return [Fate(peer, route, "refused", Refusal.InvalidPrefix.value) for peer, (route, _) in told.items()]
+    admitted = {peer: admit(route, parsed, context) for peer, (route, context) in told.items()}
+    left = {peer: path for peer, path in admitted.items() if isinstance(path, Path)}
+    lost: dict[str, str] = {}
+    for step in DECISION:
+        kept = step(list(left.values())) if left else []
+        for peer in [peer for peer, path in left.items() if not any(path is k for k in kept)]:
+            lost[peer] = step.__name__.replace("_", " ")
+            del left[peer]
+    fates = []
+    for peer, (route, context) in told.items():
+        path = admitted[peer]
+        if isinstance(path, Refusal):
+            fates.append(Fate(peer, route, "refused", _refused_by(path, route, parsed, context)))
+        else:
+            fates.append(Fate(peer, route, "worse" if peer in lost else "best", lost.get(peer, "")))
+    return fates
+
+
+def _refused_by(refusal: Refusal, route: Received, prefix: Prefix, context: Context) -> str:
+    """The reason in words, with the filter's rule if it was one."""
+    hop = context.way(route, prefix.bits)[1]
+    if refusal is not Refusal.RejectedByFilter or not isinstance(hop, NextHop):
+        return refusal.value
+    return f"{context.rule(route, prefix, hop).name} rejects it"
 
 
 def _same(a: Peer | None, b: Peer) -> bool:

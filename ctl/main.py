@@ -207,6 +207,59 @@ def node_drain_routes(
 
 
 @cli.group()
+def bgp() -> None:
+    """What this node's agent sees of BGP. To be run on the node, as root."""
+
+
+_agent_run = click.option(
+    "--run",
+    metavar="DIR",
+    envvar="UNDERLAY_RUN",
+    default="/run/underlay",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Run directory of this node's underlay-agent.",
+)
+_as_json = click.option("-o", "output", type=click.Choice(["json"]), help="For programs.")
+
+
+def _bgp_command(what: str, help_text: str, *, prefixes: bool) -> None:
+    """``bgp WHAT``. Where there are ``prefixes`` one of them can be chosen."""
+
+    def options(command: F) -> F:
+        chosen = click.option("--prefix", default="", help="One prefix.")(command) if prefixes else command
+        return click.option("--peer", default="", help="One peer, by name or address.")(chosen)
+
+    @bgp.command(what, help=help_text)
+    @options
+    @click.option("--limit", default=1000, show_default=True, help="Rows at most.")
+    @_as_json
+    @_agent_run
+    def command(peer: str, limit: int, output: str | None, run: Path, prefix: str = "") -> int:
+        from ctl import bgp as page
+        from store.clock import SystemClock
+
+        now = SystemClock().now()
+        return page.show(what, run, now=now, output=output or "", peer=peer, prefix=prefix, limit=limit)
+
+
+_bgp_command("peers", "Sessions: what was agreed on, what was said last, what became of them.", prefixes=False)
+_bgp_command("routes", "Prefixes that are let in: the paths that are used, and the kernel's word.", prefixes=True)
+_bgp_command("received", "All that peers told, and which rule or filter refuses it.", prefixes=True)
+_bgp_command("advertised", "What peers are told, and what keeps the rest back.", prefixes=True)
+
+
+@bgp.command("diff")
+@_as_json
+@_agent_run
+def bgp_diff(output: str | None, run: Path) -> int:
+    """What is wanted and not so: at peers, and in the kernel. The exit code is 1 if anything is."""
+    from ctl.bgp import show_diff
+
+    return show_diff(run, output=output or "")
+
+
+@cli.group()
 def ipam() -> None:
     """Addresses: pools, blocks, who holds what."""
 

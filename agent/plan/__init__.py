@@ -59,9 +59,12 @@ def plan(snapshot: Snapshot) -> Plan:
     fresh = fresh_blocks(standing - held, snapshot)
     known = (standing - fresh) | {cidr for cidr in held - standing if still_announced(cidr, snapshot)}
     # R9: install, then announce.
-    announcements = announce(standing & held, peerings, pools, advertisements(cluster, me.name, notes))
+    exported, withheld = announce(standing & held, peerings, pools, advertisements(cluster, me.name, notes))
     why = why_drained(cluster.node, notes)
-    announcements, due = drain(announcements, why, snapshot, notes)
+    announcements, due = drain(exported, why, snapshot, notes)
+    gone = {(a.peer, a.prefix) for a in exported} - {(a.peer, a.prefix) for a in announcements}
+    withheld += [(peer, prefix, "the node is drained") for peer, prefix in gone]
+    withheld += [("", prefix, "its blackhole is not in the kernel yet") for prefix in standing - held]
 
     policy = import_policy(me, peers, pools, known, snapshot)
     selection = snapshot.rib.select(policy)
@@ -105,6 +108,7 @@ def plan(snapshot: Snapshot) -> Plan:
         router_id=me.router_id,
         missing=frozenset(missing),
         ready=parting.ready,
+        withheld=tuple(sorted(withheld)),
         going_down=why == SHUTDOWN and bool(announcements),
         wake_at=wake_at(snapshot, held - standing, missing, (*parting.wake_at, *due)),
     )

@@ -85,6 +85,10 @@ def blackhole(cidr: str) -> Route:
     return Route(prefix=cidr, protocol=PROTO_BLOCKS, metric=METRIC_BLOCKS, kind="blackhole")
 
 
+#: Peer, prefix, and why the peer is not told.
+Withheld = tuple[str, str, str]
+
+
 class Advertisement(NamedTuple):
     """What every peer hears blocks inside a prefix with."""
 
@@ -108,25 +112,30 @@ def advertisements(cluster: Cluster, node: str, notes: Notes) -> list[Advertisem
 
 def announce(
     blocks: set[str], peerings: Iterable[Peering], pools: Iterable[IPPool], advertised: Sequence[Advertisement] = ()
-) -> list[Announcement]:
+) -> tuple[list[Announcement], list[Withheld]]:
     """Each block to each peer of its family, next hop our end of the session; not those of disableBGPExport pools, nor
     what the peer's filters reject (R12)."""
-    private = PrefixSet(pool.spec.cidr for pool in pools if pool.spec.disable_bgp_export)
+    private = [(pool.name, PrefixSet([pool.spec.cidr])) for pool in pools if pool.spec.disable_bgp_export]
     exported = []
     for cidr in blocks:
         prefix = parse(cidr)
-        if not private.covers(prefix):
-            given = (one.communities for one in advertised if one.within.covers(prefix))
-            exported.append((cidr, filters.Candidate(prefix, communities=tuple(chain.from_iterable(given)))))
-    found = []
+        given = (one.communities for one in advertised if one.within.covers(prefix))
+        candidate = filters.Candidate(prefix, communities=tuple(chain.from_iterable(given)))
+        exported.append((cidr, candidate, next((name for name, pool in private if pool.covers(prefix)), "")))
+    found: list[Announcement] = []
+    withheld: list[Withheld] = []
     for session, _, exports in peerings:
-        for cidr, candidate in exported:
+        for cidr, candidate, pool in exported:
             if family_of(cidr) not in session.families:
                 continue
             rule = exports.decide(candidate)
-            if rule.accept:
+            if pool:
+                withheld.append((session.address, cidr, f"IPPool {pool} has disableBGPExport"))
+            elif rule.accept:
                 found.append(announcement(cidr, session, rule, candidate.communities))
-    return found
+            else:
+                withheld.append((session.address, cidr, f"{rule.name} rejects it"))
+    return found, withheld
 
 
 def announcement(cidr: str, session: Session, rule: filters.Rule, given: Sequence[str] = ()) -> Announcement:

@@ -73,6 +73,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     missing: frozenset[str] = frozenset()
     #: Peers of a mesh that was switched off whose sessions this node can do without.
     ready: frozenset[str] = frozenset()
+    #: What peers are not told, as (peer, prefix, why): a pool or an export filter keeps it back, or it is not ready.
+    withheld: tuple[tuple[str, str, str], ...] = ()
     #: Whether the machine goes down, and something is announced still.
     going_down: bool = False
     #: When time alone will make the plan another one.
