@@ -10,6 +10,7 @@ import asyncio
 import errno
 import json
 import os
+import signal
 import socket
 import ssl
 import sys
@@ -61,10 +62,11 @@ async def serve(port: int) -> None:
     heard = Heard()
     await loop.create_datagram_endpoint(lambda: heard, sock=both(socket.SOCK_DGRAM, port + 1))
     state = {"ready": True, "healthy": True}
+    ending = asyncio.Event()
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            await answer(reader, writer, heard, state)
+            await answer(reader, writer, heard, state, ending)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the client's to complain
         finally:
@@ -73,13 +75,17 @@ async def serve(port: int) -> None:
     listener = both(socket.SOCK_STREAM, port)
     server = await asyncio.start_server(client, sock=listener, backlog=1024)
     print(f"serving on {port}", flush=True)
-    # SIGTERM: no new connections are refused or broken; the process ends when it is told so a second time, by SIGKILL.
-    loop.add_signal_handler(15, lambda: print("told to end", flush=True))
+    # It goes on until /exit, or SIGKILL.
+    loop.add_signal_handler(signal.SIGTERM, ending.set)
     await server.serve_forever()
 
 
 async def answer(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: Heard, state: dict[str, bool]
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    heard: Heard,
+    state: dict[str, bool],
+    ending: asyncio.Event,
 ) -> None:
     request = (await reader.readuntil(b"\r\n\r\n")).decode()
     method, target, _ = request.split("\r\n", 1)[0].split(" ")
@@ -88,7 +94,9 @@ async def answer(
     status, body = 200, b""
     sent = {k.lower(): v for k, _, v in (line.partition(": ") for line in request.split("\r\n")[1:])}
     posted = await reader.readexactly(int(sent.get("content-length", 0)))
-    if url.path == "/":
+    if url.path in ("/", "/end"):
+        if url.path == "/end":
+            await ending.wait()
         client = plain(writer.get_extra_info("peername")[0])
         body = json.dumps({"hostname": socket.gethostname(), "client": client, "posted": len(posted)}).encode()
     elif url.path == "/bytes":

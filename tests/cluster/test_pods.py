@@ -9,6 +9,7 @@ import re
 import subprocess
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -60,6 +61,12 @@ def ask(net: NetPods, to: Pod, path: str = "/", *, sender: str = "client", famil
     check = {"kind": "http", "host": to.address(family), "port": PORT, "path": path}
     (said,) = net.dial(sender, [check])
     return said
+
+
+def established(net: NetPods, name: str) -> str:
+    """Connections to the server of a pod, as the pod's kernel has them."""
+    argv = ("/usr/bin/ss", "-Htn", "state", "established", f"sport = :{PORT}")
+    return net.cluster.pod_exec(f"{net.namespace}/{name}", *argv)
 
 
 def reached(net: NetPods, to: Pod, *, sender: str = "client") -> bool:
@@ -120,8 +127,14 @@ def test_a_terminating_pod_is_reached_and_reaches(net: NetPods, cluster: Cluster
     """Pod Lifecycle should be able to connect from a Pod to a terminating Pod;
     should be able to connect to other Pod from a terminating Pod"""
     ending, client = read(pod(net, "ending")), read(pod(net, "client"))
-    cluster.kubectl("delete", "pod", "-n", net.namespace, "ending", "--wait=false")
-    eventually(lambda: "told to end" in cluster.kubectl("logs", "-n", net.namespace, "ending"), limit=LIMIT)
+    # Answered once the process has its SIGTERM: these connections are open before, and used after.
+    checks = [{"kind": "http", "host": a, "port": PORT, "path": "/end", "limit": LIMIT} for a in ending.addresses]
+    with ThreadPoolExecutor(1) as beside:
+        drained = beside.submit(net.dial, "client", checks)
+        eventually(lambda: all(address in established(net, "ending") for address in client.addresses), limit=LIMIT)
+        cluster.kubectl("delete", "pod", "-n", net.namespace, "ending", "--wait=false")
+        said = drained.result()
+    assert [(s.get("hostname"), s.get("client")) for s in said] == [("ending", a) for a in client.addresses]
     assert pod(net, "ending")["metadata"]["deletionTimestamp"]
     assert reached(net, ending)
     assert reached(net, client, sender="ending")
