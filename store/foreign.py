@@ -68,7 +68,9 @@ LEFT_OUT: Mapping[type[Resource], Mapping[str, str]] = {
                 for f in (
                     "allocatable",
                     "capacity",
-                    "conditions",
+                    "conditions[].lastHeartbeatTime",
+                    "conditions[].lastTransitionTime",
+                    "conditions[].reason",
                     "config",
                     "daemonEndpoints",
                     "declaredFeatures",

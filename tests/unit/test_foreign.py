@@ -237,12 +237,18 @@ def test_what_calico_says_of_a_pool_is_left_out() -> None:
     assert ["status is left out" in note for note in notes] == [True]
 
 
+#: What an item of a list needs at least.
+ITEMS: dict[str, dict[str, Any]] = {
+    "ownerReferences": {"apiVersion": "v1", "kind": "Node", "name": "n", "uid": "u"},
+    "conditions": {"type": "Ready", "status": "True"},
+}
+
+
 def with_field(wire: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """The document with a value at a path as ``metadata.ownerReferences[].controller``."""
     name, _, rest = path.partition(".")
     if name.endswith("[]"):
-        owner = {"apiVersion": "v1", "kind": "Node", "name": "n", "uid": "u"}
-        return {**wire, name[:-2]: [with_field(owner, rest, value)]}
+        return {**wire, name[:-2]: [with_field(ITEMS[name[:-2]], rest, value)]}
     return {**wire, name: with_field(wire.get(name, {}), rest, value) if rest else value}
 
 
@@ -259,7 +265,8 @@ def test_what_the_api_server_writes_into_metadata_is_left_out(kind: type[Resourc
 
 @pytest.mark.parametrize("path", LEFT_OUT[Node])
 def test_what_kubelet_and_others_write_into_a_node_is_left_out(path: str) -> None:
-    document = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n"}}
+    status = {"conditions": [ITEMS["conditions"]]} if "conditions" in path else {}
+    document = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n"}, "status": status}
     assert load(json.dumps(with_field(document, path, "x"))) == load(json.dumps(document))
 
 
