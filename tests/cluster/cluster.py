@@ -70,7 +70,13 @@ class Cluster:
         self._note("first node Ready")
         eventually(runs, limit=limit)
         self._note("first pod Running")
-        eventually(lambda: self.not_ready() == [], limit=limit, every=0.3)
+
+        def whole() -> bool:
+            missing = self.not_ready()
+            assert not missing, missing
+            return True
+
+        eventually(whole, limit=limit, every=0.3)
         self._note("everything Ready")
 
     def _note(self, what: str) -> None:
