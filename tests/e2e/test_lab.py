@@ -262,6 +262,16 @@ def test_every_node_is_alive_and_ready_and_tells_what_it_does(lab: Lab) -> None:
         assert 10 << 20 < value(found, "process_resident_memory_bytes") < 100 << 20
 
 
+def test_bgp_is_seen_on_a_node(lab: Lab) -> None:
+    said = lab.inside("node-1", "underlayctl", "bgp", "peers", "--peer", "node-1-tor-1-v4")
+    assert "Established" in said.splitlines()[0]
+    assert "  families: ipv4 unicast; hold time 9 s; router id 10.255.1.1" in said.splitlines()
+    eventually(lambda: lab.inside("node-1", "underlayctl", "bgp", "diff").startswith("nothing differs: "), limit=20)
+    (far, *_) = (b for b in blocks(lab)["node-3"] if ":" not in b)
+    (path,) = json.loads(lab.inside("node-1", "underlayctl", "bgp", "routes", "--prefix", far, "-o", "json"))["routes"]
+    assert (path["state"], path["in_kernel"], path["as_path"]) == ("best", True, [65001, 65000, 65002, 65102])
+
+
 def test_a_cut_link_is_seen_and_mended(lab: Lab) -> None:
     ping = Ping(lab, "pod-1-1", "pod-3-1")
     lab.command("link", "cut", "node-1", "tor-1")
