@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,3 +89,21 @@ def eventually(probe: Callable[[], T], *, limit: float = 10, every: float = 0.05
         if time.monotonic() > end:
             raise problem or AssertionError(f"still {value!r} after {limit} s")
         time.sleep(every)
+
+
+#: Waits until nobody has the other end any more, then runs what it is told.
+_WATCHER = "import subprocess, sys; sys.stdin.read(); subprocess.run(sys.argv[1:], check=False)"
+
+
+@contextlib.contextmanager
+def lab_ends_with_us(path: Path) -> Iterator[None]:
+    """The lab of that folder is down at the end; also at the end of this process, if it is killed before."""
+    down = [str(Path(sys.executable).parent / "underlay-lab"), "down", "--dir", str(path)]
+    argv = [sys.executable, "-c", _WATCHER, *down]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as watcher:
+        try:
+            yield
+        finally:
+            assert watcher.stdin
+            watcher.stdin.close()
+            watcher.wait()

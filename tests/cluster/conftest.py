@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,10 +16,8 @@ import pytest
 from lab.cluster import needs
 from lab.errors import LabError
 from lab.kube.build import NotHere, find
-from tests.cluster.cluster import BIN, Cluster
-
-#: Waits until nobody has the other end any more, then runs what it is told.
-_WATCHER = "import subprocess, sys; sys.stdin.read(); subprocess.run(sys.argv[1:], check=False)"
+from tests.cluster.cluster import Cluster
+from tests.conftest import lab_ends_with_us
 
 
 @functools.cache
@@ -68,13 +64,5 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Clu
 
 @contextlib.contextmanager
 def _watched(path: Path) -> Iterator[Cluster]:
-    """Down at the end; also at the end of this process, if it is killed before."""
-    down = [str(BIN / "underlay-lab"), "down", "--dir", str(path)]
-    argv = [sys.executable, "-c", _WATCHER, *down]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True) as watcher:
-        try:
-            yield Cluster(path)
-        finally:
-            assert watcher.stdin
-            watcher.stdin.close()
-            watcher.wait()
+    with lab_ends_with_us(path):
+        yield Cluster(path)

@@ -18,7 +18,7 @@ import pytest
 from lab import client
 from lab.folder import Folder
 from lab.wire import NodeState, State
-from tests.conftest import eventually
+from tests.conftest import eventually, lab_ends_with_us
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,7 +175,5 @@ def processes(folder: Folder) -> list[str]:
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     lab = Lab(tmp_path_factory.mktemp("e2e") / "lab")
-    try:
+    with lab_ends_with_us(lab.folder.path):
         yield lab
-    finally:
-        lab.command("down", check=False)
