@@ -1,4 +1,5 @@
-"""Writes ``manifests/crds``: one file per kind, made by ``store.crd`` of the model. With ``--check`` it only looks."""
+"""Writes ``manifests/crds``, one file per kind, made by ``store.crd`` of the model, and ``manifests/underlay.yaml``,
+which is all that ``kustomization.yaml`` names in one file. With ``--check`` it only looks."""
 
 from __future__ import annotations
 
@@ -9,19 +10,29 @@ import yaml
 
 from store import crd
 
-FOLDER = Path(__file__).resolve().parent / "crds"
+MANIFESTS = Path(__file__).resolve().parent
+FOLDER = MANIFESTS / "crds"
 HEADER = "# Made by manifests/generate.py of store/model.py and store/cel.py. Change those.\n"
 
 
+ALL = MANIFESTS / "underlay.yaml"
+ALL_HEADER = "# Made by manifests/generate.py of the files that kustomization.yaml names. Change those.\n"
+
+
 def files() -> dict[Path, str]:
-    """Every file of the folder and what it should hold."""
-    return {FOLDER / f"{kind.PLURAL}.yaml": HEADER + _yaml(crd.definition(kind)) for kind in crd.custom_kinds()}
+    """Every file that is made and what it should hold."""
+    crds = {FOLDER / f"{kind.PLURAL}.yaml": HEADER + _yaml(crd.definition(kind)) for kind in crd.custom_kinds()}
+    parts = []
+    for name in yaml.safe_load((MANIFESTS / "kustomization.yaml").read_text())["resources"]:
+        path = MANIFESTS / name
+        parts.append((crds.get(path) or path.read_text()).rstrip("\n"))
+    return crds | {ALL: ALL_HEADER + "\n---\n".join(parts) + "\n"}
 
 
 def differences() -> list[Path]:
     """Files that are missing, old, or not of any kind."""
     wanted = files()
-    present = {path: path.read_text() for path in FOLDER.glob("*.yaml")}
+    present = {path: path.read_text() for path in (*FOLDER.glob("*.yaml"), ALL) if path.exists()}
     return sorted(path for path in wanted.keys() | present.keys() if wanted.get(path) != present.get(path))
 
 
