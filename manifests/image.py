@@ -168,6 +168,7 @@ def _ours(into: Path, shim: Path) -> None:
     target = into / SHIM.relative_to("/")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(shim, target)
+    target.chmod(0o755)
 
 
 def _libraries(layers: list[Path], into: Path) -> None:
