@@ -102,8 +102,10 @@ def announcements(rack: Rack, count: int) -> dict[str, float]:
 
 def _hear(monitor: Monitor, address: bytes) -> None:
     end = time.monotonic() + LIMIT
+    readable = select.poll()
+    readable.register(monitor, select.POLLIN)
     while time.monotonic() < end:
-        if select.select([monitor], [], [], 1.0)[0] and any(address in message.body for message in monitor.read()):
+        if readable.poll(1000) and any(address in message.body for message in monitor.read()):
             return
     raise BenchError(f"{socket.inet_ntoa(address)} did not come into the ToR's kernel in {LIMIT:.0f} s")
 
