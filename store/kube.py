@@ -28,6 +28,8 @@ from store.validate import validate, validate_against
 
 #: Objects in one answer to a list: some MB of full blocks.
 PAGE = 500
+#: Of the status of kinds that are not ours: lists that others write, and that a merge patch would replace whole.
+_NOT_OURS = ("conditions",)
 _MERGE_PATCH = "application/merge-patch+json"
 #: How admission refuses what it cannot judge: for some seconds after a start, or by a policy that asks for what is not
 #: there. It says nothing of the object.
@@ -174,7 +176,8 @@ class KubeStore:
         path = f"{_object_path(type(obj), obj.key)}/status"
         if not _is_ours(type(obj)):
             # An absent field is one that is left as it is, so what is empty must be said.
-            body["status"] = {**_empty(type(obj)), **whole.get("status", {})}
+            status = {**_empty(type(obj)), **whole.get("status", {})}
+            body["status"] = {key: value for key, value in status.items() if key not in _NOT_OURS}
             return await self._write("PATCH", path, obj, body, content_type=_MERGE_PATCH)
         if whole.get("status"):
             body["status"] = whole["status"]

@@ -287,7 +287,11 @@ def test_a_cut_link_is_seen_and_mended(lab: Lab) -> None:
         eventually(lambda: "is waited for" in ask(lab, "node-1", "/readyz")[1], limit=40)
         assert ask(lab, "node-1", "/readyz")[0] == 503
         assert ask(lab, "node-1", "/healthz")[0] == 200
-        assert set(check(ask(lab, "node-1", "/metrics")[1].encode())["underlay_bgp_session_up"].values()) == {0}
+
+        def up() -> set[float]:
+            return set(check(ask(lab, "node-1", "/metrics")[1].encode())["underlay_bgp_session_up"].values())
+
+        eventually(lambda: up() == {0}, limit=20)
     finally:
         lab.command("link", "mend", "tor-1", "node-1")
     lab.whole(limit=60)
