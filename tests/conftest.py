@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -91,19 +92,22 @@ def eventually(probe: Callable[[], T], *, limit: float = 10, every: float = 0.05
         time.sleep(every)
 
 
-#: Waits until nobody has the other end any more, then runs what it is told.
-_WATCHER = "import subprocess, sys; sys.stdin.read(); subprocess.run(sys.argv[1:], check=False)"
+#: Is told a command line, waits until nobody has the other end any more, then runs it. It is not told as an argument:
+#: tests look for processes that name a lab's folder.
+_WATCHER = "import json, subprocess, sys; subprocess.run(json.loads(sys.stdin.read()), check=False)"
 
 
 @contextlib.contextmanager
 def lab_ends_with_us(path: Path) -> Iterator[None]:
     """The lab of that folder is down at the end; also at the end of this process, if it is killed before."""
     down = [str(Path(sys.executable).parent / "underlay-lab"), "down", "--dir", str(path)]
-    argv = [sys.executable, "-c", _WATCHER, *down]
+    argv = [sys.executable, "-c", _WATCHER]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as watcher:
+        assert watcher.stdin
+        watcher.stdin.write(json.dumps(down).encode())
+        watcher.stdin.flush()
         try:
             yield
         finally:
-            assert watcher.stdin
             watcher.stdin.close()
             watcher.wait()
