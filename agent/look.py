@@ -6,23 +6,25 @@ Made on demand from what the loop holds; nothing is worked out for it beforehand
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from itertools import islice
+from heapq import nsmallest
 from typing import Final
 
 import msgspec
 
 from agent.bgp.history import History
-from agent.bgp.model import Announcement, Change, Received, SpeakerState
+from agent.bgp.model import Announcement, Change, SpeakerState
 from agent.bgp.notification import reason_in_words
+from agent.delta import AddRoute, Failure, ReplaceRoute, explain
 from agent.fib import KernelState
 from agent.plan import Plan
-from agent.rib import Fate, Peer, Rib
+from agent.prefix import covering
+from agent.rib import Fate, Rib
 from cni.marks import METRIC_FALLBACK, METRIC_IMPORTS, PROTO_IMPORTS
 from store.model import BGPNodeStatusStatus, SessionStatus
 
-#: Rows of an answer, unless somebody asks for more.
+#: Rows of an answer at most: a table of 100,000 prefixes is asked for in many answers, and the loop goes on between.
 LIMIT: Final = 1000
 
 
@@ -77,35 +79,60 @@ class AdvertisedPage(msgspec.Struct, frozen=True, kw_only=True):
     prefix: str
     state: str
     why: str = ""
+    #: The speaker cannot say it: nobody meant it so.
+    unsendable: bool = False
     next_hop: str = ""
     communities: tuple[str, ...] = ()
     as_path: tuple[int, ...] = ()
 
 
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """What is not as wanted. ``where``: a peer, ``every peer`` or ``kernel``; ``differs``: ``not sent``, ``not
+    announced``, ``not withdrawn`` or ``missing``."""
+
+    where: str
+    prefix: str
+    differs: str
+    why: str
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """One kind of rows is filled. ``more``: rows that were left off."""
+    """One kind of rows is filled. ``more``: how many prefixes (or peers) were left off; ask for what is ``after`` the
+    last one."""
 
     node: str
     peers: tuple[PeerPage, ...] = ()
     routes: tuple[RoutePage, ...] = ()
     advertised: tuple[AdvertisedPage, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    #: What was compared for ``differences``: announcements, and prefixes that are let in.
+    announcements: int = 0
+    prefixes: int = 0
     more: int = 0
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """``peer``: by name or address; ``prefix``: this very one; "" for all."""
+    """``peer``: by name or address; ``prefix``: an address or prefix, for itself and what covers it; "" for all.
+    ``after``: only what comes behind this prefix, in the order of their texts."""
 
     peer: str = ""
     prefix: str = ""
+    after: str = ""
     limit: int = LIMIT
 
 
 def asked(query: Mapping[str, str]) -> Asked:
-    """What a query's values ask for. Raises ValueError for a limit that is no number."""
+    """What a query's values ask for. Raises ValueError for a limit that is no number, or a prefix that is none."""
     limit = query.get("limit", str(LIMIT))
     if not (limit.isascii() and limit.isdigit()):
         raise ValueError(f"limit={limit}: write a number of rows")
-    return Asked(peer=query.get("peer", ""), prefix=query.get("prefix", ""), limit=int(limit))
+    prefix = query.get("prefix", "")
+    try:
+        covering(prefix) if prefix else ()
+    except ValueError as e:
+        raise ValueError(f"prefix={prefix}: write an address or a prefix, as 10.244.3.0/26: {e}") from e
+    limited = min(max(1, int(limit[:9])), LIMIT)
+    return Asked(peer=query.get("peer", ""), prefix=prefix, after=query.get("after", ""), limit=limited)
 
 
 def peers(node: str, status: BGPNodeStatusStatus, rib: Rib, history: History, question: Asked) -> Answer:
@@ -119,40 +146,89 @@ def peers(node: str, status: BGPNodeStatusStatus, rib: Rib, history: History, qu
 
 
 def routes(node: str, plan: Plan, rib: Rib, kernel: KernelState, question: Asked, *, best: bool) -> Answer:
-    """Everything that peers told and what became of it; ``best``: of prefixes that are let in alone."""
-    chosen = [p for p in plan.peers if question.peer in ("", p.name, p.address)]
-    told = {prefix for peer in chosen for prefix in _told(rib, peer)}
-    prefixes = [question.prefix] if question.prefix else sorted(told)
-    if best:
-        prefixes = [prefix for prefix in prefixes if prefix in plan.selection.best]
-    names = {p.address: p.name for p in chosen}
-    rows: Iterator[RoutePage] = (
-        _route(names[fate.peer], prefix, fate, kernel)
-        for prefix in prefixes
-        for fate in rib.explain(prefix)
-        if fate.peer in names
-    )
-    shown = tuple(islice(rows, question.limit))
-    whole = sum(prefix in _told(rib, peer) for peer in chosen for prefix in prefixes)
-    return Answer(node=node, routes=shown, more=whole - len(shown))
+    """Everything that peers told and what became of it, in the order of the prefixes' texts; ``best``: of prefixes that
+    are let in alone."""
+    names = {p.address: p.name for p in plan.peers if question.peer in ("", p.name, p.address)}
+    told = [known.routes for address in names if (known := rib.peers.get(address))]
+    chosen: Iterable[str] = covering(question.prefix) if question.prefix else set().union(*told)
+    left = [
+        prefix
+        for prefix in chosen
+        if prefix > question.after
+        and (not best or prefix in plan.selection.best)
+        and any(prefix in routes for routes in told)
+    ]
+    rows: list[RoutePage] = []
+    shown = 0
+    for prefix in nsmallest(question.limit, left):
+        of_prefix = [_route(names[f.peer], prefix, f, kernel) for f in rib.explain(prefix) if f.peer in names]
+        if rows and len(rows) + len(of_prefix) > question.limit:
+            break
+        rows += of_prefix
+        shown += 1
+    return Answer(node=node, routes=tuple(rows), more=len(left) - shown)
 
 
 def advertised(node: str, plan: Plan, speaker: SpeakerState, question: Asked) -> Answer:
     """What each peer is told, and what it is not, and why."""
-    names = {p.address: p.name for p in plan.peers}
-    rows = sorted(_advertised(names, plan, speaker), key=lambda row: (row.peer, row.prefix))
     addresses = {p.name: p.address for p in plan.peers}
-    rows = [
-        row
-        for row in rows
-        if question.peer in ("", row.peer, addresses.get(row.peer, "")) and question.prefix in ("", row.prefix)
+    prefixes = frozenset(covering(question.prefix)) if question.prefix else None
+    by_prefix: dict[str, list[AdvertisedPage]] = {}
+    for row in _advertised({p.address: p.name for p in plan.peers}, plan, speaker):
+        if (
+            question.peer in ("", row.peer, addresses.get(row.peer, ""))
+            and (prefixes is None or row.prefix in prefixes)
+            and row.prefix > question.after
+        ):
+            by_prefix.setdefault(row.prefix, []).append(row)
+    rows: list[AdvertisedPage] = []
+    shown = 0
+    for prefix in sorted(by_prefix):
+        if rows and len(rows) + len(by_prefix[prefix]) > question.limit:
+            break
+        rows += sorted(by_prefix[prefix], key=lambda row: row.peer)
+        shown += 1
+    return Answer(node=node, advertised=tuple(rows), more=len(by_prefix) - shown)
+
+
+def diff(
+    node: str,
+    plan: Plan,
+    status: BGPNodeStatusStatus,
+    speaker: SpeakerState,
+    kernel: KernelState,
+    failures: Iterable[Failure],
+    question: Asked,
+) -> Answer:
+    """What is wanted and not so, at peers and in the kernel; what pools and filters keep back is as wanted."""
+    refused = {
+        f.operation.route.prefix: explain(f)[1] for f in failures if isinstance(f.operation, AddRoute | ReplaceRoute)
+    }
+    missing = sorted(prefix for prefix in plan.selection.best if not _is_in(kernel, prefix))
+    found = [
+        *_differs_at_peers(plan, status, speaker, refused),
+        *(Difference(where="kernel", prefix=p, differs="missing", why=refused.get(p, "not yet")) for p in missing),
     ]
-    return Answer(node=node, advertised=tuple(rows[: question.limit]), more=max(0, len(rows) - question.limit))
+    return Answer(
+        node=node,
+        differences=tuple(found[: question.limit]),
+        announcements=len(plan.announcements or ()),
+        prefixes=len(plan.selection.best),
+        more=max(0, len(found) - question.limit),
+    )
 
 
-def _told(rib: Rib, peer: Peer) -> Mapping[str, Received]:
-    known = rib.peers.get(peer.address)
-    return known.routes if known else {}
+def _differs_at_peers(
+    plan: Plan, status: BGPNodeStatusStatus, speaker: SpeakerState, refused: Mapping[str, str]
+) -> Iterator[Difference]:
+    down = {s.peer: s.reason or "nothing was heard of it" for s in status.sessions if s.state != "Established"}
+    names = {p.address: p.name for p in plan.peers}
+    for row in sorted(_advertised(names, plan, speaker), key=lambda row: (row.prefix, row.peer)):
+        if row.state == "sent" or (row.state == "withheld" and row.peer and not row.unsendable):
+            continue
+        differs = {"not yet": "not sent", "not wanted": "not withdrawn"}.get(row.state, "not announced")
+        why = f"the session is down: {down[row.peer]}" if row.peer in down else refused.get(row.prefix, row.why)
+        yield Difference(where=row.peer or "every peer", prefix=row.prefix, differs=differs, why=why)
 
 
 def _peer(session: SessionStatus, rib: Rib, history: History) -> PeerPage:
@@ -195,7 +271,6 @@ def _stamp(seconds: int) -> str:
 
 def _route(peer: str, prefix: str, fate: Fate, kernel: KernelState) -> RoutePage:
     attributes = fate.route.attributes
-    metric = METRIC_FALLBACK if prefix.endswith("/0") else METRIC_IMPORTS
     return RoutePage(
         peer=peer,
         prefix=prefix,
@@ -207,8 +282,13 @@ def _route(peer: str, prefix: str, fate: Fate, kernel: KernelState) -> RoutePage
         med=attributes.med,
         local_pref=attributes.local_pref,
         communities=attributes.communities + attributes.large_communities,
-        in_kernel=(prefix, PROTO_IMPORTS, metric) in kernel.routes,
+        in_kernel=_is_in(kernel, prefix),
     )
+
+
+def _is_in(kernel: KernelState, prefix: str) -> bool:
+    metric = METRIC_FALLBACK if prefix.endswith("/0") else METRIC_IMPORTS
+    return (prefix, PROTO_IMPORTS, metric) in kernel.routes
 
 
 def _advertised(names: Mapping[str, str], plan: Plan, speaker: SpeakerState) -> Iterator[AdvertisedPage]:
@@ -222,6 +302,7 @@ def _advertised(names: Mapping[str, str], plan: Plan, speaker: SpeakerState) -> 
             prefix=prefix,
             state=state,
             why=why,
+            unsendable=bool(why),
             next_hop=a.next_hop,
             communities=a.communities + a.large_communities,
             as_path=a.as_path,

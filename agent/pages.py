@@ -54,6 +54,9 @@ class Pages:
                 self._node, seen.plan, self._loop.rib, seen.kernel, asked, best=False
             ),
             "/bgp/advertised": lambda seen, asked: look.advertised(self._node, seen.plan, seen.speaker, asked),
+            "/bgp/diff": lambda seen, asked: look.diff(
+                self._node, seen.plan, self._loop.status, seen.speaker, seen.kernel, self._loop.failures, asked
+            ),
         }
         return self.all() | {path: partial(self._look, page) for path, page in shown.items()}
 

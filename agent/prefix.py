@@ -68,6 +68,14 @@ def subnet(address: str, length: int) -> str:
     return f"{IPv4Address(network) if bits == 32 else IPv6Address(network)}/{length}"
 
 
+def covering(text: str) -> tuple[str, ...]:
+    """The address (as a prefix) or prefix itself, and every one that it is inside of, the longest first. Raises
+    ValueError as ``parse``."""
+    address, slash, _ = text.partition("/")
+    _, _, length = parse(text if slash else f"{text}/{128 if ':' in text else 32}")
+    return tuple(subnet(address, n) for n in range(length, -1, -1))
+
+
 class PrefixSet:
     """A set that knows whether a prefix is equal to or inside one of its own: one look-up per length in the set."""
 

@@ -89,11 +89,12 @@ class Reconciler:
         #: The newest status that was published, and why the kernel is not as planned ("" if it is).
         self.status = BGPNodeStatusStatus()
         self.kernel_error = ""
+        #: What the kernel refused in the last pass.
+        self.failures: tuple[Failure, ...] = ()
         self._woken = asyncio.Event()
         self._events = 0
         self._missing: dict[str, float] = {}
         self._ready: dict[str, float] = {}
-        self._failures: tuple[Failure, ...] = ()
         self._retry = RETRY[0]
         self._full_at = 0.0
 
@@ -255,18 +256,18 @@ class Reconciler:
 
     def _note(self, failures: tuple[Failure, ...]) -> None:
         for failure in failures:
-            if failure not in self._failures:
+            if failure not in self.failures:
                 log.warning("%s: %s", *explain(failure))
-        self._retry = RETRY[0] if failures != self._failures else min(self._retry * 2, RETRY[1])
-        self._failures = failures
+        self._retry = RETRY[0] if failures != self.failures else min(self._retry * 2, RETRY[1])
+        self.failures = failures
 
     def _retry_at(self) -> float | None:
-        return self._clock.monotonic() + self._retry if self._failures else None
+        return self._clock.monotonic() + self._retry if self.failures else None
 
     def _tell(self, wanted: Plan, state: SpeakerState) -> None:
         conditions = [
             Condition(type=kind, status="True", reason=kind, message=message)
-            for kind, message in sorted({explain(f) for f in self._failures})[:8]
+            for kind, message in sorted({explain(f) for f in self.failures})[:8]
         ]
         if self.kernel_error:
             kind = "KernelUnavailable"

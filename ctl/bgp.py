@@ -1,6 +1,7 @@
 """``underlayctl bgp``: what the agent of this node sees: peers, what they told, what they are told, what differs.
 
-The agent answers at ``agent.sock`` in its run directory (``agent/look.py`` says what); nothing of it is in the store.
+The agent answers at ``agent.sock`` in its run directory (``agent/look.py`` says what). Of other nodes there is what
+their agents wrote into the store: sessions and numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import click
 
 from ctl.failures import OK, REFUSED, Failure
 from ctl.words import age
+from store.base import Store
+from store.model import BGPNodeStatus, Node
 
 _LIMIT: Final = 30.0
 Row = Mapping[str, Any]
@@ -27,42 +30,77 @@ def show(
 ) -> int:
     """Prints ``peers``, ``routes``, ``received`` or ``advertised``, for people or, with ``output`` ``json``, as the
     agent says it. Raises Failure if the agent does not answer."""
-    answer = ask(run, what, peer=peer, prefix=prefix, limit=limit)
+    answer = ask_all(run, what, peer=peer, prefix=prefix, limit=limit)
     if output == "json":
         click.echo(json.dumps(answer, indent=2))
         return OK
     for line in PAGES[what](answer, now):
         click.echo(line)
     if answer.get("more"):
-        click.echo(f"{answer['more']} more: --limit, --peer or --prefix")
+        click.echo(f"{answer['more']} more {'peers' if what == 'peers' else 'prefixes'}: --limit, --peer or --prefix")
     return OK
+
+
+def ask_all(run: Path, what: str, *, peer: str, prefix: str, limit: int) -> dict[str, Any]:
+    """The agent's answers as one of ``limit`` rows at most. An agent answers a thousand at a time, so that it goes on
+    with its work in between. Raises Failure."""
+    whole = ask(run, what, peer=peer, prefix=prefix, limit=limit)
+    rows: list[Any] = whole[what if what in ("peers", "advertised") else "routes"]
+    while whole["more"] and rows and what != "peers" and len(rows) < limit:
+        part = ask(run, what, peer=peer, prefix=prefix, limit=limit - len(rows), after=rows[-1]["prefix"])
+        found = part[what if what == "advertised" else "routes"]
+        if len(rows) + len(found) > limit:
+            break
+        rows += found
+        whole["more"] = part["more"]
+    return whole
 
 
 def show_diff(run: Path, *, output: str = "") -> int:
     """Prints what differs: blocks that a peer is to have and was not told, or has and is not to have, and prefixes that
-    are let in and not in the kernel. 1 if anything does."""
-    advertised = ask(run, "advertised", limit=1_000_000)["advertised"]
-    routes = ask(run, "routes", limit=1_000_000)["routes"]
-    rows = [
-        {"where": row["peer"] or "every peer", "prefix": row["prefix"], "differs": row["state"], "why": row["why"]}
-        for row in advertised
-        if row["state"] != "sent" and not _meant(row)
-    ]
-    missing = {row["prefix"] for row in routes if row["state"] == "best" and not row["in_kernel"]}
-    rows += [{"where": "kernel", "prefix": p, "differs": "missing", "why": "see node status"} for p in sorted(missing)]
+    are let in and not in the kernel. 1 if anything does. Raises Failure if the agent does not answer."""
+    answer = ask(run, "diff")
+    rows = answer["differences"]
     if output == "json":
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(json.dumps(answer, indent=2))
     elif rows:
-        for line in _lines(("WHERE", "PREFIX", "DIFFERS", "WHY"), (tuple(row.values()) for row in rows)):
+        titles = ("WHERE", "PREFIX", "DIFFERS", "WHY")
+        for line in _lines(titles, ((r["where"], r["prefix"], r["differs"], r["why"]) for r in rows)):
             click.echo(line)
+        if answer["more"]:
+            click.echo(f"{answer['more']} more")
     else:
-        click.echo(f"nothing differs: {len(advertised)} announcements, {len(routes)} paths")
+        click.echo(f"nothing differs: {answer['announcements']} announcements, {answer['prefixes']} prefixes let in")
     return REFUSED if rows else OK
 
 
-def _meant(row: Row) -> bool:
-    """Kept back by what somebody configured."""
-    return row["state"] == "withheld" and not row["why"].startswith("its blackhole")
+async def show_diff_of(store: Store, node: str, *, output: str = "") -> int:
+    """The same by what agents last wrote into the store, in numbers: of one node, or of all ("")."""
+    found = {s.name: s.status for s in (await store.list(BGPNodeStatus)).items}
+    if node and node not in found:
+        raise Failure([f"node {node}: its agent has said nothing yet: is there such a node, and does its agent run?"])
+    silent = {n.name for n in (await store.list(Node)).items} - found.keys() if not node else set()
+    rows = [
+        {"node": name, "peer": s.peer, "state": s.state, "wanted": s.wanted, "sent": s.sent, "why": s.reason}
+        for name, status in sorted(found.items())
+        if node in ("", name)
+        for s in status.sessions
+        if s.state != "Established" or s.wanted != s.sent
+    ]
+    if output == "json":
+        click.echo(json.dumps({"differences": rows, "silent": sorted(silent)}, indent=2))
+    elif rows:
+        titles = ("NODE", "PEER", "STATE", "WANTED", "SENT", "WHY")
+        for line in _lines(titles, (tuple(map(str, row.values())) for row in rows)):
+            click.echo(line)
+    elif not silent:
+        click.echo("nothing differs, as far as the store knows")
+    if output != "json":
+        for name in sorted(silent):
+            click.echo(f"{name}: its agent has not said anything yet: is it running?")
+        if rows:
+            click.echo("which prefixes, and why: underlayctl bgp diff on that node")
+    return REFUSED if rows or silent else OK
 
 
 def ask(run: Path, what: str, **query: object) -> dict[str, Any]:
@@ -110,8 +148,8 @@ def _peers(answer: Row, now: str) -> Iterable[str]:
         since = age(status.get("since", ""), now)
         head = f"{status['peer']}  {status['address']}  AS {status.get('asNumber', 0)}  {status['state']}"
         yield f"{head} for {since}" if since else head
-        if status.get("reason"):
-            yield f"  why: {status['reason']}"
+        if status["state"] != "Established":
+            yield f"  why: {status.get('reason') or 'nothing was heard of it'}"
         counts = [f"{name} {status.get(name, 0)}" for name in ("received", "accepted", "wanted", "sent")]
         yield f"  prefixes: {', '.join(counts)}"
         if page["families"]:

@@ -227,7 +227,11 @@ def _bgp_command(what: str, help_text: str, *, prefixes: bool) -> None:
     """``bgp WHAT``. Where there are ``prefixes`` one of them can be chosen."""
 
     def options(command: F) -> F:
-        chosen = click.option("--prefix", default="", help="One prefix.")(command) if prefixes else command
+        chosen = (
+            click.option("--prefix", default="", help="An address or prefix; what covers it too.")(command)
+            if prefixes
+            else command
+        )
         return click.option("--peer", default="", help="One peer, by name or address.")(chosen)
 
     @bgp.command(what, help=help_text)
@@ -250,12 +254,20 @@ _bgp_command("advertised", "What peers are told, and what keeps the rest back.",
 
 
 @bgp.command("diff")
+@click.option("--node", "name", default="", metavar="NODE", help="Another node, by what its agent wrote to the store.")
+@click.option("--all-nodes", is_flag=True, help="Every node, by what their agents wrote to the store.")
 @_as_json
 @_agent_run
-def bgp_diff(output: str | None, run: Path) -> int:
+@store_option
+@click.pass_context
+def bgp_diff(ctx: click.Context, name: str, all_nodes: bool, output: str | None, run: Path, url: str | None) -> int:
     """What is wanted and not so: at peers, and in the kernel. The exit code is 1 if anything is."""
-    from ctl.bgp import show_diff
+    from ctl.bgp import show_diff, show_diff_of
 
+    if name and all_nodes:
+        raise Usage(["--node and --all-nodes are two answers: ask for one"])
+    if name or all_nodes:
+        return _on_store(ctx, url, lambda store: show_diff_of(store, name, output=output or ""))
     return show_diff(run, output=output or "")
 
 

@@ -17,6 +17,7 @@ from agent.bgp.model import Family
 from agent.fib import Route, RouteKey
 from agent.plan.draining import SHUTDOWN, drain, why_drained
 from agent.plan.exports import (
+    NO_BLACKHOLE,
     SETTLE,
     advertisements,
     announce,
@@ -64,7 +65,6 @@ def plan(snapshot: Snapshot) -> Plan:
     announcements, due = drain(exported, why, snapshot, notes)
     gone = {(a.peer, a.prefix) for a in exported} - {(a.peer, a.prefix) for a in announcements}
     withheld += [(peer, prefix, "the node is drained") for peer, prefix in gone]
-    withheld += [("", prefix, "its blackhole is not in the kernel yet") for prefix in standing - held]
 
     policy = import_policy(me, peers, pools, known, snapshot)
     selection = snapshot.rib.select(policy)
@@ -74,7 +74,12 @@ def plan(snapshot: Snapshot) -> Plan:
         selection = snapshot.rib.select(replace(policy, peers=peers))
     sessions = [peering.session for peering in peerings if peering.peer.address not in parting.gone]
     # R5: what others announce stays in the kernel, where the CNI server sees it, and the block has no blackhole.
-    blackholes = known | (fresh - routed_elsewhere(fresh, selection, notes))
+    foreign = routed_elsewhere(fresh, selection, notes)
+    blackholes = known | (fresh - foreign)
+    withheld += [
+        ("", cidr, "somebody else's route is in it: ForeignRoute" if cidr in foreign else NO_BLACKHOLE)
+        for cidr in standing - held
+    ]
     missing = missing_pod_routes(snapshot)
 
     routes: dict[RouteKey, Route] = {}

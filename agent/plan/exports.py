@@ -85,8 +85,10 @@ def blackhole(cidr: str) -> Route:
     return Route(prefix=cidr, protocol=PROTO_BLOCKS, metric=METRIC_BLOCKS, kind="blackhole")
 
 
-#: Peer, prefix, and why the peer is not told.
+#: Peer ("": every one), prefix, and why the peer is not told.
 Withheld = tuple[str, str, str]
+#: R9: install, then announce.
+NO_BLACKHOLE: Final = "its blackhole is not in the kernel yet"
 
 
 class Advertisement(NamedTuple):
