@@ -9,10 +9,11 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 BIN := $(VENV)/bin
-# The tests in three parts, which run beside each other: most of a test's time is waiting. In each what is cheap comes first.
-NEAR := $(wildcard $(addprefix tests/,unit contract netns runtime))
-BGP := $(wildcard tests/bgp)
-FAR := $(wildcard $(addprefix tests/,kube e2e cluster))
+# The tests in parts, which run beside each other: most of a test's time is waiting. In each what is cheap comes first.
+PARTS := cluster racks rest
+cluster := $(addprefix tests/,runtime cluster)
+racks := $(addprefix tests/,bgp e2e)
+rest := $(addprefix tests/,unit contract netns kube)
 CODE := agent bench cni ctl ipam lab manifests store tests
 # Namespaces are root's to make; anybody is root in a user namespace of his own.
 AS_ROOT = $(shell unshare --mount --net --pid --fork true 2>/dev/null || echo unshare --user --map-root-user)
@@ -33,14 +34,10 @@ test: need-test lint apiserver runtimes image ## everything: lint, and all tests
 	if [ "$$(id -u)" != 0 ]; then export PYTEST_DEBUG_TEMPROOT=/tmp/ul-$$(id -u); mkdir -p -m 700 "$$PYTEST_DEBUG_TEMPROOT"; fi
 	run() { $(AS_ROOT) $(BIN)/python -m pytest -q "$$@" $(ARGS); }
 	if [ -n "$(TESTS)" ]; then run $(TESTS); exit; fi
-	run $(FAR) >build/test-far.log 2>&1 & far=$$!
-	run $(BGP) >build/test-bgp.log 2>&1 & bgp=$$!
+	$(foreach part,$(PARTS),run $($(part)) >build/test-$(part).log 2>&1 & $(part)=$$!;)
 	codes=
-	run $(NEAR) && codes=0 || codes=$$?
-	wait $$bgp && codes="$$codes 0" || codes="$$codes $$?"
-	wait $$far && codes="$$codes 0" || codes="$$codes $$?"
-	cat build/test-bgp.log build/test-far.log
-	# 5: ARGS chose no test of this part; of all three is a slip.
+	$(foreach part,$(PARTS),wait $$$(part) && codes="$$codes 0" || codes="$$codes $$?"; cat build/test-$(part).log;)
+	# 5: ARGS chose no test of this part; of all parts is a slip.
 	case " $$codes " in *" 0 "*) ;; *) exit 1 ;; esac
 	for code in $$codes; do [ $$code = 0 ] || [ $$code = 5 ] || exit 1; done
 
@@ -70,7 +67,8 @@ apiserver: need-test $(VENV)/.test ## etcd, API server, controller-manager, and 
 
 runtimes: need-test $(VENV)/.test
 	$(BIN)/python -m tests.runtime.sid >/dev/null
-	exec $(BIN)/python -m tests.runtime.cnitool >/dev/null
+	$(BIN)/python -m tests.runtime.cnitool >/dev/null
+	exec $(BIN)/python -m tests.cluster.helm >/dev/null
 
 need-lab need-test need-bench: need-%: | build
 	exec sh lab/prepare.sh $* $(if $(findstring --tor frr,$(subst =, ,$(ARGS))),frr)

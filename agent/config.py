@@ -8,6 +8,10 @@ from pathlib import Path
 
 import msgspec
 
+from agent.detect import AddressNotUsable, Method
+from agent.detect import parse as parse_method
+from agent.firstpools import PoolsNotUsable, Wish
+from agent.firstpools import parse as parse_pools
 from cni.endpoint import Address, AddressError, parse_address
 
 #: Where the Secrets of BGP passwords are, unless it is said.
@@ -23,6 +27,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     log: str = "INFO"
     metrics: Address | None = None
     sysctls: Path = Path("/proc/sys")
+    #: How this node's addresses are found, by IP version.
+    methods: dict[int, Method] = {}
+    #: The first pools of a cluster that has none; None: as its installer says.
+    pools: tuple[Wish, ...] | None = ()
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
@@ -39,11 +47,19 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
         ("state", "/var/lib/underlay", "folder for what outlives a reboot"),
         ("namespace", NAMESPACE, "where the Secrets that BGPPeers name are"),
         ("metrics", "", "where to answer GET for metrics and health: ADDRESS:PORT or a unix socket's path"),
+        (
+            "ipv4-address",
+            "internal-ip",
+            "how this node's IPv4 address is found, as interface=eth.*",
+        ),
+        ("ipv6-address", "internal-ip", "the same of its IPv6 address"),
+        ("pools", "none", "first pools of a cluster without any: auto, none, or CIDRs with commas between"),
         ("sysctls", "/proc/sys", "where sysctls can be written, in a container that has them elsewhere"),
         ("log", "INFO", "DEBUG, INFO, WARNING or ERROR"),
     )
     for name, default, text in flags:
-        parser.add_argument(f"--{name}", default=environment.get(f"UNDERLAY_{name.upper()}", default), help=text)
+        variable = f"UNDERLAY_{name.upper().replace('-', '_')}"
+        parser.add_argument(f"--{name}", default=environment.get(variable, default), help=text)
     found = parser.parse_args(arguments)
     for name in ("node", "store"):
         if not getattr(found, name):
@@ -54,6 +70,16 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
         metrics = parse_address(found.metrics) if found.metrics else None
     except AddressError as e:
         parser.error(f"--metrics {e}")
+    try:
+        pools = parse_pools(found.pools)
+    except PoolsNotUsable as e:
+        parser.error(f"--pools {e}")
+    methods = {}
+    for version, text in ((4, found.ipv4_address), (6, found.ipv6_address)):
+        try:
+            methods[version] = parse_method(text, version)
+        except AddressNotUsable as e:
+            parser.error(f"--ipv{version}-address {e}")
     return Config(
         node=found.node,
         store=found.store,
@@ -63,4 +89,6 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
         log=found.log.upper(),
         metrics=metrics,
         sysctls=Path(found.sysctls),
+        pools=pools,
+        methods=methods,
     )

@@ -64,6 +64,9 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
     interface: int
     #: False while duplicate address detection has not passed: the kernel refuses it as a route's source.
     usable: bool = True
+    #: False for what a node is not known by: an address of another scope than the whole world's, the second of a
+    #: subnet, a temporary (RFC 8981) or deprecated one.
+    lasting: bool = True
 
 
 class KernelState(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,5 +81,7 @@ class KernelState(msgspec.Struct, frozen=True, kw_only=True):
     foreign_ids: frozenset[int] = frozenset()
     links: Mapping[int, Link] = {}
     addresses: tuple[Address, ...] = ()
+    #: The source that would be used to each address that was asked for, as far as there is a way.
+    sources: Mapping[str, str] = {}
     #: Dotted names as in ``net.ipv4.conf.eth0.rp_filter`` (a dot in an interface's name is ``/``); those we look at.
     sysctls: Mapping[str, str] = {}

@@ -51,6 +51,23 @@ def unready(state: State) -> str:
     A session has had its time when it has been down, or was never up, for its ``maxRestartTime``, 120 s at most, or
     when its peer was removed for sending too much: a dead ToR holds nobody up for longer.
     """
+    problem = unfit(state)
+    if problem or state.seen is None:
+        return problem
+    plan = state.seen.plan
+    if plan.sessions and not state.seen.speaker.known:
+        return "the speaker has not told its table: is underlay-speaker running?"
+    waiting = [
+        f"{peer.name} ({peer.address}) is waited for, {due - state.now:.0f} s more"
+        for peer, due in _down(state)
+        if due > state.now
+    ]
+    return "; ".join(waiting)
+
+
+def unfit(state: State) -> str:
+    """What of ``unready`` is this agent's own, whatever speaker and peers do. A session that goes down later is no
+    news of an agent: a speaker's upgrade would make every agent unready."""
     if not state.viewed:
         return "the store has not answered yet, and there is no last good view on disk"
     if state.kernel_error:
@@ -61,14 +78,7 @@ def unready(state: State) -> str:
     if plan.sessions is None:
         notes = [c.message for c in plan.conditions if c.type == "NodeNotUsable"]
         return f"which sessions there are to be is not known: {'; '.join(notes)}"
-    if plan.sessions and not state.seen.speaker.known:
-        return "the speaker has not told its table: is underlay-speaker running?"
-    waiting = [
-        f"{peer.name} ({peer.address}) is waited for, {due - state.now:.0f} s more"
-        for peer, due in _down(state)
-        if due > state.now
-    ]
-    return "; ".join(waiting)
+    return ""
 
 
 def without(state: State) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 
 from agent.errors import AgentError
-from store.model import BGPConfiguration, BGPFilter, BGPPeer, IPAMBlock, IPPool, Node
+from store.model import BGPConfiguration, BGPFilter, BGPNodeStatus, BGPPeer, IPAMBlock, IPPool, Node
 
-Kept = BGPConfiguration | BGPFilter | BGPPeer | IPAMBlock | IPPool | Node
+Kept = BGPConfiguration | BGPFilter | BGPNodeStatus | BGPPeer | IPAMBlock | IPPool | Node
 
 
 class Unreadable(AgentError):

@@ -13,7 +13,7 @@ from agent.delta import Failure, Operation
 from agent.health import Seen
 from agent.rib import Rib, count_refusals
 from cni.marks import PROTO_BLOCKS, PROTO_IMPORTS, PROTO_PODS
-from cni.prometheus import Family, Histogram, Kind, Sample, labelled, one
+from cni.prometheus import Family, Histogram, Kind, Sample, labelled, of_store, one
 from store.model import BGPNodeStatusStatus, SessionStatus
 
 PROTOCOLS: Final = {PROTO_PODS: "pods", PROTO_BLOCKS: "blocks", PROTO_IMPORTS: "imports"}
@@ -151,14 +151,7 @@ def _store(state: State) -> Iterable[Family]:
     )
     yield one("underlay_agent_status_writes_total", "counter", "Writes of BGPNodeStatus.", state.status_writes)
     yield one("underlay_agent_status_failures_total", "counter", "Writes that failed.", state.status_failures)
-    yield labelled("underlay_store_requests_total", "counter", "Requests, by verb.", "verb", state.store_requests)
-    yield labelled(
-        "underlay_store_failures_total",
-        "counter",
-        "Requests that the store did not answer, and watches that must begin anew, by verb.",
-        "verb",
-        state.store_failures,
-    )
+    yield from of_store(state.store_requests, state.store_failures)
 
 
 def _bgp(state: State) -> Iterable[Family]:

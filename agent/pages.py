@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Final
 
 import msgspec
 
@@ -14,11 +15,15 @@ from agent.reconcile import Reconciler
 from agent.status import StatusWriter
 from agent.view import View
 from cni import endpoint
-from cni.endpoint import Page, Reply
+from cni.endpoint import Lasting, Page, Reply
 from cni.process import resident
 from cni.prometheus import CONTENT_TYPE, render
 from store.clock import Clock
 from store.counted import CountedStore
+
+#: Seconds that a start may take: a session that does not come up has had its time by then (``health.unready``).
+SETTLE_LIMIT: Final = 150.0
+_LOOK_EVERY: Final = 0.1
 
 
 class Pages:
@@ -37,9 +42,23 @@ class Pages:
         self._node = node
         self._clock, self._store, self._view = clock, store, view
         self._loop, self._driver, self._writer = loop, driver, writer
+        self._settled = False
+        self._begun = clock.monotonic()
+
+    async def settle(self, front: Lasting) -> None:
+        """Opens ``front``; returns when the agent has been ready once."""
+        await front.tell(self.all())
+        while health.unready(self._health()):
+            await self._clock.sleep(_LOOK_EVERY)
+        self._settled = True
 
     def all(self) -> dict[str, Page]:
-        return {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
+        return {
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/fit": self._fit,
+            "/metrics": self._metrics,
+        }
 
     def for_people(self) -> dict[str, Page]:
         """And what ``underlayctl bgp`` asks for."""
@@ -58,7 +77,15 @@ class Pages:
                 self._node, seen.plan, self._loop.status, seen.speaker, seen.kernel, self._loop.failures, asked
             ),
         }
-        return self.all() | {path: partial(self._look, page) for path, page in shown.items()}
+        return (
+            self.all()
+            | {"/settled": self._settledz}
+            | {path: partial(self._look, page) for path, page in shown.items()}
+        )
+
+    def unready(self) -> str:
+        """What is not in place yet, in words; "" if all is."""
+        return health.unready(self._health())
 
     def _look(self, page: Callable[[Seen, look.Asked], look.Answer], query: Mapping[str, str]) -> Reply:
         seen = self._loop.seen
@@ -79,6 +106,16 @@ class Pages:
         without = health.without(state)
         return Reply(f"ok, {without}") if without and not problem else endpoint.health(problem)
 
+    def _settledz(self, _: Mapping[str, str]) -> Reply:
+        return endpoint.health("" if self._settled else health.unready(self._health()) or "in a moment")
+
+    def _fit(self, _: Mapping[str, str]) -> Reply:
+        """For a kubelet, whose hook waits for ``/settled`` first: until then it asks for the agent of before."""
+        state = self._health()
+        if not self._settled and state.now < self._begun + SETTLE_LIMIT:
+            return Reply("ok, not settled yet")
+        return endpoint.health(health.unfit(state))
+
     def _metrics(self, _: Mapping[str, str]) -> Reply:
         return Reply(render(metrics.families(self._figures())), CONTENT_TYPE)
 
@@ -97,7 +134,7 @@ class Pages:
         age, whole = self._view.last_good()
         return metrics.State(
             now=self._clock.monotonic(),
-            ready=not health.unready(self._health()),
+            ready=not self.unready(),
             live=cluster is not None and cluster.live,
             figures=self._loop.figures,
             status=self._loop.status,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from msgspec.structs import replace
@@ -17,6 +16,7 @@ from msgspec.structs import replace
 from agent.bgp.history import History
 from agent.bgp.model import Announcement, Event, Session, SessionChanges, SpeakerState
 from agent.delta import Failure, NoFreeId, Operation, delta, explain
+from agent.detect import Method
 from agent.fib import KernelState
 from agent.health import Seen
 from agent.metrics import Figures
@@ -27,6 +27,7 @@ from cni.marks import PROTO_BLOCKS
 from cni.netlink import NetlinkError
 from store.clock import Clock
 from store.model import BGPNodeStatusStatus, Condition
+from store.waiting import until
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ UNREST: Final = 1.0
 class ViewPort(Protocol):
     def cluster(self) -> Cluster | None: ...
     def question(self, cidrs: frozenset[str]) -> None: ...
+    def inhabit(self, pools: frozenset[str]) -> None: ...
 
 
 class KernelPort(Protocol):
@@ -77,9 +79,12 @@ class Reconciler:
         clock: Clock,
         link_name: Callable[[str, str], str],
         publish: Callable[[BGPNodeStatusStatus], None],
+        why_no_pool: Callable[[], str] = lambda: "",
+        methods: Mapping[int, Method] | None = None,
     ) -> None:
         self._node, self._view, self._kernel, self._speaker = node, view, kernel, speaker
         self._clock, self._link_name, self._publish = clock, link_name, publish
+        self._why_no_pool, self._methods = why_no_pool, methods or {}
         self.rib = Rib()
         #: What became of each peer's sessions.
         self.history = History()
@@ -136,8 +141,7 @@ class Reconciler:
             self.figures.turned = self._clock.monotonic()
             # A pass that is slow (a large table under churn) leaves at least as much time to everything else.
             await self._clock.sleep(max(GATHER, self._clock.monotonic() - begun))
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), max(0.0, again - self._clock.monotonic()))
+            await until(self._clock, self._woken, max(0.0, again - self._clock.monotonic()))
 
     def _hear(self) -> None:
         try:
@@ -207,6 +211,8 @@ class Reconciler:
                     link_name=self._link_name,
                     missing=self._missing,
                     ready=self._ready,
+                    why_no_pool=self._why_no_pool(),
+                    methods=self._methods,
                 )
             )
         self.figures.passes += 1
@@ -219,6 +225,7 @@ class Reconciler:
             own = {block.spec.cidr for block in cluster.blocks}
             held = {prefix for prefix, protocol, _ in kernel.routes if protocol == PROTO_BLOCKS}
             self._view.question(frozenset(held - own))
+            self._view.inhabit(wanted.inhabited)
         try:
             operations = delta(wanted, kernel)
         except NoFreeId as e:

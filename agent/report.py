@@ -10,7 +10,7 @@ from agent.bgp.history import History
 from agent.bgp.model import SpeakerState
 from agent.plan import Plan
 from agent.rib import Peer, Rib
-from store.model import BGPNodeStatusStatus, Condition, SessionStatus
+from store.model import DETECTED, BGPNodeStatusStatus, Condition, SessionStatus
 
 
 def report(
@@ -35,6 +35,8 @@ def report(
     return BGPNodeStatusStatus(
         as_number=plan.local_as,
         router_id=plan.router_id,
+        addresses=plan.addresses,
+        address_source=DETECTED if plan.detected else "",
         sessions=tuple(_session(p, plan, rib, speaker, history, sessions, now) for p in plan.peers),
         conditions=tuple(found[kind] for kind in sorted(found)),
     )

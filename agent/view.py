@@ -1,7 +1,8 @@
 """What the store says of this node, kept up to date: the Cluster part of each Snapshot.
 
 Watches stay local: this node's blocks and Node object, pools, BGPConfiguration, BGPPeers, BGPFilters; the other nodes
-only while the mesh is on, or a BGPPeer has a peerSelector.
+only while the mesh is on, or a BGPPeer has a peerSelector, and then the BGPNodeStatus of those whose Node does not say
+where they are reached.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -27,8 +27,11 @@ from store.clock import Clock
 from store.errors import NotFound, StoreError
 from store.informer import Informer
 from store.model import (
+    DETECTED,
     BGPConfiguration,
     BGPFilter,
+    BGPNodeStatus,
+    BGPNodeStatusStatus,
     BGPPeer,
     IPAMBlock,
     IPAMBlockStatus,
@@ -38,6 +41,7 @@ from store.model import (
     block_name,
 )
 from store.validate import validate
+from store.waiting import until
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,9 @@ PATIENCE: Final = 5.0
 #: Seconds between two writes of the last good view at least, and until one that failed is tried again.
 _SAVE_EVERY: Final = 1.0
 _SAVE_AGAIN: Final = 30.0
+#: Seconds for which nothing is seen in a pool that was deleted, until it no longer stands: longer than a node that is
+#: cut off is away, mostly.
+_POOL_LEFT: Final = 3600.0
 #: Seconds until the owner of a block that is no longer ours is asked for again.
 _ASK_EVERY: Final = 30.0
 
@@ -84,10 +91,13 @@ class View:
         self._filters = follow(BGPFilter)
         self._pools = follow(IPPool)
         self._nodes = follow(Node)
+        self._statuses = follow(BGPNodeStatus, status_addressSource=DETECTED)
         self._secrets = Secrets(store, namespace, clock, self._moved)
         self._cluster: Cluster | None = None
         self._kept: tuple[lastgood.Kept, ...] = ()
         self._good: dict[tuple[str, str], Resource] = {}
+        self._left: dict[str, float] = {}  # deleted pools: when something was last seen in each
+        self._inhabited: frozenset[str] = frozenset()
         self._taken: frozenset[str] = frozenset()
         self._questioned: frozenset[str] = frozenset()
         self._nodes_wanted = asyncio.Event()
@@ -99,15 +109,32 @@ class View:
         """The last complete view; None as long as there is none, not even on disk."""
         return self._cluster
 
+    def node_uid(self) -> str:
+        """Of our Node, as the store told it last; "" while there is none."""
+        node = self._own_node.items.get(self._node)
+        return node.metadata.uid if node else ""
+
     def question(self, cidrs: frozenset[str]) -> None:
         """Blocks that we hold and that the store no longer says are ours: who owns them is asked, uncached (R14)."""
         if cidrs != self._questioned:
             self._questioned = cidrs
             self._asked.set()
 
+    def inhabit(self, pools: frozenset[str]) -> None:
+        """The deleted pools that something lives in, here or elsewhere: its pods live on (R14), so each stands until it
+        has been empty for long."""
+        now, before = self._clock.monotonic(), self._inhabited
+        self._left |= dict.fromkeys(pools & self._left.keys(), now)
+        forgotten = [name for name, seen in self._left.items() if now - seen >= _POOL_LEFT]
+        for name in forgotten:
+            del self._left[name], self._good[IPPool.kind(), name]
+        self._inhabited = frozenset(pools & self._left.keys())
+        if forgotten or self._inhabited != before:
+            self._moved()
+
     def followed(self) -> tuple[Followed, ...]:
         """How well each kind is followed."""
-        informers = self._always() + ([self._nodes] if self._nodes_wanted.is_set() else [])
+        informers = self._needed()
         kinds = {"own_node" if i is self._own_node else i.kind.PLURAL: (i.synced, i.behind) for i in informers}
         kinds["secrets"] = self._secrets.followed()
         return tuple(Followed(kind, *how) for kind, how in kinds.items())
@@ -150,8 +177,11 @@ class View:
         return [self._own_node, self._blocks, *bgp, self._pools]
 
     def _complete(self) -> bool:
-        needed = self._always() + ([self._nodes] if self._nodes_wanted.is_set() else [])
-        return all(informer.synced for informer in needed)
+        return all(informer.synced for informer in self._needed())
+
+    def _needed(self) -> list[Informer[Any]]:
+        others: list[Informer[Any]] = [self._nodes, self._statuses]
+        return self._always() + (others if self._nodes_wanted.is_set() else [])
 
     def _read(self) -> Cluster:
         with_nodes = self._nodes_wanted.is_set()
@@ -164,18 +194,43 @@ class View:
         passwords = [p.spec.password for p in peers] + [default.spec.node_mesh_password if default else None]
         self._secrets.want(frozenset(p.secret_key_ref.name for p in passwords if p))
         return Cluster(
-            node=self._own_node.items.get(self._node),
+            node=self._this_node(standing),
             nodes=tuple(n for n in self._nodes.items.values() if n.name != self._node) if with_nodes else (),
+            statuses=tuple(s for s in self._statuses.items.values() if s.name != self._node) if with_nodes else (),
             configuration=default,
             node_configurations=tuple(configurations.values()),
             peers=peers,
             filters=tuple(filters.values()),
             secrets=self._secrets.present(),
-            pools=tuple(self._sane(self._pools.items.values(), standing)),
+            pools=(*self._sane(self._pools.items.values(), standing), *self._deleted_pools(standing)),
+            deleted_pools=frozenset(self._left),
             blocks=tuple(self._blocks.items.values()),
             taken=self._taken,
             standing=standing,
         )
+
+    def _this_node(self, standing: dict[str, str]) -> Node | None:
+        """A Node that was deleted stands, too: blocks and sessions are brought to their end under its last word."""
+        key = (Node.kind(), self._node)
+        node = self._own_node.items.get(self._node)
+        if node is not None:
+            self._good[key] = node
+            return node
+        good = self._good.get(key)
+        if not isinstance(good, Node):
+            return None
+        standing[f"Node {self._node}"] = "it was deleted"
+        return good
+
+    def _deleted_pools(self, standing: dict[str, str]) -> Iterator[IPPool]:
+        """Those that still count for what is let in and announced."""
+        gone = [p for p in self._good.values() if isinstance(p, IPPool) and p.name not in self._pools.items]
+        now = self._clock.monotonic()
+        self._left = {pool.name: self._left.get(pool.name, now) for pool in gone}
+        for pool in gone:
+            if pool.name in self._inhabited:
+                standing[f"IPPool {pool.name}"] = "it was deleted, and pods live in it"
+            yield pool
 
     def _sane(
         self, objects: Iterable[T], standing: dict[str, str], *, also: Callable[[T], str] = lambda _: ""
@@ -216,23 +271,27 @@ class View:
         except (lastgood.Unreadable, OSError) as e:
             log.warning("%s", e)
         self._good |= {
-            (o.kind(), o.name): o for o in self._kept if isinstance(o, BGPPeer | BGPFilter) and not validate(o)
+            (o.kind(), o.name): o
+            for o in self._kept
+            if (isinstance(o, BGPPeer | BGPFilter | IPPool) and not validate(o))
+            or (isinstance(o, Node) and o.name == self._node)
         }
 
     async def _follow_nodes(self) -> None:
         """Watches the other nodes as long as the mesh is on, or a BGPPeer selects peers among them."""
         while True:
             await self._nodes_wanted.wait()
-            task = asyncio.create_task(self._nodes.run())
+            running = {asyncio.create_task(informer.run()) for informer in (self._nodes, self._statuses)}
             try:
-                while self._nodes_wanted.is_set() and not task.done():
-                    await asyncio.wait({task}, timeout=1.0)
-                if task.done():
+                ended: set[asyncio.Task[None]] = set()
+                while self._nodes_wanted.is_set() and not ended:
+                    ended, _ = await asyncio.wait(running, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
                     task.result()
             finally:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
 
     async def _fall_back(self) -> None:
         """R14: starts from the last good view if the store does not answer in time."""
@@ -247,6 +306,7 @@ class View:
         self._cluster = Cluster(
             node=next((n for n in nodes if n.name == self._node), None),
             nodes=tuple(n for n in nodes if n.name != self._node),
+            statuses=tuple(o for o in kept if isinstance(o, BGPNodeStatus)),
             configuration=next((o for o in kept if isinstance(o, BGPConfiguration) and o.name == "default"), None),
             node_configurations=tuple(
                 o for o in kept if isinstance(o, BGPConfiguration) and o.name.startswith("node.")
@@ -281,8 +341,7 @@ class View:
 
     async def _ask_owners(self) -> None:
         while True:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._asked.wait(), _ASK_EVERY if self._questioned else None)
+            await until(self._clock, self._asked, _ASK_EVERY if self._questioned else None)
             self._asked.clear()
             taken = set()
             for cidr in sorted(self._questioned):
@@ -310,12 +369,18 @@ def _objects(cluster: Cluster) -> list[lastgood.Kept]:
     return [
         *(o for o in single if o is not None),
         *cluster.nodes,
+        *(_addresses_alone(s) for s in cluster.statuses),
         *cluster.node_configurations,
         *cluster.peers,
         *cluster.filters,
         *cluster.pools,
         *(_without_allocations(b) for b in cluster.blocks),
     ]
+
+
+def _addresses_alone(status: BGPNodeStatus) -> BGPNodeStatus:
+    said = BGPNodeStatusStatus(addresses=status.status.addresses, address_source=status.status.address_source)
+    return BGPNodeStatus(metadata=replace(status.metadata, resource_version=""), status=said)
 
 
 def _without_allocations(block: IPAMBlock) -> IPAMBlock:

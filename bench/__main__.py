@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import traceback
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench import bgp, cni, command, ipam, profile, rack, scale
+from bench import bgp, cluster, cni, command, ipam, profile, rack, scale
 from lab.kube.build import NotHere
 from lab.net import enter_sandbox
 
@@ -28,7 +29,7 @@ USUAL: Mapping[str, Group] = {
     "lab": rack.figures,
 }
 #: And what looks closer, or takes more than a minute or two.
-GROUPS: Mapping[str, Group] = {**USUAL, "profile": profile.figures, "scale": scale.figures}
+GROUPS: Mapping[str, Group] = {**USUAL, "profile": profile.figures, "scale": scale.figures, "cluster": cluster.figures}
 
 
 def main() -> None:
@@ -44,6 +45,8 @@ def main() -> None:
         if name not in GROUPS:
             parser.error(f"there is no group {name}: {', '.join(GROUPS)}")
     enter_sandbox()
+    # Also one that is ended under way takes down what it brought up.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="ulbench-") as folder:
         found, failed = measure({name: groups[name] for name in chosen}, Path(folder), say)
     rows = [(name, f"{value:.3g}") for name, value in found.items()]

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from cni import podnet, server, sources, verbs
-from cni.endpoint import Address, AddressError, Endpoint, Page, Reply, health, parse_address
+from cni import podnet, server, sources, sysctls, verbs
+from cni.endpoint import Address, AddressError, Lasting, Page, Reply, health, parse_address
 from cni.errors import CNIError, first_of
 from cni.kernel import NetlinkView
-from cni.lock import alone
+from cni.listener import Listener
+from cni.lock import in_turn
 from cni.metrics import Calls, State, families
 from cni.netlink import Netlink
 from cni.process import resident
@@ -183,14 +184,20 @@ async def serve(
     step: Callable[[str], None] = lambda _: None,
     settings: Settings | None = None,
 ) -> None:
-    """Waits for the lock, then serves until SIGTERM or SIGINT. Kernel state is left as it is (R14)."""
+    """Serves until SIGTERM or SIGINT, from the end of an older server's work to the begin of a newer one's
+    (``cni.lock``). Kernel state is left as it is (R14)."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     options.run.mkdir(parents=True, exist_ok=True, mode=0o755)
 
-    work = asyncio.create_task(_locked(options, reaper, step, settings))
+    clock = SystemClock()
+    front = Lasting(options.metrics, clock)
+    told = asyncio.create_task(front.run())
+    listener = Listener(options.run)
+    turn = partial(_turn, options, clock, front, listener, reaper, step, settings)
+    work = asyncio.create_task(in_turn(options.run / "cni.lock", clock, turn, ahead=listener.queue))
     ended = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((work, ended), return_when=asyncio.FIRST_COMPLETED)
@@ -202,36 +209,50 @@ async def serve(
         work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await work
+        listener.close()
+        told.cancel()
+        await asyncio.wait({told})
 
 
-async def _locked(
-    options: Options, reaper: verbs.Reaps, step: Callable[[str], None], settings: Settings | None
+async def _turn(
+    options: Options,
+    clock: Clock,
+    front: Lasting,
+    listener: Listener,
+    reaper: verbs.Reaps,
+    step: Callable[[str], None],
+    settings: Settings | None,
 ) -> None:
-    clock = SystemClock()
-    async with alone(options.run / "cni.lock", clock):
-        number = count_start(options.run, options.boot_id)
-        log.info("start %d of boot %s on node %s", number, options.boot_id, options.node)
-        podnet.prepare_node(options.sysctls)
-        with contextlib.ExitStack() as resources:
-            netlink = resources.enter_context(Netlink())
-            podnet.reap(netlink)  # doomed by a server before us
-            calls = Calls()
-            timed = partial(calls.journal.timing, clock.monotonic)
-            journal = Journal(options.run, options.boot_id, step=step, timed=timed)
-            resources.callback(journal.close)
-            store = CountedStore(open_store(options.store, clock=clock))
-            try:
-                await _run(options, clock, number, netlink, store, journal, calls, reaper, step, settings)
-            except BaseExceptionGroup as group:
-                raise first_of(group) from group
-            finally:
-                await store.close()
+    """With the lock held."""
+    # First of all: whoever calls waits in its queue, however long the rest takes.
+    listener.open()
+    number = count_start(options.run, options.boot_id)
+    log.info("start %d of boot %s on node %s", number, options.boot_id, options.node)
+    podnet.prepare_node(options.sysctls, options.run / sysctls.FOLDER)
+    with contextlib.ExitStack() as resources:
+        netlink = resources.enter_context(Netlink())
+        podnet.reap(netlink)  # doomed by a server before us
+        calls = Calls()
+        timed = partial(calls.journal.timing, clock.monotonic)
+        journal = Journal(options.run, options.boot_id, step=step, timed=timed)
+        resources.callback(journal.close)
+        store = CountedStore(open_store(options.store, clock=clock))
+        try:
+            await _run(options, clock, number, front, listener, netlink, store, journal, calls, reaper, step, settings)
+        except BaseExceptionGroup as group:
+            raise first_of(group) from group
+        finally:
+            front.stand_by()
+            listener.close()
+            await store.close()
 
 
 async def _run(
     options: Options,
     clock: Clock,
     number: int,
+    told: Lasting,
+    listener: Listener,
     netlink: Netlink,
     store: CountedStore,
     journal: Journal,
@@ -256,7 +277,7 @@ async def _run(
         boot_id=options.boot_id,
         start=number,
         link_name=_link_name,
-        settings=settings or Settings(max_blocks=options.max_blocks),
+        settings=settings or Settings(max_blocks=options.max_blocks, node_needed=options.store.startswith("kube:")),
         step=step,
         tell=tell,
     )
@@ -274,7 +295,7 @@ async def _run(
         choose=annotations.choice if annotations else None,
     )
     queue = Queue(directory=options.run, carry_out=handler.carry_out, clock=clock)
-    front = server.Server(directory=options.run, carry_out=handler.carry_out, step=step, observe=calls.observe)
+    front = server.Server(listener=listener, carry_out=handler.carry_out, step=step, observe=calls.observe)
 
     def metrics(_: Mapping[str, str]) -> Reply:
         return Reply(render((*calls.families(), *families(_state(ipam, store, recorder, check)))), CONTENT_TYPE)
@@ -286,14 +307,13 @@ async def _run(
         "/readyz": lambda _: health(ipam.refusal()),
     }
     parts: list[Runs] = [ipam, handler, queue, recorder]
-    if options.metrics:
-        parts.append(Endpoint(options.metrics, pages, clock))
     if annotations:
         parts.append(annotations)
     if check:
         parts.append(check)
     await ipam.start()
     await queue.drain()
+    await told.tell(pages)
     # What is there by now stays: a full collection then takes half a millisecond of a pod's time, and not ten.
     gc.collect()
     gc.freeze()

@@ -25,6 +25,8 @@ from store.clock import Clock
 log = logging.getLogger(__name__)
 
 TEXT: Final = "text/plain; charset=utf-8"
+#: Seconds for a socket to be there.
+_OPENS_WITHIN: Final = 2.0
 _REASONS: Final = {
     200: "OK",
     400: "Bad Request",
@@ -101,16 +103,17 @@ def health(problem: str) -> Reply:
 
 
 class Endpoint:
-    """``pages``: path -> what makes the page there."""
+    """``pages``: path -> what makes the page there; looked up at each request. ``listening`` is set from then on."""
 
     def __init__(
         self, address: Address, pages: Mapping[str, Page], clock: Clock, settings: Settings | None = None
     ) -> None:
         self._address = address
-        self._pages = dict(pages)
+        self._pages = pages
         self._clock = clock
         self._settings = settings or Settings()
         self._calls: set[asyncio.Task[None]] = set()
+        self.listening = asyncio.Event()
 
     async def run(self) -> None:
         """Answers until cancelled."""
@@ -123,6 +126,7 @@ class Endpoint:
                 log.error("nothing can be asked at %s, will try again: %s", self._address, e.strerror or e)  # noqa: TRY400
                 await self._clock.sleep(self._settings.retry)
         log.info("%s at %s", ", ".join(sorted(self._pages)), self._address)
+        self.listening.set()
         try:
             async with server:
                 await server.serve_forever()
@@ -176,6 +180,42 @@ class Endpoint:
             return _written(Reply("a defect of ours: see the log of this process", code=500))
 
 
+class Lasting:
+    """An endpoint, if there is an ``address``, of a process that works by turns (``cni.lock``). It opens at the first
+    ``tell`` and stays open as long as ``run`` does: while another process works, probes of ours hear that nothing is
+    wrong here."""
+
+    def __init__(self, address: Address | None, clock: Clock) -> None:
+        self._pages: dict[str, Page] = {}
+        self._endpoint = Endpoint(address, self._pages, clock) if address else None
+        self._told = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await self._told.wait()
+        if self._endpoint:
+            await self._endpoint.run()
+
+    async def tell(self, pages: Mapping[str, Page]) -> None:
+        """These are the pages from now on. Returns when they can be asked for, or the address is not to be had."""
+        self._pages.clear()
+        self._pages.update(pages)
+        self._told.set()
+        if self._endpoint:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_OPENS_WITHIN):
+                    await self._endpoint.listening.wait()
+
+    def stand_by(self) -> None:
+        """Another process works."""
+        for path in self._pages:
+            self._pages[path] = _stands_by
+
+
+def _stands_by(_: Mapping[str, str]) -> Reply:
+    return Reply("ok: stands by, a newer process works")
+
+
 def read(head: bytes) -> Asked | None:
     """The request that a head is (RFC 9112, section 3); None if it is none."""
     line = head.split(b"\r\n", 1)[0]
@@ -208,6 +248,8 @@ def _listen(address: Address) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with _closing_on_error(listener):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # In an upgrade the old process and the new one answer here, so that somebody always does.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind((address.host, address.port))
             listener.listen()
         return listener

@@ -21,6 +21,7 @@ import msgspec
 
 from cni.errors import CNIError
 from cni.message import ANSWER, ANSWER_MAGIC, REQUEST, REQUEST_MAGIC, SOCKET
+from cni.peer import is_visible
 
 #: The plugin's name: the binary's, and ``type`` in the conflist.
 PLUGIN: Final = "underlay"
@@ -148,48 +149,59 @@ def install_conflist(
             if target.exists() and not _ours(target):
                 raise InstallError(f"{target} is not ours: it has no plugin {PLUGIN!r}; move it away, or rename it")
             _put(target, text, mode=0o644, step=lambda what: step(f"conflist-{what}"))
-            others = _configurations(conf_dir)
+            found = _configurations(conf_dir)
     except OSError as e:
         raise InstallError(f"{target} cannot be written: {e}") from e
-    before = tuple(name for name in others if name < CONFLIST)
-    return Installed(binary=binary, conflist=target, before=before, behind=others[len(before) :])
+    before = tuple(name for name in found if name < CONFLIST)
+    return Installed(binary=binary, conflist=target, before=before, behind=found[len(before) :])
 
 
 def uninstall(bin_dir: Path, conf_dir: Path, *, pods: int) -> Removed:
     """Takes the conflist away, so that no new pod is ours, then the binary. ``pods`` is how many still have our
-    network: their DEL needs the binary, so while there are some it stays, and InstallError says so.
+    network: their DEL needs the binary, so while there are some all stays, and InstallError says so.
 
     Gone already is no error. Raises InstallError.
     """
-    gone: list[Path] = []
-    target, binary = conf_dir / CONFLIST, bin_dir / PLUGIN
+    if pods:
+        raise InstallError(
+            f"{bin_dir / PLUGIN} stays: {pods} pods need it for their DEL; drain the node, then uninstall again"
+        )
+    return Removed(gone=(*remove_conflist(conf_dir), *remove_binary(bin_dir)), next=next(iter(others(conf_dir)), ""))
+
+
+def remove_conflist(conf_dir: Path) -> tuple[Path, ...]:
+    """Takes it away if it is ours; what was taken. Raises InstallError."""
+    return _remove(conf_dir / CONFLIST, _ours)
+
+
+def remove_binary(bin_dir: Path) -> tuple[Path, ...]:
+    """Also while it is being executed; what was taken. Raises InstallError."""
+    return _remove(bin_dir / PLUGIN, lambda _: True)
+
+
+def is_installed(bin_dir: Path, conf_dir: Path) -> tuple[bool, bool]:
+    """Whether there is a conflist of ours, and a binary."""
+    return _ours(conf_dir / CONFLIST), (bin_dir / PLUGIN).exists()
+
+
+def others(conf_dir: Path) -> tuple[str, ...]:
+    """Names of the configurations that are not ours, in the order in which a runtime looks at them. InstallError."""
     try:
-        if conf_dir.is_dir():
-            with _alone(conf_dir):
-                if target.exists() and _ours(target):
-                    target.unlink()
-                    gone.append(target)
-        if pods:
-            raise InstallError(
-                f"{binary} stays: {pods} pods need it for their DEL; drain the node, then uninstall again"
-            )
-        if binary.exists():
-            with _alone(bin_dir):
-                binary.unlink()
-                gone.append(binary)
-        others = _configurations(conf_dir) if conf_dir.is_dir() else ()
+        return _configurations(conf_dir) if conf_dir.is_dir() else ()
     except OSError as e:
-        raise InstallError(f"the plugin cannot be taken away: {e}") from e
-    return Removed(gone=tuple(gone), next=others[0] if others else "")
+        raise InstallError(f"{conf_dir} cannot be read: {e}") from e
 
 
-def answers(run: Path, *, limit: float = 1.0) -> bool:
-    """Whether a server answers a VERSION on ``run``/cni.sock within ``limit`` seconds."""
+def answers(run: Path, *, limit: float = 1.0, own: bool = False) -> bool:
+    """Whether a server answers a VERSION on ``run``/cni.sock within ``limit`` seconds; ``own``: one of this container,
+    not an older one which works until that can."""
     environment = b"CNI_COMMAND=VERSION\0"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(limit)
         try:
             connection.connect(str(run / SOCKET))
+            if own and not is_visible(connection):
+                return False
             connection.sendall(REQUEST.pack(REQUEST_MAGIC, len(environment), 0) + environment)
             head = connection.recv(ANSWER.size, socket.MSG_WAITALL)
             return len(head) == ANSWER.size and ANSWER.unpack(head)[0] == ANSWER_MAGIC
@@ -221,6 +233,19 @@ def _alone(folder: Path) -> Iterator[None]:
         os.fsync(lock)
     finally:
         os.close(lock)
+
+
+def _remove(path: Path, ours: Callable[[Path], bool]) -> tuple[Path, ...]:
+    try:
+        if not path.parent.is_dir():
+            return ()
+        with _alone(path.parent):
+            if not path.exists() or not ours(path):
+                return ()
+            path.unlink()
+    except OSError as e:
+        raise InstallError(f"{path} cannot be taken away: {e}") from e
+    return (path,)
 
 
 def _temporary(path: Path) -> Path:
@@ -255,7 +280,7 @@ def _configurations(conf_dir: Path) -> tuple[str, ...]:
 def _ours(path: Path) -> bool:
     try:
         found = msgspec.json.decode(path.read_bytes())
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, RecursionError, FileNotFoundError):
         return False
     plugins = found.get("plugins") if isinstance(found, dict) else None
     return isinstance(plugins, list) and any(isinstance(p, dict) and p.get("type") == PLUGIN for p in plugins)

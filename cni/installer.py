@@ -34,6 +34,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     conf_dir: Path
     run: Path
     wait: float
+    own: bool
     configuration: dict[str, Any]
 
 
@@ -63,6 +64,9 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
     run = environment.get("UNDERLAY_RUN") or "/run/underlay"
     parser.add_argument("--run", type=Path, default=Path(run), help="run directory of underlay-cni (UNDERLAY_RUN)")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds to wait for underlay-cni before the conflist")
+    parser.add_argument(
+        "--own", action="store_true", help="wait for underlay-cni of this container, not for one that is to be replaced"
+    )
     parser.add_argument("--name", default="underlay", help="the network's name")
     parser.add_argument("--cni-version", default="1.0.0", help="cniVersion of the conflist")
     parser.add_argument("--mtu", type=int, default=0, help="MTU of pods; the uplinks' if 0")
@@ -89,6 +93,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Options:
         conf_dir=values.conf,
         run=values.run,
         wait=values.wait,
+        own=values.own,
         configuration=install.conflist(
             name=values.name,
             version=values.cni_version,
@@ -120,7 +125,7 @@ def _install(options: Options) -> list[str]:
         return lines
     check(options.configuration, options.bin_dir)
     end = time.monotonic() + options.wait
-    while not install.answers(options.run):
+    while not install.answers(options.run, own=options.own):
         if time.monotonic() > end:
             where = options.run / SOCKET
             raise InstallError(f"no server answers on {where} for {options.wait:.0f} s: start underlay-cni, then again")

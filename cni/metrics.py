@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from cni.prometheus import Family, Histogram, Sample, labelled, one
+from cni.prometheus import Family, Histogram, Sample, labelled, of_store, one
 from cni.spec import COMMANDS
 from ipam.model import CONDITIONS, BlockView, Figures
 from ipam.pool import family_of
@@ -107,14 +107,7 @@ def families(state: State) -> Iterable[Family]:
         "Age of the oldest change that is not in the store yet.",
         state.figures.mirror_lag,
     )
-    yield labelled("underlay_store_requests_total", "counter", "Requests, by verb.", "verb", state.store_requests)
-    yield labelled(
-        "underlay_store_failures_total",
-        "counter",
-        "Requests that the store did not answer, and watches that must begin anew, by verb.",
-        "verb",
-        state.store_failures,
-    )
+    yield from of_store(state.store_requests, state.store_failures)
     yield one("underlay_events_written_total", "counter", "Writes of Events.", state.events_written)
     yield one("underlay_events_dropped_total", "counter", "Events that were not written.", state.events_dropped)
     yield one("process_resident_memory_bytes", "gauge", "Resident memory of this process.", state.resident)

@@ -126,6 +126,11 @@ def packets(expressions: bytes) -> int | None:
     return None
 
 
+def names(expressions: bytes) -> str:
+    """What a rule is made of, expression by expression."""
+    return " ".join(name for name, _ in _expressions(expressions))
+
+
 def _compare(operation: int, value: bytes) -> tuple[int, Tree]:
     return _expression("cmp", ((1, u32(_REGISTER)), (2, u32(operation)), (3, ((1, value),))))
 

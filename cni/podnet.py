@@ -23,7 +23,7 @@ from typing import Final
 
 import msgspec
 
-from cni import beside, netns, rtnl
+from cni import beside, netns, rtnl, sysctls
 from cni.errors import CNIError
 from cni.marks import (
     GATEWAY4,
@@ -79,6 +79,8 @@ _NODE_END: Final = {False: attr(rtnl.IFLA_AF_SPEC, _FORWARD4), True: attr(rtnl.I
 
 #: Where the kernel has them; elsewhere in a container that may not write there.
 SYSCTLS: Final = Path("/proc/sys")
+#: Whether this network namespace forwards.
+FORWARD4, FORWARD6 = "net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"
 
 
 class WiringError(CNIError):
@@ -350,22 +352,23 @@ def _zero(sysctls: Path, name: str) -> None:
     (sysctls / "net" / name).write_text("0")
 
 
-def prepare_node(sysctls: Path = SYSCTLS) -> None:
-    """Turns forwarding on in this network namespace, where it is off. Raises OSError.
+def prepare_node(root: Path = SYSCTLS, record: Path | None = None) -> None:
+    """Turns forwarding on in this network namespace, where it is off; what was changed is kept in the folder ``record``
+    (``cni.sysctls``). Raises OSError.
 
     Interfaces that live by router advertisements go on doing so: a router takes them only with ``accept_ra`` 2
     (Documentation/networking/ip-sysctl.rst).
     """
-    six, conf = sysctls / "net/ipv6/conf", sysctls / "net/ipv4/ip_forward"
-    if conf.read_text().strip() != "1":
-        conf.write_text("1")
-    forwarding = six / "all" / "forwarding"
+    if sysctls.path(FORWARD4, root).read_text().strip() != "1":
+        sysctls.change(FORWARD4, "1", root, record)
+    forwarding = sysctls.path(FORWARD6, root)
     if not forwarding.exists() or forwarding.read_text().strip() == "1":
         return
-    for setting in six.glob("*/accept_ra"):
-        if setting.parent.name not in ("all", "default") and setting.read_text().strip() == "1":
-            setting.write_text("2")
-    forwarding.write_text("1")
+    for setting in (root / "net/ipv6/conf").glob("*/accept_ra"):
+        name = setting.parent.name
+        if name not in ("all", "default") and setting.read_text().strip() == "1":
+            sysctls.change(f"net.ipv6.conf.{name.replace('.', '/')}.accept_ra", "2", root, record)
+    sysctls.change(FORWARD6, "1", root, record)
 
 
 def _hash(container: str, interface: str) -> bytes:

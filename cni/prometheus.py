@@ -77,6 +77,20 @@ def labelled(name: str, kind: Kind, text: str, label: str, values: Mapping[str, 
     return Family(name, kind, text, tuple(Sample(value, {label: key}) for key, value in sorted(values.items())))
 
 
+def of_store(requests: Mapping[str, float], failures: Mapping[str, float]) -> tuple[Family, Family]:
+    """What a process of ours asked its store for, by verb."""
+    return (
+        labelled("underlay_store_requests_total", "counter", "Requests, by verb.", "verb", requests),
+        labelled(
+            "underlay_store_failures_total",
+            "counter",
+            "Requests that the store did not answer, and watches that must begin anew, by verb.",
+            "verb",
+            failures,
+        ),
+    )
+
+
 def render(families: Iterable[Family]) -> bytes:
     """The page that a scrape gets: each family with help and type, also one that has no sample at present."""
     lines: list[str] = []

@@ -21,8 +21,8 @@ from typing import Final
 import msgspec
 
 from cni import message, netns, spec
-from cni.errors import CNIError
-from cni.message import SOCKET, MalformedMessage
+from cni.listener import Listener
+from cni.message import MalformedMessage
 from cni.spec import Refusal
 from cni.verbs import CarryOut
 
@@ -33,15 +33,10 @@ _NS_GET_NSTYPE: Final = 0xB703  # ioctl_ns(2)
 _ROOT: Final = 0
 
 
-class ServerError(CNIError):
-    """The socket cannot be had; the message says whose it is and what to do."""
-
-
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Times in seconds, real ones, as the callers' are."""
 
     connections: int = 256  # calls at once
-    backlog: int = 1024
     read_limit: float = 5.0  # from the connection to the whole request
     write_limit: float = 5.0
     full_limit: float = 1.0  # before the queue is looked at again when no call can be taken
@@ -49,19 +44,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Server:
-    """Owns ``directory``/cni.sock. ``carry_out`` is ``Verbs.carry_out``; ``observe`` is told of each answer: the verb,
-    the CNI code (0: success) and the seconds that it took."""
+    """Takes the calls of ``listener``. ``carry_out`` is ``Verbs.carry_out``; ``observe`` is told of each answer: the
+    verb, the CNI code (0: success) and the seconds that it took."""
 
     def __init__(
         self,
         *,
-        directory: Path,
+        listener: Listener,
         carry_out: CarryOut,
         settings: Settings | None = None,
         step: Callable[[str], None] = lambda _: None,
         observe: Callable[[str, int, float], None] = lambda *_: None,
     ) -> None:
-        self._path = directory / SOCKET
+        self._listener = listener
         self._carry_out = carry_out
         self._settings = settings or Settings()
         self._step = step
@@ -69,18 +64,16 @@ class Server:
         self._home = Path("/proc/thread-self/ns/net").stat()
 
     async def run(self) -> None:
-        """Answers until cancelled; then ends what is under way, and its own socket. Raises ServerError when the socket
-        cannot be had."""
-        listener, inode = self._listen()
-        log.info("answering on %s", self._path)
+        """Answers until cancelled; then closes the listener, and ends what is under way. Raises ListenerError when the
+        socket cannot be had."""
+        listener = self._listener.open()
+        log.info("answering on %s", self._listener)
         calls: set[asyncio.Task[None]] = set()
         try:
             await self._accept(listener, calls)
         finally:
-            # From here on callers wait for the next server: the shim tries again for 5 s.
             asyncio.get_running_loop().remove_reader(listener)
-            listener.close()
-            self._unlink(inode)
+            self._listener.close()
             await self._end(calls)
 
     async def _accept(self, listener: socket.socket, calls: set[asyncio.Task[None]]) -> None:
@@ -123,43 +116,6 @@ class Server:
         for call in late:
             call.cancel()
         await asyncio.gather(*late, return_exceptions=True)
-
-    def _listen(self) -> tuple[socket.socket, int]:
-        """Binds under a name of our own and renames: callers meet the old socket or the new one, never none. What is
-        there already belonged to a server that was killed, as whoever lives holds the lock (``daemon``)."""
-        probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with probe:
-            probe.settimeout(1)
-            try:
-                probe.connect(str(self._path))
-            except (FileNotFoundError, ConnectionRefusedError):
-                pass
-            except OSError as e:
-                raise ServerError(f"{self._path} cannot be looked at: {e}") from e
-            else:
-                raise ServerError(f"{self._path}: somebody answers there who does not hold our lock; end that process")
-
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        mine = self._path.with_name(f".{SOCKET}.{os.getpid()}")
-        try:
-            mine.unlink(missing_ok=True)
-            previous = os.umask(0o177)
-            try:
-                listener.bind(str(mine))
-            finally:
-                os.umask(previous)
-            inode = mine.stat().st_ino
-            listener.listen(self._settings.backlog)
-            mine.replace(self._path)
-        except OSError as e:
-            listener.close()
-            raise ServerError(f"{self._path} cannot be made: {e}") from e
-        return listener, inode
-
-    def _unlink(self, inode: int) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if self._path.stat().st_ino == inode:
-                self._path.unlink()
 
     async def _serve(self, connection: socket.socket) -> None:
         received: list[int] = []

@@ -126,6 +126,17 @@ def make(netlink: Netlink) -> None:
     netlink.transaction(nft.SUBSYSTEM, messages)
 
 
+def is_there() -> bool:
+    """Whether there is a table of our name. Raises NetlinkError, OSError; a kernel without nftables has none."""
+    try:
+        with Netlink(NETFILTER) as netlink:
+            return _table(netlink) is not None
+    except (NetlinkError, OSError) as e:
+        if _is_without_nftables(e):
+            return False
+        raise
+
+
 def remove() -> None:
     """Takes our table out; none there is no error, nor is a kernel without nftables. What else the kernel refuses is
     said in the log."""
@@ -135,12 +146,16 @@ def remove() -> None:
                 netlink.transaction(nft.SUBSYSTEM, (_delete(),))
                 log.info("the source check is off: nftables table inet %s is removed", NFT_TABLE)
     except (NetlinkError, OSError) as e:
-        # Without the subsystem: EINVAL (nfnetlink_rcv_msg); without nfnetlink there is no such socket.
-        number = e.number if isinstance(e, NetlinkError) else e.errno
-        if number not in (errno.EINVAL, errno.EPROTONOSUPPORT):
+        if not _is_without_nftables(e):
             log.warning(
                 "nftables table inet %s cannot be removed, pods are still held to their addresses: %s", NFT_TABLE, e
             )
+
+
+def _is_without_nftables(error: NetlinkError | OSError) -> bool:
+    # Without the subsystem: EINVAL (nfnetlink_rcv_msg); without nfnetlink there is no such socket.
+    number = error.number if isinstance(error, NetlinkError) else error.errno
+    return number in (errno.EINVAL, errno.EPROTONOSUPPORT)
 
 
 def _delete() -> Message:

@@ -125,6 +125,12 @@ def holders(block: IPAMBlock) -> tuple[Holder, ...]:
     return tuple(Holder(a.address, a.pod, block.spec.node, a.network, a.container, a.interface, a.since) for a in found)
 
 
+def holders_of(blocks: Iterable[IPAMBlock]) -> tuple[Holder, ...]:
+    """Everybody who has an address of one of the blocks, in order of address."""
+    in_order = sorted(blocks, key=lambda b: _order(ip_network(b.spec.cidr)))
+    return tuple(holder for block in in_order for holder in holders(block))
+
+
 def address_use(
     address: Address,
     pools: Iterable[IPPool],
@@ -235,6 +241,36 @@ def holders_table(who: Iterable[Holder], *, now: str) -> Table:
     return Table(("ADDRESS", "POD", "CONTAINER", "INTERFACE", "NETWORK", "SINCE", "AGE"), rows)
 
 
+def pool_holders_table(who: Iterable[Holder], *, now: str) -> Table:
+    """Holders on many nodes; one whose pod the runtime did not say is known by its container."""
+    rows = tuple((h.address, h.pod or f"container {h.container}", h.node, age(h.since, now)) for h in who)
+    return Table(("ADDRESS", "POD", "NODE", "AGE"), rows)
+
+
+def pool_notes(name: str, pool: PoolUse | None, blocks: Sequence[BlockUse], who: Sequence[Holder]) -> list[str]:
+    """How far a pool is from being out of use, a sentence each. ``pool`` is None if it no longer exists."""
+    lines = []
+    if who:
+        pods, nodes = len({h.pod or (h.container, h.interface) for h in who}), len({h.node for h in who})
+        lines.append(
+            f"held of ippool/{name}: {_many(len(who), 'address')}, by {_many(pods, 'pod')} on {_many(nodes, 'node')}"
+        )
+    silent = [b.cidr for b in blocks if b.used is None]
+    if silent:
+        lines.append(f"what is held of {', '.join(silent)} is not known: its node has not said it yet")
+    if pool is None:
+        lines.append(f"ippool/{name} no longer exists: its blocks go with their last pods")
+    elif "disabled" not in pool.state:
+        lines.append(f"ippool/{name} is in use: pods get addresses of it, unless it is disabled (spec.disabled: true)")
+    elif who:
+        lines.append(f"ippool/{name} is disabled: a pod that is made anew gets an address of another pool")
+    elif blocks and not silent:
+        lines.append(f"no pod holds an address of ippool/{name}: its nodes give its blocks back within a minute")
+    elif not blocks:
+        lines.append(f"nothing is left of ippool/{name}: underlayctl delete ippool {name}")
+    return lines
+
+
 def describe(use: AddressUse, *, now: str) -> list[str]:
     """What is known of one address, a line each: its holder or its state, its reservations, its block and pool."""
     address, block = use.address, use.block
@@ -298,6 +334,10 @@ def _reserved_within(net: Network, reservations: Iterable[IPReservation]) -> lis
             continue
         parts.append(cidr if cidr.prefixlen >= net.prefixlen else net)
     return list(collapse_addresses(parts))  # type: ignore[type-var]
+
+
+def _many(number: int, what: str) -> str:
+    return f"{count(number)} {what}" if number == 1 else f"{count(number)} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def _within(address: Address, net: Network) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +15,7 @@ from urllib.parse import urlencode
 
 import click
 
+from ctl.connection import Connection
 from ctl.failures import OK, REFUSED, Failure
 from ctl.words import age
 from store.base import Store
@@ -107,7 +107,7 @@ def ask(run: Path, what: str, **query: object) -> dict[str, Any]:
     """The agent's answer. Raises Failure, which says what to do."""
     path = run / "agent.sock"
     words = urlencode({key: value for key, value in query.items() if value not in ("", None)})
-    connection = _Unix(path)
+    connection = Connection(path, _LIMIT)
     try:
         connection.request("GET", f"/bgp/{what}?{words}", headers={"Host": "agent"})
         answer = connection.getresponse()
@@ -126,17 +126,6 @@ def ask(run: Path, what: str, **query: object) -> dict[str, Any]:
         raise Failure([f"the agent says {answer.status}: {said}{hint}"])
     found: dict[str, Any] = json.loads(body)
     return found
-
-
-class _Unix(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("agent", timeout=_LIMIT)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
 
 
 # -- pages ---------------------------------------------------------------------------------------------------------

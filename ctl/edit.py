@@ -143,5 +143,5 @@ async def _refuse_in_use(store: Store, current: Resource) -> None:
         raise InUse(
             f"{reference(current)}: pods hold {used} of its addresses (on {nodes}): delete the pods first"
             + (" (disabled: true keeps new ones out)" if isinstance(current, IPPool) else "")
-            + ", or use --force, which cuts them off"
+            + ", or use --force: they keep them until they end"
         )

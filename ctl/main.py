@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 refused or not found, 2 wrong command line, 3 the store ca
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -31,6 +33,8 @@ NO_STORE = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code. Problems are on stderr, a line each."""
+    # The interpreter's last search for garbage, in all that was imported, would be a seventh of a command's time.
+    atexit.register(gc.freeze)
     try:
         code = cli.main(
             args=None if arguments is None else list(arguments), prog_name="underlayctl", standalone_mode=False
@@ -280,6 +284,7 @@ def ipam() -> None:
 @click.option("--show-blocks", is_flag=True, help="Also each block with its node.")
 @click.option("--ip", "address", metavar="ADDRESS", help="Who holds this address.")
 @click.option("--block", metavar="CIDR", help="One block, and who holds which of its addresses.")
+@click.option("--pool", metavar="NAME", help="One pool: its blocks, and which pods hold addresses of it.")
 @click.option("--show-configuration", is_flag=True, help="How all nodes hand out addresses.")
 @click.option("-o", "--output", "form", type=click.Choice(["table", "json"]), default="table")
 @store_option
@@ -289,15 +294,16 @@ def ipam_show(
     show_blocks: bool,
     address: str | None,
     block: str | None,
+    pool: str | None,
     show_configuration: bool,
     form: str,
     url: str | None,
 ) -> int:
-    """Pools with their use, blocks, one block, one address, or the configuration."""
+    """Pools with their use, blocks, one pool, block or address, or the configuration."""
     from ctl import show
 
-    if sum((address is not None, block is not None, show_blocks, show_configuration)) > 1:
-        raise Usage(["--show-blocks, --ip, --block and --show-configuration are four questions: ask one"])
+    if sum((address is not None, block is not None, pool is not None, show_blocks, show_configuration)) > 1:
+        raise Usage(["--show-blocks, --pool, --block, --ip and --show-configuration are five questions: ask one"])
     if show_configuration:
         from ctl import configure
 
@@ -306,6 +312,8 @@ def ipam_show(
         return _on_store(ctx, url, lambda store: show.show_address(store, address, form))
     if block is not None:
         return _on_store(ctx, url, lambda store: show.show_block(store, block, form))
+    if pool is not None:
+        return _on_store(ctx, url, lambda store: show.show_pool(store, pool, form))
     return _on_store(ctx, url, lambda store: show.show_ipam(store, form, show_blocks=show_blocks))
 
 
@@ -404,6 +412,107 @@ def ipam_release(
 
 
 @cli.command()
+@click.option("-o", "--output", default="", metavar="FILE", help="Where it goes; - is stdout. Without it: a file here.")
+@click.option(
+    "--state",
+    metavar="DIR",
+    envvar="UNDERLAY_STATE",
+    default="/var/lib/underlay",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="State directory of this node's underlay-agent.",
+)
+@click.option("--limit", default=120.0, show_default=True, help="Seconds for all of it.")
+@_agent_run
+@store_option
+@click.pass_context
+def diags(ctx: click.Context, output: str, state: Path, limit: float, run: Path, url: str | None) -> int:
+    """One archive to send when asking for help: what this node and the store say. Passwords, tokens and keys are left
+    out. On a node to be run as root; anywhere else it has what the store says."""
+    import socket
+
+    from ctl.diags import node
+    from ctl.diags.collect import Asked, diags
+    from store.clock import SystemClock
+
+    asked = Asked(output=output, url=url or ctx.find_root().obj, limit=limit)
+    return diags(
+        asked, node.default(run, state), SystemClock(), os.environ.get("UNDERLAY_NODE") or socket.gethostname()
+    )
+
+
+@cli.group()
+def install() -> None:
+    """Before an installation, and after."""
+
+
+@install.command("check")
+@click.option("-o", "--output", "form", type=click.Choice(["table", "json", "yaml"]), default="table")
+@click.option("--node", "name", default="", metavar="NODE", help="Which Node this is [env: UNDERLAY_NODE].")
+@click.option("--peer", "peers", multiple=True, metavar="ADDRESS", help="Also try this peer. May be repeated.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    default=Path("/"),
+    help="Where this machine's files are: /host in a container of underlay-cni.",
+)
+@_agent_run
+@store_option
+@click.pass_context
+def install_check(
+    ctx: click.Context, form: str, name: str, peers: tuple[str, ...], root: Path, run: Path, url: str | None
+) -> int:
+    """Looks whether this machine is fit for Underlay: kernel, other networks, firewalls, peers, and with a store the
+    cluster's pools. To be run on a node, as root. It changes nothing. Exits with 1 if a check fails."""
+    import asyncio
+    import socket
+
+    from ctl.machine import Where
+    from ctl.preflight_page import show
+    from store.clock import SystemClock
+
+    node = name or os.environ.get("UNDERLAY_NODE") or socket.gethostname()
+    where = Where(root=root, run=run, node=node, store=url or ctx.find_root().obj or "", peers=peers)
+    return asyncio.run(show(where, SystemClock(), os.environ, form))
+
+
+@cli.command()
+@click.option("--keep-pods", is_flag=True, help="Go on although pods have our network; they keep their wiring.")
+@click.option("--restore-forwarding", is_flag=True, help="Put forwarding of nodes back, too, if it was off before us.")
+@click.option("--without", "without", multiple=True, metavar="NODE", help="Do not wait for this one: it is gone.")
+@click.option(
+    "--image", default="", metavar="NAME", help="The image for the pods that clean the nodes: ours, unless said."
+)
+@click.option("--wait", default=180.0, show_default=True, help="Seconds for each step, until the command gives up.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@store_option
+@click.pass_context
+def uninstall(
+    ctx: click.Context,
+    keep_pods: bool,
+    restore_forwarding: bool,
+    without: tuple[str, ...],
+    image: str,
+    wait: float,
+    yes: bool,
+    url: str | None,
+) -> int:
+    """Takes Underlay from all nodes of a cluster: routes, nftables, sessions, files, blocks. It refuses while pods have
+    its network. What was applied (manifests, chart) is deleted as it came, afterwards."""
+    import asyncio
+
+    from ctl import uninstall as page
+    from ctl.uninstalling import Asked
+    from store.clock import SystemClock
+
+    where = url or ctx.find_root().obj
+    if not where:
+        raise Usage([NO_STORE])
+    asked = Asked(keep_pods=keep_pods, restore_forwarding=restore_forwarding)
+    return asyncio.run(page.uninstall(where, SystemClock(), asked, image=image, without=without, wait=wait, yes=yes))
+
+
+@cli.command()
 @store_option
 @click.pass_context
 def version(ctx: click.Context, url: str | None) -> int:
@@ -446,7 +555,7 @@ def _on_store(
         raise Unavailable(f"store {where}: there is no such file: is the path right? 'apply' and 'create' make it")
 
     async def run() -> int:
-        store = open_store(where, clock=SystemClock())
+        store = open_store(where, clock=SystemClock(), agent="underlayctl")
         try:
             return await work(store)
         finally:

@@ -154,6 +154,35 @@ async def show_address(store: Store, text: str, form: str) -> int:
     return OK
 
 
+async def show_pool(store: Store, name: str, form: str) -> int:
+    """Prints what there is of one pool: its blocks, and who has an address of it. Raises Failure if neither it nor a
+    block of it is there."""
+    from ctl import addresses
+
+    pools = [p for p in (await store.list(IPPool)).items if p.name == name]
+    blocks = [b for b in (await store.list(IPAMBlock)).items if b.spec.pool == name]
+    if not pools and not blocks:
+        raise Failure([f"there is no ippool/{name}, nor a block of it; see: underlayctl ipam show"])
+    of_pool = addresses.pool_uses(pools, blocks, (await store.list(IPReservation)).items)
+    of_blocks = addresses.block_uses(blocks, {n.name for n in (await store.list(Node)).items})
+    who = addresses.holders_of(blocks)
+    if form == "json":
+        return _print_json(addresses.VERSION, pools=of_pool, blocks=of_blocks, holders=who)
+    if of_pool:
+        print_table(addresses.pools_table(of_pool))
+    if of_blocks:
+        click.echo()
+        print_table(addresses.blocks_table(of_blocks))
+    if who:
+        click.echo()
+        print_table(addresses.pool_holders_table(who, now=SystemClock().now()))
+    _print_conditions(blocks)
+    click.echo()
+    for line in addresses.pool_notes(name, of_pool[0] if of_pool else None, of_blocks, who):
+        click.echo(line)
+    return OK
+
+
 async def show_block(store: Store, text: str, form: str) -> int:
     """Prints one block, and who has which of its addresses. Raises Failure if there is no such block."""
     from ipaddress import ip_network

@@ -16,6 +16,7 @@ from store.model import (
     BGPFilter,
     BGPNodeStatus,
     BGPPeer,
+    ConfigMap,
     EndpointSlice,
     IPAMBlock,
     IPAMConfiguration,
@@ -206,6 +207,7 @@ COLUMNS: dict[type[Resource], Sequence[Column]] = {
         Column("ALL", lambda e: str(len(e.endpoints))),
     ),
     Secret: (Column("TYPE", lambda s: s.type), Column("VALUES", lambda s: str(len(s.data)))),
+    ConfigMap: (Column("VALUES", lambda c: str(len(c.data))),),
     KubeEvent: (
         Column("TYPE", lambda e: e.type),
         Column("REASON", lambda e: e.reason),

@@ -16,7 +16,7 @@ from ipaddress import ip_network
 import msgspec
 
 from ipam.dead import DeadOwners, let_go
-from ipam.errors import Exhausted, KernelUnavailable
+from ipam.errors import Exhausted, KernelUnavailable, NotReady
 from ipam.foreign import Foreign, InUseElsewhere
 from ipam.ledger import Ledger, Own, Phase
 from ipam.model import News, Settings
@@ -32,8 +32,8 @@ from store.model import (
     IPPool,
     Meta,
     Node,
-    OwnerReference,
     block_name,
+    with_owner,
     within_of,
 )
 
@@ -77,9 +77,12 @@ class Claims:
         self._step = step
         #: Own objects by CIDR that nothing is handed out of, until it is known that nothing overlaps them.
         self.pending: dict[str, IPAMBlock] = {}
+        #: Nothing is claimed without a Node of our name: whoever saw one needs it from then on.
+        self.node_needed = settings.node_needed
 
     async def claim(self, pool: IPPool, reserved: tuple[str, ...], cidr: str = "") -> Own:
-        """A new block of the pool (this very one, if given) that is ours alone. Exhausted, saying why."""
+        """A new block of the pool (this very one, if given) that is ours alone. Exhausted, saying why; NotReady while
+        there is no Node to own it."""
         for waiting in [c for c, o in self.pending.items() if o.spec.pool == pool.name and cidr in ("", c)]:
             with contextlib.suppress(Exhausted):
                 return await self.settle(waiting)
@@ -145,7 +148,7 @@ class Claims:
     async def recreate(self, pool: str, cidr: str) -> IPAMBlock:
         """Our block anew, after somebody deleted it; or what is there by now, perhaps another node's (R5). Invalid if
         the pool would no longer have it."""
-        obj = await self._block(cidr, pool)
+        obj = await self._block(cidr, pool, again=True)
         try:
             async with asyncio.timeout(self._settings.store_limit):
                 return await self._store.create(obj)
@@ -160,13 +163,12 @@ class Claims:
         """Gives each block what it lacks: our finalizer, its Node as owner (it is older than the Node of today, or was
         claimed while there was none), and what it is within. ``uid`` is the Node's as it was seen last: where nothing
         is lacking by that, the store is not asked. False: try again later."""
-        seen_owner = self._reference(uid)
-        lacking = [own for own in blocks if _tied(own.obj, seen_owner) != own.obj]
+        lacking = [own for own in blocks if _tied(own.obj, uid) != own.obj]
         if not lacking:
             return True
-        owner, done = await self._owner(), True
+        uid, done = await self._node_uid(), True
         for own in lacking:
-            wanted = _tied(own.obj, owner)
+            wanted = _tied(own.obj, uid)
             if wanted == own.obj:
                 continue
             try:
@@ -363,29 +365,29 @@ class Claims:
         except NotFound:
             log.info("block %s was gone already", obj.spec.cidr)
 
-    async def _block(self, cidr: str, pool: str) -> IPAMBlock:
-        """As it is created. With no Node of our name it has no owner until there is one: see ``tie``."""
-        meta = Meta(
-            name=block_name(cidr),
-            labels={LABEL_MANAGED_BY: "underlay-cni"},
-            finalizers=(FINALIZER_OWNER,),
-            owner_references=await self._owner(),
-        )
+    async def _block(self, cidr: str, pool: str, *, again: bool = False) -> IPAMBlock:
+        """As it is created. With no Node of our name nobody would clean up after us: NotReady, unless it was ours
+        before (``again``), as something lives in it. That one gets its owner once there is one: see ``tie``."""
+        uid = await self._node_uid()
+        if not uid and self.node_needed and not again:
+            raise NotReady(self.no_node())
+        meta = Meta(name=block_name(cidr), labels={LABEL_MANAGED_BY: "underlay-cni"}, finalizers=(FINALIZER_OWNER,))
         spec = IPAMBlockSpec(cidr=cidr, pool=pool, node=self.node, within=within_of(cidr))
-        return IPAMBlock(metadata=meta, spec=spec)
+        return IPAMBlock(metadata=with_owner(meta, self.node, uid), spec=spec)
 
-    async def _owner(self) -> tuple[OwnerReference, ...]:
-        """Our Node, read uncached: a block whose owner has gone is deleted at once."""
+    def no_node(self) -> str:
+        return (
+            f"there is no Node {self.node}, so no block is claimed, as nobody would delete it when this machine goes: "
+            f"restart the kubelet, which makes the Node, or see whether UNDERLAY_NODE is its name"
+        )
+
+    async def _node_uid(self) -> str:
+        """Of our Node, read uncached: a block whose owner has gone is deleted at once. "" for none."""
         try:
             async with asyncio.timeout(self._settings.store_limit):
-                node = await self._store.get(Node, self.node)
+                return (await self._store.get(Node, self.node)).metadata.uid
         except NotFound:
-            return ()
-        return self._reference(node.metadata.uid)
-
-    def _reference(self, uid: str) -> tuple[OwnerReference, ...]:
-        """To our Node of that uid; none for ""."""
-        return (OwnerReference(api_version=Node.API, kind=Node.kind(), name=self.node, uid=uid),) if uid else ()
+            return ""
 
 
 def _problem(obj: IPAMBlock, pools: tuple[IPPool, ...], blocks: tuple[IPAMBlock, ...]) -> tuple[str, str]:
@@ -403,17 +405,12 @@ def _problem(obj: IPAMBlock, pools: tuple[IPPool, ...], blocks: tuple[IPAMBlock,
     return "", ""
 
 
-def _tied(obj: IPAMBlock, owner: tuple[OwnerReference, ...]) -> IPAMBlock:
-    """The block with our finalizer, what it is within, and ``owner`` (if any) for its Node."""
-    meta = obj.metadata
-    others = tuple(r for r in meta.owner_references if r.kind != Node.kind())
-    tied = msgspec.structs.replace(
-        meta,
-        finalizers=tuple(dict.fromkeys((*meta.finalizers, FINALIZER_OWNER))),
-        owner_references=(*others, *owner) if owner else meta.owner_references,
-    )
+def _tied(obj: IPAMBlock, uid: str) -> IPAMBlock:
+    """The block with our finalizer, what it is within, and its Node, of this uid (if any), as owner."""
+    meta = with_owner(obj.metadata, obj.spec.node, uid)
+    meta = msgspec.structs.replace(meta, finalizers=tuple(dict.fromkeys((*meta.finalizers, FINALIZER_OWNER))))
     spec = msgspec.structs.replace(obj.spec, within=within_of(obj.spec.cidr))
-    return msgspec.structs.replace(obj, metadata=tied, spec=spec)
+    return msgspec.structs.replace(obj, metadata=meta, spec=spec)
 
 
 def _at(template: IPAMBlock, cidr: str) -> IPAMBlock:

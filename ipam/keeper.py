@@ -92,8 +92,7 @@ class Keeper:
         self.moved = Moved()
         #: The blocks are to be looked at for finalizer and owner.
         self.untied = True
-        #: Of our Node, as it was seen last; "" while there is none.
-        self.node_uid = ""
+        self._node_uid = ""  # of our Node, as it was seen last
         #: Set when a newer server was met: nothing is claimed, released or deleted any more.
         self.stopped = False
 
@@ -101,6 +100,12 @@ class Keeper:
 
     def poke(self) -> None:
         self._news.set()
+
+    def see_node(self, uid: str) -> None:
+        """Of our Node; "": there is none."""
+        if uid != self._node_uid:
+            self._node_uid, self.untied = uid, True
+            self._claims.node_needed = True
 
     def want(self, wants: tuple[Want, ...]) -> None:
         """Somebody waits for these."""
@@ -305,7 +310,7 @@ class Keeper:
                 await self._open(name, cidr)
             except KeyError:
                 error = NotReady(f"IPPool {name} was deleted in the meantime: try again")
-            except Exhausted as e:
+            except (Exhausted, NotReady) as e:
                 error = e
             else:
                 error = None
@@ -396,12 +401,14 @@ class Keeper:
             self._say("NoPodCIDR", "NotAssigned", "; ".join(missing))
         else:
             self._ledger.unsay("NoPodCIDR")
-        for name in self.pools.ahead:
+        for name in self.pools.ahead if self._node_uid or not self._claims.node_needed else ():
             if not self._no_pod_cidr(name) and self.is_short(name):
                 try:
                     await self._more(name)
                 except Exhausted as e:
                     problems.append(str(e))
+                except NotReady as e:  # the watch has not told yet
+                    log.info("%s", e)
         if problems:
             self._say("PoolExhausted", "NoFreeBlock", "; ".join(problems))
         else:
@@ -554,7 +561,7 @@ class Keeper:
             blocks = [o for o in self._ledger.blocks.values() if o.phase in (Phase.NEW, Phase.READY)]
             done = False
             try:
-                done = not blocks or await self._claims.tie(blocks, self.node_uid)
+                done = not blocks or await self._claims.tie(blocks, self._node_uid)
             finally:
                 self.untied = self.untied or not done
 

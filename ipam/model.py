@@ -128,6 +128,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     conflicts_before_list: int = 8  # (R4)
     creates_limit: int = 64  # creates of one claim at most
     max_blocks: int | None = None  # blocks of this node at most; None: as the IPAMConfiguration says
+    node_needed: bool = False  # claims nothing without a Node of its name, which would delete it (R5)
     grace: float = 600.0  # a node's absence, after which others free its marked blocks (R5)
     absence_look: float = 30.0  # between two looks after absent owners, only while a pool has no free block
     lost_look: float = 15.0  # between two looks whether a block that another node has is to be had again

@@ -85,12 +85,8 @@ class Watches:
         """Nothing is concluded before all three have the whole state."""
         if self._pools.synced and self._reservations.synced and self._nodes.synced:
             node = self._nodes.items.get(self._node)
-            self._own_node(node.metadata.uid if node else "")
+            self._keeper.see_node(node.metadata.uid if node else "")
             self._wish(self._pools.items.values(), self._reservations.items.values(), node)
-
-    def _own_node(self, uid: str) -> None:
-        if uid != self._keeper.node_uid:
-            self._keeper.node_uid, self._keeper.untied = uid, True
 
     def _wish(self, pools: Iterable[IPPool], reservations: Iterable[IPReservation], node: Node | None) -> None:
         self._keeper.pools = Pools(pools, node.metadata.labels, node.spec.pod_cidrs) if node else Pools(pools)

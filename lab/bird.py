@@ -60,7 +60,7 @@ def _filters(pools: tuple[Pool, ...], use: Use) -> Iterator[str]:
     yield f"filter told {{ {mark}accept; }}"
     yield "filter fabric { weigh(); accept; }"
     for family in _FAMILIES:
-        inside = [f"{p.cidr}{{{p.block_size},{128 if family == 6 else 32}}}" for p in pools if _family(p) == family]
+        inside = [f"{p.room}{{{p.block_size},{128 if family == 6 else 32}}}" for p in pools if _family(p) == family]
         test = f"if net ~ [ {', '.join(inside)} ] then accept; " if inside else ""
         yield f"filter pools{family} {{ weigh(); {test}reject; }}"
     yield ""

@@ -7,7 +7,8 @@ import logging
 import secrets
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -15,18 +16,19 @@ import msgspec
 
 from cni.errors import CNIError, first_of
 from cni.marks import PROTO_IMPORTS
-from lab import connections, drill, oob, rack, routers, topology
+from lab import connections, drill, drilled, drilling, oob, rack, routers, topology
 from lab.drilling import Connections, Play
-from lab.errors import LabError
+from lab.errors import LabError, NetError
 from lab.folder import Folder
 from lab.kube.build import Programs
 from lab.machine import PATH, Machine, Stores
 from lab.matrix import Pod, Report
-from lab.net import Net, NetError
+from lab.net import Net
 from lab.objects import objects
 from lab.pinger import Member
+from lab.pings import pinging
 from lab.probe import Prober
-from lab.processes import Daemon
+from lab.processes import Daemon, outcome
 from lab.runtime import Sandbox
 from lab.story import Story
 from lab.topology import Link, Router, Topology, Use, node_of_pod, pod_number, rack_name
@@ -86,10 +88,12 @@ class Operated(Protocol):
 
 
 class Machines(Protocol):
-    """A node of the lab: ``lab.machine.Machine``, or one of a cluster."""
+    """A node of the lab: ``lab.machine.Machine``, or one of a cluster. ``name`` is its Node's."""
 
     @property
     def node(self) -> topology.Node: ...
+    @property
+    def name(self) -> str: ...
     @property
     def environment(self) -> dict[str, str]: ...
     @property
@@ -126,6 +130,7 @@ class Lab:
         self._cut: set[Link] = set()
         self._group: asyncio.TaskGroup | None = None
         self._play: Play | None = None
+        self._visitor: Visitor | None = None
         self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def run(self) -> None:
@@ -206,6 +211,20 @@ class Lab:
         self._group.create_task(play.run(self, self._clock, rate=rate, away=away, calm=calm))
         return play
 
+    @asynccontextmanager
+    async def pings(self, rate: float) -> AsyncIterator[Callable[[], Awaitable[drilled.Report]]]:
+        """Sends packets along every path while the block runs, unless it asks before for what became of them. Nothing
+        of them is to be lost."""
+        members = self.members()
+        begin = self._clock.monotonic()
+        async with pinging(members, drilling.pairs(members), rate) as pings:
+
+            async def count() -> drilled.Report:
+                told = await pings.finish()
+                return drilling.watched("ping", self._topology, told, begin=begin, end=self._clock.monotonic())
+
+            yield count
+
     def cable(self, a: str, b: str, *, up: bool) -> None:
         """Cuts or mends the link between ``a`` and ``b``; it may be so already."""
         link = self._topology.link(a, b)
@@ -218,6 +237,30 @@ class Lab:
         else:
             rack.cut(self._net, link)
             self._cut.add(link)
+
+    async def visit(self, *, come: bool) -> None:
+        """A ToR comes to the segment of a mesh, and stays until it is told to go."""
+        if not self._topology.shape.mesh:
+            raise LabError(f"{VISITOR} comes to the segment of a mesh (up --mesh): racks have ToRs of their own")
+        if self._topology.shape.ipv6_only:
+            raise LabError(f"{VISITOR} speaks both families: it does not come where there is IPv6 alone")
+        if come:
+            visitor = self.visitor()
+            visitor.come()
+            self._visitor = visitor
+            return
+        if self._visitor is None:
+            raise LabError(f"{VISITOR} is not there: underlay-lab visitor come")
+        await self._visitor.go()
+        self._visitor = None
+
+    async def switch(self, node: str, *, on: bool) -> None:
+        """Switches the machine of a node off, or on again."""
+        raise LabError(f"{node} cannot be switched off: only the nodes of a cluster are machines (up --cluster)")
+
+    async def rename(self, node: str, name: str) -> None:
+        """Has the kubelet of a machine start anew for a Node of another name."""
+        raise LabError(f"{node} has no kubelet: only the nodes of a cluster have one (up --cluster)")
 
     def where(self, name: str) -> Place:
         """How to get into the namespace of a node, pod, router or switch."""
@@ -293,25 +336,15 @@ class Lab:
 
     def visitor(self) -> Visitor:
         """A ToR that is not there yet, for the segment of a mesh."""
+        if VISITOR in self._net.names:
+            raise LabError(f"{VISITOR} is there already")
         return Visitor(self._net, self._clock, self._topology, self._folder.member(VISITOR))
 
     async def command(self, node: str, *words: str) -> str:
         """What a command of a person at the node prints. Raises LabError if it fails."""
         environment = {"PATH": f"{Path(sys.executable).parent}:{PATH}", "LANG": "C.UTF-8"} | self._environment(node)
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=environment,
-            preexec_fn=self._net.enter(node),
-        )
-        try:
-            said = (await process.communicate())[0].decode(errors="replace")
-        finally:
-            if process.returncode is None:
-                process.kill()
-        if process.returncode:
+        code, said = await outcome(words, environment, enter=self._net.enter(node))
+        if code:
             raise LabError(f"{' '.join(words)} on {node}: {said.strip()}")
         return said
 
@@ -472,7 +505,8 @@ class Lab:
     # -- looking ---------------------------------------------------------------------------------------------------
 
     async def _blocks(self) -> dict[str, tuple[str, ...]]:
-        """Blocks by node; without those that are being given back. While the API server is away: as they were last."""
+        """Blocks by machine, or by node where none is called so; without those that are being given back. While the API
+        server is away: as they were last."""
         found: dict[str, tuple[str, ...]] = {}
         try:
             blocks = (await self._store.list(IPAMBlock)).items
@@ -481,9 +515,11 @@ class Lab:
                 raise
             _log.info("blocks as they were last: %s", e)
             return self._known
+        machines = {machine.name: name for name, machine in self._machines.items()}
         for block in blocks:
             if not block.status.releasing and not block.metadata.deletion_timestamp:
-                found[block.spec.node] = (*found.get(block.spec.node, ()), block.spec.cidr)
+                owner = machines.get(block.spec.node, block.spec.node)
+                found[owner] = (*found.get(owner, ()), block.spec.cidr)
         self._known = found
         return found
 
@@ -516,12 +552,12 @@ class Lab:
         return self._routers.get(member) or self._machine(member).daemons
 
     def _environment(self, name: str) -> dict[str, str]:
-        if name in self._routers:
+        if name in self._routers or (name == VISITOR and self._topology.shape.mesh):
             return routers.environment(self._topology.shape.tor, self._folder.member(name))
         if self._api and name == oob.CONTROL_PLANE:
             return self._api.environment
         if name in self._machines:
-            return {"UNDERLAY_NODE": name} | self._machines[name].environment
+            return {"UNDERLAY_NODE": self._machines[name].name} | self._machines[name].environment
         return {}
 
 

@@ -1,4 +1,5 @@
-"""``underlay-lab``: a rack on one machine."""
+"""``underlay-lab``: a rack on one machine. Each command imports what it alone needs when it runs: most only ask the
+supervisor, and scripts run many of them."""
 
 from __future__ import annotations
 
@@ -10,18 +11,15 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 import msgspec
 
-from lab import client, drill, drilled, drilling, folder, matrix, routers
-from lab.cluster import needs
-from lab.errors import LabError
+from lab import client, drilled, folder, matrix
+from lab.errors import LabError, NetError
 from lab.folder import Folder
-from lab.kube.build import NotHere, find
 from lab.matrix import Report
-from lab.net import NetError
 from lab.oob import CONTROL_PLANE
 from lab.picture import picture
 from lab.topology import Software, Topology, TopologyError
@@ -29,18 +27,27 @@ from lab.wire import (
     Cable,
     Drill,
     Follow,
+    Installer,
     Kill,
+    KubePart,
     Matrix,
     Part,
+    Ping,
     PodAdd,
     PodDel,
     PodState,
     ProcessState,
     Program,
+    Rename,
     RouterPart,
     State,
     Step,
+    Switch,
+    Visit,
 )
+
+if TYPE_CHECKING:
+    from lab import drilling
 
 _NARROW = 80
 
@@ -79,6 +86,7 @@ def main() -> None:
 @click.option("--pods", default=3, show_default=True, help="Pods on each node.")
 @click.option("--dual-tor", is_flag=True, help="Two ToRs in each rack, each node linked to both.")
 @click.option("--mesh", is_flag=True, help="No racks: nodes on one segment, every one a peer of every other.")
+@click.option("--ipv6-only", is_flag=True, help="With --cluster --bare --mesh: IPv6 and nothing else.")
 @click.option(
     "--tor",
     type=click.Choice(get_args(Software)),
@@ -95,12 +103,25 @@ def main() -> None:
 )
 @click.option("--cluster", is_flag=True, help="A real cluster: kubelets and containerd, Underlay from its manifests.")
 @click.option("--bare", is_flag=True, help="With --cluster: without Underlay, for you to install.")
+@click.option(
+    "--installer",
+    type=click.Choice(get_args(Installer)),
+    help="With --cluster: what says which addresses pods have, in place of pools of the lab's own. kubeadm: its "
+    "ConfigMap, and the Nodes' podCIDRs; k3s: the podCIDRs.",
+)
 @_dir
-def up(where: Folder, store: str, cluster: bool, bare: bool, **asked: Any) -> None:
+def up(where: Folder, store: str, cluster: bool, bare: bool, installer: Installer | None, **asked: Any) -> None:
     """Builds the rack, draws it, and shows who reaches whom."""
+    from lab import routers
+    from lab.cluster import needs
+
     if bare and not cluster:
         raise LabError("--bare is for --cluster: any other lab is nothing without Underlay")
+    if installer and not cluster:
+        raise LabError("--installer is for --cluster: any other lab has its pools from the start")
     wanted = Topology.build(**asked).shape
+    if wanted.ipv6_only and not bare:
+        raise LabError("--ipv6-only is for --cluster --bare: any other lab asks its pods in both families")
     store = "kube" if cluster else store
     if client.alive(where):
         there = client.state(where)
@@ -114,7 +135,7 @@ def up(where: Folder, store: str, cluster: bool, bare: bool, **asked: Any) -> No
         if not wanted.mesh:
             routers.require(wanted.tor)
         programs = _programs() if store == "kube" else None
-        more = needs.options(bare=bare) if cluster else []
+        more = needs.options(bare=bare, installer=installer) if cluster else []
         click.echo(f"A lab is being built in {where.path}; {_down(where)} takes it away.")
         client.start(where, wanted, programs=programs, cluster=more)
         _follow(where, told=True)
@@ -204,7 +225,9 @@ def pod_del(name: str, where: Folder) -> None:
 
 @main.command()
 @click.argument("member")
-@click.argument("process", type=click.Choice([*get_args(Part), *get_args(RouterPart), *get_args(Program)]))
+@click.argument(
+    "process", type=click.Choice([*get_args(Part), *get_args(RouterPart), *get_args(Program), *get_args(KubePart)])
+)
 @click.option("--signal", default="9", show_default=True, help="By number or name.")
 @click.option("--restart-after", default=1.0, show_default=True, help="Seconds until it is started again.")
 @_dir
@@ -212,6 +235,49 @@ def kill(member: str, process: Any, signal: str, restart_after: float, where: Fo
     """Kills a process of a node, of a router, or of control-plane; the lab starts it again."""
     client.ask(where, Kill(member, process, _signal(signal), restart_after), type(None))
     click.echo(f"{process} of {member}: signal {_signal(signal)}; when it has ended, again in {restart_after:g} s.")
+
+
+@main.command()
+@click.argument("node")
+@click.argument("on", type=click.Choice(["on", "off"]), metavar="on|off")
+@_dir
+def power(node: str, on: str, where: Folder) -> None:
+    """Switches the machine of a cluster's node off, or on again, with nothing of its processes and its kernel left."""
+    client.ask(where, Switch(node, on == "on"), type(None))
+    click.echo(f"{node}: {on}.")
+
+
+@main.command()
+@click.argument("node")
+@click.option("--away", default=0.0, show_default=True, help="Seconds until it is on again.")
+@_dir
+def reboot(node: str, away: float, where: Folder) -> None:
+    """Switches the machine of a cluster's node off and on: it has a new boot id, and its kubelet starts its pods."""
+    client.ask(where, Switch(node, False), type(None))
+    time.sleep(away)
+    client.ask(where, Switch(node, True), type(None))
+    click.echo(f"{node}: booted.")
+
+
+@main.command()
+@click.argument("node")
+@click.argument("name")
+@_dir
+def rename(node: str, name: str, where: Folder) -> None:
+    """Gives the machine of a cluster's node another host name: its kubelet starts anew, for a Node of that name."""
+    client.ask(where, Rename(node, name), type(None))
+    click.echo(f"{node}: its Node is {name}.")
+
+
+@main.command("visitor")
+@click.argument("how", type=click.Choice(["come", "go"]), metavar="come|go")
+@_dir
+def visitor(how: str, where: Folder) -> None:
+    """A ToR comes to the segment of a mesh, for its nodes to peer with, or goes."""
+    from lab.visitor import ADDRESSES, ASN, NAME
+
+    client.ask(where, Visit(how == "come"), type(None))
+    click.echo(f"{NAME}: {' and '.join(ADDRESSES)}, AS {ASN}." if how == "come" else f"{NAME} is gone.")
 
 
 @main.group()
@@ -239,6 +305,29 @@ def link_mend(a: str, b: str, where: Folder) -> None:
     click.echo(f"{a} and {b}: mended.")
 
 
+@main.command("ping")
+@click.option("--rate", default=100.0, show_default=True, help="Packets a second along each path.")
+@click.option("--seconds", type=float, default=0, help="For how long.  [default: until it is interrupted]")
+@click.option("--paths", is_flag=True, help="Each path, not only the groups.")
+@click.option("-o", "output", type=click.Choice(["json"]), help="For programs.")
+@_dir
+def do_ping(paths: bool, output: str | None, where: Folder, **how: float) -> None:
+    """Counts packets on all paths, whatever happens meanwhile, and says what was lost."""
+
+    def heard(step: Step) -> None:
+        click.echo(step.text if how["seconds"] else f"{step.text}; Ctrl-C ends it", err=True)
+
+    # A shell's job in the background is deaf to SIGINT.
+    signals.signal(signals.SIGTERM, signals.default_int_handler)
+    report = client.ask(where, Ping(**how), drilled.Report, heard=heard, interruptible=True)
+    if output:
+        click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
+    else:
+        click.echo(drilled.text(report, each=paths))
+    if not report.good:
+        sys.exit(1)
+
+
 @main.command("drill")
 @click.argument("name", required=False, default="")
 @click.option("--all", "everything", is_flag=True, help="Every drill that this lab's topology allows, one by one.")
@@ -251,6 +340,8 @@ def link_mend(a: str, b: str, where: Folder) -> None:
 def do_drill(name: str, everything: bool, paths: bool, output: str | None, where: Folder, **how: float) -> None:
     """Does what happens to a rack sooner or later, counts packets on all paths meanwhile, and says what was lost.
     Without NAME: which drills there are."""
+    from lab import drill
+
     if everything == bool(name):
         if everything:
             raise LabError("--all and a name: leave one of them out")
@@ -288,6 +379,8 @@ def _topology(where: Folder) -> Topology:
 
 def _programs() -> Path:
     """Where the control plane's programs are. Raises LabError, which says what to type."""
+    from lab.kube.build import NotHere, find
+
     try:
         importlib.import_module("lab.control")
         return find().folder

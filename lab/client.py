@@ -31,13 +31,31 @@ _AS_ROOT: Final = ["--user", "--map-root-user"]
 _STARTS_WITHIN: Final = 15.0
 
 
-def ask(folder: Folder, request: Request, kind: type[T], *, heard: Callable[[Step], None] | None = None) -> T:
-    """Sends the request; returns its result as ``kind``. Raises NoLab, and Refused with the supervisor's reason."""
+def ask(
+    folder: Folder,
+    request: Request,
+    kind: type[T],
+    *,
+    heard: Callable[[Step], None] | None = None,
+    interruptible: bool = False,
+) -> T:
+    """Sends the request; returns its result as ``kind``. With ``interruptible`` a KeyboardInterrupt tells the other end
+    to come to an end, and its result is waited for. Raises NoLab, and Refused with the supervisor's reason."""
     try:
         with _connect(folder) as connection, connection.makefile("rwb") as stream:
             stream.write(msgspec.json.encode(request) + b"\n")
             stream.flush()
-            for line in stream:
+            while True:
+                try:
+                    line = stream.readline()
+                except KeyboardInterrupt:
+                    if not interruptible:
+                        raise
+                    interruptible = False
+                    connection.shutdown(socket.SHUT_WR)
+                    continue
+                if not line:
+                    break
                 answer: Answer = msgspec.json.decode(line, type=Answer)
                 if isinstance(answer, Done):
                     return msgspec.convert(answer.result, kind)

@@ -20,7 +20,7 @@ from lab.errors import LabError
 from lab.folder import Folder
 from lab.kube import installed
 from lab.kube.build import NotHere, Programs
-from lab.kube.plane import NAMES, ClusterError, Plane, write_kubeconfig
+from lab.kube.plane import GO, NAMES, ClusterError, Plane, write_kubeconfig
 from lab.kubelets import ACCOUNTS, Credentials, Kubelets
 from lab.machine import PATH, Stores
 from lab.net import Net
@@ -42,32 +42,19 @@ _APPLY: Final = "application/apply-patch+yaml"
 _CRD: Final = "CustomResourceDefinition"
 
 
-class ControlPlane:
-    """``listener`` is a socket of the namespace that people's shells are in; it leads to the API server."""
+class Control:
+    """An API server of the lab's own, and whatever runs beside it. ``listener`` is a socket of the namespace that
+    people's shells are in; it leads to the API server, at ``address`` in the lab."""
 
-    def __init__(self, net: Net, clock: Clock, folder: Folder, programs: Programs, listener: socket.socket) -> None:
-        self._net = net
-        self._clock = clock
-        self._folder = folder
-        self._listener = listener
-        self._home = folder.member(oob.CONTROL_PLANE)
-        self._plane = Plane(
-            programs=programs,
-            folder=self._home,
-            admin_token=secrets.token_urlsafe(32),
-            manager_token=secrets.token_urlsafe(32),
-            address=oob.SERVER,
-        )
-        self._access = Access(server=self._plane.url, ca=self._plane.ca, tokens=FixedToken(self._plane.admin_token))
-        self._api = Http(self._access, clock, random.Random(), Limits())
-        self._installed = asyncio.Event()
-        self.kubelets = Kubelets(self._api, clock, self._plane)
-        plane = self._plane
-        self.daemons: dict[Program, Daemon] = {
-            "etcd": self._daemon("etcd", plane.etcd()),
-            "kube-apiserver": self._daemon("kube-apiserver", plane.apiserver()),
-            "kube-controller-manager": self._daemon("kube-controller-manager", plane.controller_manager()),
-        }
+    def __init__(
+        self, net: Net, clock: Clock, folder: Folder, plane: Plane, listener: socket.socket, *, address: str
+    ) -> None:
+        self._net, self._clock, self._folder, self._listener = net, clock, folder, listener
+        self._home, self._address = plane.folder, address
+        self.plane = plane
+        self._access = Access(server=plane.url, ca=plane.ca, tokens=FixedToken(plane.admin_token))
+        self._http = Http(self._access, clock, random.Random(), Limits())
+        self.daemons: dict[Program, Daemon] = {}
 
     @property
     def store_url(self) -> str:
@@ -84,39 +71,23 @@ class ControlPlane:
         return KubeStore(self._access, self._clock)
 
     def prepare(self) -> None:
-        """Makes network, keys and the operator's kubeconfigs: one for shells on this machine, one for those inside.
-        Raises LabError, NetError."""
-        oob.build(self._net)
+        """Makes keys and the operator's kubeconfigs: one for shells on this machine, one for those inside. Raises
+        LabError."""
         try:
-            self._plane.prepare(names=f"{NAMES},IP:{oob.SERVER}")
+            self.plane.prepare(names=f"{NAMES},IP:{self._address}")
         except (NotHere, ClusterError) as e:
             raise LabError(str(e)) from e
         host, port = self._listener.getsockname()
-        token = self._plane.admin_token
-        outside = self._folder.path / "admin.kubeconfig"
-        write_kubeconfig(outside, f"https://{host}:{port}", self._plane.ca, token=token)
-        write_kubeconfig(self._inside, self._plane.url, self._plane.ca, token=token)
-
-    async def run(self) -> None:
-        """Keeps all of it up until it is cancelled; ``prepare`` has been called."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(relay(self._listener, oob.SERVER, self._plane.ports.api))
-                group.create_task(self.kubelets.run())
-                group.create_task(self.daemons["etcd"].run())
-                group.create_task(self.daemons["kube-apiserver"].run())
-                # Its garbage collector looks for new kinds every 30 s only, so it comes after ours are there.
-                await self._installed.wait()
-                group.create_task(self.daemons["kube-controller-manager"].run())
-        finally:
-            await self._api.close()
+        token = self.plane.admin_token
+        write_kubeconfig(self._folder.path / "admin.kubeconfig", f"https://{host}:{port}", self.plane.ca, token=token)
+        write_kubeconfig(self._inside, self.plane.url, self.plane.ca, token=token)
 
     async def ready(self, *, limit: float) -> None:
         """Returns when the API server says that it is ready. Raises LabError."""
         end = self._clock.monotonic() + limit
         while True:
             try:
-                await self._api.call("GET", "/readyz")
+                await self._http.call("GET", "/readyz")
             except StoreError as e:
                 restarts = self.daemons["kube-apiserver"].state().restarts
                 if self._clock.monotonic() > end or restarts >= _ENDS:
@@ -126,6 +97,66 @@ class ControlPlane:
             else:
                 return
             await self._clock.sleep(_LOOK_EVERY)
+
+    async def _lead(self) -> None:
+        """Lets people's shells in, until it is cancelled."""
+        await relay(self._listener, self._address, self.plane.ports.api)
+
+    @property
+    def _inside(self) -> Path:
+        return self._home / "admin.kubeconfig"
+
+    def _log(self, name: str) -> Path:
+        return self._home / f"{name}.log"
+
+    def _daemon(self, name: Program, argv: list[str]) -> Daemon:
+        return Daemon(
+            self._net,
+            self._clock,
+            member=oob.CONTROL_PLANE,
+            name=name,
+            argv=argv,
+            environment={"PATH": PATH, "HOME": "/"} | GO,
+            log=self._log(name),
+        )
+
+
+class ControlPlane(Control):
+    def __init__(self, net: Net, clock: Clock, folder: Folder, programs: Programs, listener: socket.socket) -> None:
+        plane = Plane(
+            programs=programs,
+            folder=folder.member(oob.CONTROL_PLANE),
+            admin_token=secrets.token_urlsafe(32),
+            manager_token=secrets.token_urlsafe(32),
+            address=oob.SERVER,
+        )
+        super().__init__(net, clock, folder, plane, listener, address=oob.SERVER)
+        self._installed = asyncio.Event()
+        self.kubelets = Kubelets(self._http, clock, plane)
+        self.daemons = {
+            "etcd": self._daemon("etcd", plane.etcd()),
+            "kube-apiserver": self._daemon("kube-apiserver", plane.apiserver()),
+            "kube-controller-manager": self._daemon("kube-controller-manager", plane.controller_manager()),
+        }
+
+    def prepare(self) -> None:
+        """Makes the network, too. Raises LabError, NetError."""
+        oob.build(self._net)
+        super().prepare()
+
+    async def run(self) -> None:
+        """Keeps all of it up until it is cancelled; ``prepare`` has been called."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._lead())
+                group.create_task(self.kubelets.run())
+                group.create_task(self.daemons["etcd"].run())
+                group.create_task(self.daemons["kube-apiserver"].run())
+                # Its garbage collector looks for new kinds every 30 s only, so it comes after ours are there.
+                await self._installed.wait()
+                group.create_task(self.daemons["kube-controller-manager"].run())
+        finally:
+            await self._http.close()
 
     async def install(self, *, limit: float) -> None:
         """Applies what an operator does: custom resources, rights, policies. Raises StoreError; LabError if the
@@ -152,24 +183,6 @@ class ControlPlane:
             operator=self.environment["UNDERLAY_STORE"],
         )
 
-    @property
-    def _inside(self) -> Path:
-        return self._home / "admin.kubeconfig"
-
-    def _log(self, name: str) -> Path:
-        return self._home / f"{name}.log"
-
-    def _daemon(self, name: Program, argv: list[str]) -> Daemon:
-        return Daemon(
-            self._net,
-            self._clock,
-            member=oob.CONTROL_PLANE,
-            name=name,
-            argv=argv,
-            environment={"PATH": PATH, "HOME": "/"},
-            log=self._log(name),
-        )
-
     async def _apply(self, documents: Sequence[Mapping[str, Any]]) -> None:
         """Server-side apply, all at once."""
         versions = {document["apiVersion"] for document in documents}
@@ -181,11 +194,11 @@ class ControlPlane:
                 space = f"/namespaces/{meta['namespace']}" if "namespace" in meta else ""
                 path = f"{_root(document['apiVersion'])}{space}/{resource}/{meta['name']}"
                 query = {"fieldManager": "underlay-lab", "force": "true"}
-                group.create_task(self._api.call("PATCH", path, query=query, body=document, content_type=_APPLY))
+                group.create_task(self._http.call("PATCH", path, query=query, body=document, content_type=_APPLY))
 
     async def _resources(self, version: str) -> dict[str, str]:
         """The plural of each kind, as the API server has them."""
-        answer = msgspec.json.decode(await self._api.call("GET", _root(version)))
+        answer = msgspec.json.decode(await self._http.call("GET", _root(version)))
         return {r["kind"]: r["name"] for r in answer["resources"] if "/" not in r["name"]}
 
     async def _served(self, crd: Mapping[str, Any], end: float) -> None:
@@ -193,7 +206,7 @@ class ControlPlane:
         path = f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}"
         while True:
             try:
-                await self._api.call("GET", path, query={"limit": "1"})
+                await self._http.call("GET", path, query={"limit": "1"})
             except (Refusal, Unavailable) as e:
                 if self._clock.monotonic() > end:
                     raise LabError(f"{crd['metadata']['name']} is not served: {e}") from e

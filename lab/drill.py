@@ -330,6 +330,8 @@ def _no_tor(topology: Topology) -> str:
 
 
 def _needs_mesh(topology: Topology) -> str:
+    if topology.shape.ipv6_only:
+        return "its ToR speaks both families, and here is IPv6 alone: leave --ipv6-only out"
     return "" if topology.shape.mesh else "this is no mesh: underlay-lab up --mesh"
 
 

@@ -6,13 +6,15 @@ go one way, so a loss has a direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from lab.topology import node_of_pod
 
 _WITHIN = "within a node"
+#: Paths that are named one by one.
+_NAMED = 5
 
 
 class PathLoss(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,7 +146,7 @@ def _names(report: Report) -> Iterator[str]:
     yield f"from {name}"
     yield f"to {name}"
     yield f"between {name}" if len(report.struck) > 1 else ""
-    yield "between the others"
+    yield "between the others" if report.struck else "between nodes"
 
 
 def _group(path: PathLoss, report: Report) -> str:
@@ -196,12 +198,11 @@ def _notes(report: Report) -> Iterator[str]:
         )
     if report.dropped:
         yield f"{report.dropped} of the lost are the drill's own: its queues were full, as this machine was busy"
-    for problem in _first(path.problem for path in report.paths if path.problem):
-        yield f"note: {problem}"
-
-
-def _first(texts: Iterable[str], limit: int = 4) -> Iterator[str]:
-    for number, one in enumerate(dict.fromkeys(texts)):
-        if number == limit:
-            return
-        yield one
+    strange = (p for p in report.paths if p.problem or (p.lost and (report.planned or not report.concerned(p))))
+    worst = sorted(strange, key=lambda path: -path.lost)
+    for path in worst[:_NAMED]:
+        way = f"{path.sender} > {path.receiver}, IPv{path.family}"
+        times = (
+            f"{path.lost} in {path.gaps} gap{'s' * (path.gaps != 1)}, the longest {path.gap:.2f} s at {path.at:.2f} s"
+        )
+        yield f"lost: {way}: {times}" + (f" ({path.problem})" if path.problem else "")

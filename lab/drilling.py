@@ -10,8 +10,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from lab.drilled import PathLoss, Report
-from lab.errors import LabError
-from lab.net import NetError
+from lab.errors import LabError, NetError
 from lab.pinger import Member, Path, Told
 from lab.pings import pinging
 from lab.story import Story
@@ -256,6 +255,21 @@ async def run(
         seconds=clock.monotonic() - begin,
         paths=tuple(_loss(path, start) for path in (*scene.released, *told.paths)),
         unrest=unrest,
+        late=told.late,
+        dropped=told.dropped,
+    )
+
+
+def watched(name: str, topology: Topology, told: Told, *, begin: float, end: float) -> Report:
+    """What the pings found where nothing is done that may lose one."""
+    return Report(
+        drill=name,
+        topology=name_of(topology),
+        planned=True,
+        struck=(),
+        name_struck="",
+        seconds=end - begin,
+        paths=tuple(_loss(path, begin) for path in told.paths),
         late=told.late,
         dropped=told.dropped,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class LabError(Exception):
-    """Root of what the lab raises, apart from ``NetError`` and ``TopologyError`` of the modules below it."""
+    """Root of what the lab raises, apart from ``NetError`` and ``lab.topology.TopologyError``."""
 
 
 class NoLab(LabError):
@@ -13,3 +13,7 @@ class NoLab(LabError):
 
 class Refused(LabError):
     """The supervisor said no; the message is its own."""
+
+
+class NetError(Exception):
+    """A namespace, link or process could not be made; the message has the command and what it printed."""

@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +20,11 @@ import msgspec
 from lab.errors import LabError
 
 _MARK: Final = ".underlay-lab"
+#: Folders of the machine that were made for this lab's nodes, in the lab's own folder.
+_MADE: Final = "made"
 _CGROUPS: Final = Path("/sys/fs/cgroup")
+#: Seconds after which a cgroup has the process that it was made for, if it will ever.
+_ABANDONED: Final = 120.0
 #: sun_path is 108 bytes (unix(7)), and the longest socket is FOLDER/node-NNNN/run/speaker/relay.sock.
 _LONGEST: Final = 108 - len("/node-5760/run/speaker/relay.sock") - 8
 
@@ -46,7 +50,9 @@ class Folder(msgspec.Struct, frozen=True):
 
 
 def default(environment: Mapping[str, str], uid: int) -> Folder:
-    """The folder of who says none: one a user."""
+    """The folder of who says none: ``UNDERLAY_LAB``, else one a user."""
+    if environment.get("UNDERLAY_LAB"):
+        return Folder(Path(environment["UNDERLAY_LAB"]).resolve())
     if uid == 0 and os.access("/run", os.W_OK):
         return Folder(Path("/run/underlay-lab"))
     runtime = environment.get("XDG_RUNTIME_DIR", "")
@@ -103,7 +109,7 @@ def remove(folder: Folder, *, limit: float = 10) -> bool:
         if fd is not None:
             try:
                 _owned(folder.path)
-                _remove_cgroups(folder)
+                _leave_machine(folder.path)
                 shutil.rmtree(folder.path)
             finally:
                 os.close(fd)
@@ -114,17 +120,61 @@ def remove(folder: Folder, *, limit: float = 10) -> bool:
     return False
 
 
-def _remove_cgroups(folder: Folder) -> None:
-    """Of the containers that a cluster of this folder had; their processes are gone. They lie among those of any other
-    containerd, by their ids; version 1 has a tree for each controller, version 2 is one tree."""
-    ids = {path.name for path in folder.path.glob("node-*/containerd/io.containerd.grpc.v1.cri/*/*")}
+def make_on_machine(folder: Folder, places: Iterable[str]) -> list[int]:
+    """Makes folders of the machine that nodes mount their own over, and notes which were not there: ``remove`` takes
+    those away. Returns descriptors by which other labs see that somebody has them: to be kept. Raises OSError."""
+    held = []
+    for place in map(Path, places):
+        missing = [path for path in (*reversed(place.parents), place) if not path.exists()]
+        with (folder.path / _MADE).open("a") as made:
+            made.writelines(f"{path}\n" for path in missing)
+        place.mkdir(parents=True, exist_ok=True)
+        held.append(os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        fcntl.flock(held[-1], fcntl.LOCK_SH)
+    return held
+
+
+def _leave_machine(path: Path) -> None:
+    """Takes away what a cluster's nodes had outside of the lab's folder, which is this: their cgroups, and folders that
+    were made for them. One that another lab has, too, stays, as that one's mounts would end with it (umount(2)); one
+    that somebody has put something into, too."""
+    for node in path.glob("node-*"):
+        remove_cgroups(node)
+    with contextlib.suppress(FileNotFoundError):
+        for place in map(Path, reversed((path / _MADE).read_text().splitlines())):
+            with contextlib.suppress(OSError):
+                fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    place.rmdir()
+                finally:
+                    os.close(fd)
+
+
+def remove_cgroups(node: Path) -> None:
+    """Of the containers that the node of a cluster with this folder had; their processes are gone. They lie among those
+    of any other containerd, by their ids; version 1 has a tree for each controller, version 2 is one tree. A containerd
+    that was killed may forget a container and leave its cgroup: what has been empty for long is nobody's."""
+    ids = {path.name for path in node.glob("containerd/io.containerd.grpc.v1.cri/*/*")}
     parents = [*_CGROUPS.glob("k8s.io"), *_CGROUPS.glob("*/k8s.io")] if ids else []
     for parent in parents:
-        for path in parent.iterdir():
-            if path.name in ids:
-                path.rmdir()
+        for name in ids:
+            with contextlib.suppress(FileNotFoundError):
+                (parent / name).rmdir()
+        with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+            for path in filter(_is_abandoned, parent.iterdir()):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
         with contextlib.suppress(OSError):  # somebody else's are there
             parent.rmdir()
+
+
+def _is_abandoned(cgroup: Path) -> bool:
+    """One that was made a while ago, for a container that has long begun, and holds no process."""
+    try:
+        return time.time() - cgroup.stat().st_mtime > _ABANDONED and not (cgroup / "cgroup.procs").read_text()
+    except OSError:
+        return False
 
 
 def _owned(path: Path) -> None:
@@ -133,6 +183,7 @@ def _owned(path: Path) -> None:
 
 
 def _empty(path: Path) -> None:
+    _leave_machine(path)
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -38,7 +38,7 @@ def change(topology: Topology, router: Router, *, use: Use) -> tuple[str, ...]:
 def _lists(topology: Topology) -> Iterator[str]:
     for family, (word, _) in _FAMILIES.items():
         for number, pool in enumerate((p for p in topology.pools if ip_network(p.cidr).version == family), 1):
-            rule = f"permit {pool.cidr} ge {pool.block_size} le {128 if family == 6 else 32}"
+            rule = f"permit {pool.room} ge {pool.block_size} le {128 if family == 6 else 32}"
             yield f"{word} prefix-list pools{family} seq {number} {rule}"
         # A list that does not exist lets everything through.
         yield f"{word} prefix-list pools{family} seq 99 deny any"

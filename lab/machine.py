@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +18,7 @@ from lab.net import Net
 from lab.processes import Daemon
 from lab.runtime import Runtime, Sandbox
 from lab.topology import Node, pod_number, rack_name
-from lab.wire import NodeState, Part, PodState
+from lab.wire import KubePart, NodeState, Part, PodState
 from store.clock import Clock
 
 _LOOK_EVERY: Final = 0.02
@@ -40,7 +40,7 @@ class Machine:
     def __init__(
         self, net: Net, clock: Clock, folder: Folder, node: Node, *, stores: Stores, new_id: Callable[[], str]
     ) -> None:
-        self.node = node
+        self.node, self.name = node, node.name
         self._net = net
         self._clock = clock
         home = folder.member(node.name)
@@ -118,16 +118,7 @@ class Machine:
             self._busy.discard(pod)
 
     def state(self, blocks: tuple[str, ...]) -> NodeState:
-        pods = sorted(self._sandboxes.values(), key=lambda s: pod_number(s.pod))
-        return NodeState(
-            name=self.node.name,
-            rack=rack_name(self.node.rack),
-            asn=self.node.asn,
-            addresses=self.node.addresses,
-            blocks=blocks,
-            pods=tuple(PodState(name=s.pod, addresses=s.addresses) for s in pods),
-            processes={part: daemon.state() for part, daemon in self._daemons.items()},
-        )
+        return state_of(self.node, blocks, self._sandboxes.values(), self._daemons)
 
     @property
     def _run(self) -> Path:
@@ -169,6 +160,25 @@ class Machine:
             environment={"PATH": PATH, "HOME": "/", "LANG": "C.UTF-8"} | _log_level(),
             log=self._folders["log"] / f"{part}.log",
         )
+
+
+def state_of(
+    node: Node,
+    blocks: tuple[str, ...],
+    sandboxes: Iterable[Sandbox],
+    daemons: Mapping[Part, Daemon] | Mapping[KubePart, Daemon],
+) -> NodeState:
+    """As people are shown the node."""
+    pods = sorted(sandboxes, key=lambda s: pod_number(s.pod))
+    return NodeState(
+        name=node.name,
+        rack=rack_name(node.rack),
+        asn=node.asn,
+        addresses=node.addresses,
+        blocks=blocks,
+        pods=tuple(PodState(name=s.pod, addresses=s.addresses) for s in pods),
+        processes={part: daemon.state() for part, daemon in daemons.items()},
+    )
 
 
 def _shim() -> Path:

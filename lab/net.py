@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Final
 
 from cni import netns
+from lab.errors import NetError
 
 _SIOCSIFFLAGS: Final = 0x8914
 _IFF_UP: Final = 0x1
 _IFF_RUNNING: Final = 0x40
-
-
-class NetError(Exception):
-    """A namespace, link or process could not be made; the message has the command and what it printed."""
+_FORWARDING: Final = {"net.ipv4.ip_forward": "1", "net.ipv6.conf.all.forwarding": "1"}
 
 
 def enter_sandbox() -> None:
@@ -63,7 +61,7 @@ class Net:
         with self.inside(name):
             _loopback_up()
         if forwarding:
-            self.sysctl(name, {"net.ipv4.ip_forward": "1", "net.ipv6.conf.all.forwarding": "1"})
+            self.sysctl(name, _FORWARDING)
 
     def adopt(self, name: str) -> None:
         """Makes a member of the namespace that we are in, its loopback up."""
@@ -80,6 +78,23 @@ class Net:
         finally:
             os.close(fd)
         self._names.append(name)
+
+    def renew(self, name: str, ports: Sequence[str], *, forwarding: bool = False) -> None:
+        """Puts a new namespace, as ``add`` makes it, in the place of one that is there. These interfaces come along,
+        down and with nothing but their links; what else was in the old one ends once no process is in it."""
+        new = self._folder / f".{name}"
+        netns.create(new)
+        try:
+            self.ip(name, [f"link set dev {port} down netns {new}" for port in ports])
+            netns.remove(self.path(name))
+            self._names.remove(name)
+            self.take(name, new)
+        finally:
+            netns.remove(new)
+        with self.inside(name):
+            _loopback_up()
+        if forwarding:
+            self.sysctl(name, _FORWARDING)
 
     def remove(self, name: str) -> None:
         """Unpins it; links that end in it go with it once no process of ours is in it."""

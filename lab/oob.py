@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ipaddress import IPv4Network
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from lab.errors import LabError
-from lab.net import Net
 from lab.topology import Node
+
+if TYPE_CHECKING:
+    from lab.net import Net
 
 #: The namespace of bridge and control plane, as a member of the lab.
 CONTROL_PLANE: Final = "control-plane"

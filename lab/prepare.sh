@@ -28,6 +28,7 @@ case $goal in
 lab) ;;
 test)
     need iputils-ping "ping: what is lost while something is killed" has ping
+    need iptables "iptables: what kube-proxy and portmap translate with" has iptables
     need nftables "nft: what others do to the table of the source check" has nft
     need traceroute "traceroute: the way that packets take" has traceroute
     need openssl "openssl: the keys of a Kubernetes API server" has openssl

@@ -6,11 +6,11 @@ import asyncio
 import logging
 import os
 import signal
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from cni.peer import answers
 from lab.errors import LabError
 from lab.net import Net
 from lab.wire import ProcessState
@@ -23,7 +23,9 @@ _log = logging.getLogger(__name__)
 
 class Daemon:
     """One process of one namespace: what to run, where it logs. ``run()`` keeps it up until it is cancelled. ``after``
-    is a unix socket of another that it needs: it is not started before somebody answers there."""
+    is a unix socket of another that it needs: it is not started before somebody answers there. A change of ``argv``
+    holds from the next start on. ``behind``: argv is nsenter's, which forks the program and waits for it, so it is the
+    program that signals are for."""
 
     def __init__(
         self,
@@ -36,15 +38,17 @@ class Daemon:
         environment: Mapping[str, str],
         log: Path,
         after: Path | None = None,
+        behind: bool = False,
     ) -> None:
         self.member = member
         self.name = name
         self._net = net
         self._clock = clock
-        self._argv = list(argv)
+        self.argv = list(argv)
         self._environment = dict(environment)
         self._log = log
         self._after = after
+        self._behind = behind
         self._process: asyncio.subprocess.Process | None = None
         self._starts = 0
         self._restart_after = RESTART_AFTER
@@ -70,8 +74,14 @@ class Daemon:
         Raises LabError if it is down."""
         if self._process is None or self._process.returncode is not None:
             raise LabError(f"{self.name} of {self.member} is down: it comes back by itself")
+        if not self._behind:
+            self._process.send_signal(number)
+        elif children := children_of(self._process.pid):
+            for pid in children:
+                os.kill(pid, number)
+        else:
+            raise LabError(f"{self.name} of {self.member} is just starting")
         self._restart_after = restart_after
-        self._process.send_signal(number)
 
     def state(self) -> ProcessState:
         if self._process is None:
@@ -81,7 +91,7 @@ class Daemon:
     async def _start(self) -> asyncio.subprocess.Process:
         with self._log.open("ab") as log:
             return await asyncio.create_subprocess_exec(
-                *self._argv,
+                *self.argv,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -92,19 +102,37 @@ class Daemon:
             )
 
 
+async def outcome(
+    words: Sequence[str], environment: Mapping[str, str], *, enter: Callable[[], None] | None = None
+) -> tuple[int, str]:
+    """How a command ended, and all that it printed. Cancelled, it is killed. ``enter`` is run in it first."""
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=dict(environment),
+        preexec_fn=enter,
+    )
+    try:
+        said = (await process.communicate())[0].decode(errors="replace")
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return process.returncode or 0, said
+
+
+def children_of(pid: int) -> tuple[int, ...]:
+    """Processes that this one has started (proc(5)); none if it is gone."""
+    try:
+        return tuple(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except (FileNotFoundError, ProcessLookupError):
+        return ()
+
+
 def kill_all_others() -> None:
     """SIGKILL to every process of this process namespace but ourselves and its init (kill(2), pid -1)."""
     try:
         os.kill(-1, signal.SIGKILL)
     except ProcessLookupError:
         _log.debug("there was nobody left to kill")
-
-
-def answers(path: Path) -> bool:
-    """Whether somebody listens on this unix socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-    return True

@@ -46,6 +46,20 @@ def add(net: Net, name: str) -> None:
     net.sysctl(name, _SYSCTLS)
 
 
+def switch_off(net: Net, topology: Topology, node: Node) -> None:
+    """Takes all that a node's kernel has away; the other ends of its cables lose their carrier. Raises NetError."""
+    net.renew(node.name, [near.port for near, _ in topology.ends(node.name)], forwarding=True)
+
+
+def switch_on(net: Net, topology: Topology, node: Node) -> None:
+    """Sets a node up as ``build`` did, after ``switch_off``. Raises NetError."""
+    net.sysctl(node.name, _SYSCTLS)
+    for near, _ in topology.ends(node.name):
+        net.address(node.name, near.port, near.addresses)
+        net.ip(node.name, [f"link set dev {near.port} up"])
+    net.ip(node.name, _defaults(node))
+
+
 def plug(net: Net, topology: Topology, link: Link) -> None:
     """Makes the link between two namespaces that are there. Raises NetError."""
     net.link(link.upper.name, link.upper.port, link.lower.name, link.lower.port)

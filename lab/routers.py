@@ -12,9 +12,10 @@ from typing import Final
 import msgspec
 
 from cni import netns
+from cni.peer import answers
 from lab import bird, frr
-from lab.net import Net, NetError
-from lab.processes import answers
+from lab.errors import NetError
+from lab.net import Net
 from lab.topology import Router, Software, Topology, Use, bare
 from lab.wire import RouterPart
 

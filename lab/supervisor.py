@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -20,10 +21,9 @@ from pathlib import Path
 import msgspec
 
 from lab.building import Kube, Lab
-from lab.errors import LabError
+from lab.errors import LabError, NetError
 from lab.folder import Folder
 from lab.kube.build import NodePrograms, Programs
-from lab.net import NetError
 from lab.processes import kill_all_others
 from lab.topology import Shape, Topology, TopologyError
 from lab.wire import (
@@ -36,10 +36,15 @@ from lab.wire import (
     Follow,
     Kill,
     Matrix,
+    Ping,
     PodAdd,
     PodDel,
+    Rename,
     Request,
     Status,
+    Step,
+    Switch,
+    Visit,
     Where,
 )
 from store.clock import SystemClock
@@ -72,7 +77,7 @@ class Supervisor:
             line = await reader.readline()
             if not line:
                 return  # it only looked whether somebody is there
-            async for answer in self._answers(line):
+            async for answer in self._answers(line, reader):
                 writer.write(msgspec.json.encode(answer) + b"\n")
                 await writer.drain()
         except (ConnectionError, ValueError) as e:
@@ -80,7 +85,7 @@ class Supervisor:
         finally:
             writer.close()
 
-    async def _answers(self, line: bytes) -> AsyncIterator[Answer]:
+    async def _answers(self, line: bytes, reader: asyncio.StreamReader) -> AsyncIterator[Answer]:
         try:
             request = msgspec.json.decode(line, type=Request)
             if isinstance(request, Follow):
@@ -92,6 +97,14 @@ class Supervisor:
                 async for step in play.story.follow():
                     yield step
                 yield Done(msgspec.to_builtins(play.report))
+            elif isinstance(request, Ping):
+                async with self._lab.pings(request.rate) as count:
+                    yield Step("packets on every path", 0)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(request.seconds or None):
+                            await reader.read()
+                    report = await count()
+                yield Done(msgspec.to_builtins(report))
             else:
                 yield Done(msgspec.to_builtins(await self._carry_out(request)))
         except (LabError, NetError, StoreError, TopologyError, msgspec.DecodeError) as e:
@@ -113,6 +126,12 @@ class Supervisor:
                 await lab.pod_del(name)
             case Kill(member, part, number, after):
                 lab.kill(member, part, number, after)
+            case Switch(node, on):
+                await lab.switch(node, on=on)
+            case Rename(node, name):
+                await lab.rename(node, name)
+            case Visit(come):
+                await lab.visit(come=come)
             case Cable(a, b, up):
                 lab.cable(a, b, up=up)
             case Where(name):
@@ -128,9 +147,10 @@ def main() -> None:
     parser.add_argument("--shape", required=True, help="what was asked for, as JSON")
     parser.add_argument("--programs", type=Path, help="folder of etcd, kube-apiserver and kube-controller-manager")
     parser.add_argument("--listener", type=int, help="descriptor of the socket that leads to the API server")
-    parser.add_argument("--of-nodes", type=Path, help="folder of kubelet, kube-scheduler and kubectl: a whole cluster")
+    parser.add_argument("--of-nodes", type=Path, help="folder of kubelet, kube-scheduler, kubectl...: a whole cluster")
     parser.add_argument("--image", type=Path, help="of Underlay, for the nodes of a cluster")
     parser.add_argument("--bare", action="store_true", help="install nothing in the cluster")
+    parser.add_argument("--installer", choices=["kubeadm", "k3s"], help="who says which addresses pods have")
     said = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     if os.getpid() == 1:
@@ -159,7 +179,9 @@ def _lab(folder: Folder, topology: Topology, said: argparse.Namespace) -> Lab:
     # They need the client of the API server, which a lab on a file does not.
     from lab.cluster.lab import ClusterLab, Parts
 
-    parts = Parts(programs, NodePrograms(said.of_nodes), said.image, listener, install=not said.bare)
+    parts = Parts(
+        programs, NodePrograms(said.of_nodes), said.image, listener, install=not said.bare, installer=said.installer
+    )
     return ClusterLab(folder, topology, SystemClock(), parts)
 
 

@@ -7,7 +7,7 @@ port is named after what it leads to, so ``ip route`` reads like the map.
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Final, Literal
 
 import msgspec
@@ -44,6 +44,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     dual_tor: bool = False
     mesh: bool = False
     tor: Software = "bird"
+    ipv6_only: bool = False
 
     @property
     def options(self) -> str:
@@ -52,6 +53,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         words += [f"--nodes {self.nodes}", f"--pods {self.pods}"]
         words += ["--dual-tor"] if self.dual_tor else []
         words += [f"--tor {self.tor}"] if self.tor != "bird" else []
+        words += ["--ipv6-only"] if self.ipv6_only else []
         return " ".join(words)
 
 
@@ -59,6 +61,11 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     cidr: str
     block_size: int
+
+    @property
+    def room(self) -> str:
+        """What routers take from nodes: the pool, and as much beside it, for one that is to take its place."""
+        return str(ip_network(self.cidr).supernet())
 
 
 POOLS: Final = (
@@ -93,7 +100,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     rack: int
     asn: int
-    addresses: tuple[str, str]
+    addresses: tuple[str, ...]
     uplinks: tuple[Uplink, ...]
     pods: tuple[str, ...]
 
@@ -104,7 +111,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
 class End(msgspec.Struct, frozen=True, kw_only=True):
     """One end of a link: in which namespace, on which port, with which addresses (with prefix length): IPv4 and IPv6,
-    or none on a switch."""
+    IPv6 alone, or none on a switch."""
 
     name: str
     port: str
@@ -142,16 +149,20 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         dual_tor: bool = False,
         mesh: bool = False,
         tor: Software = "bird",
+        ipv6_only: bool = False,
     ) -> Topology:
         """So many racks (2), nodes per rack (2), pods per node, and spines, each of which every ToR is linked to. With
         ``dual_tor`` every rack has two ToRs and every node a link to both; ``tor`` is what runs on ToRs and spines.
-        With ``mesh`` so many nodes (4) on one segment, and nothing else. Raises TopologyError."""
+        With ``mesh`` so many nodes (4) on one segment, and nothing else; with ``ipv6_only`` no node there has an IPv4
+        address. Raises TopologyError."""
         _within("pods per node", pods, 0, MAX_PODS)
         if mesh:
             _no_router(racks=racks, dual_tor=dual_tor, tor=tor)
             nodes = 4 if nodes is None else nodes
             _within("nodes of a mesh", nodes, 1, MAX_MESH)
-            return _segment(Shape(racks=0, nodes=nodes, pods=pods, mesh=True))
+            return _segment(Shape(racks=0, nodes=nodes, pods=pods, mesh=True, ipv6_only=ipv6_only))
+        if ipv6_only:
+            raise TopologyError("--ipv6-only is for --mesh: the routers of racks have both families")
         racks, nodes = 2 if racks is None else racks, 2 if nodes is None else nodes
         _within("racks", racks, 1, MAX_RACKS)
         _within("nodes per rack", nodes, 1, MAX_NODES)
@@ -239,15 +250,18 @@ def _fabric(shape: Shape) -> Topology:
 
 
 def _segment(shape: Shape) -> Topology:
+    first = 1 if shape.ipv6_only else 0
     links = tuple(
         Link(
             upper=End(name=SWITCH, port=f"node-{n}", addresses=()),
-            lower=End(name=f"node-{n}", port=SWITCH, addresses=(f"10.1.0.{n}/24", f"fd00:10:1::{n:x}/64")),
+            lower=End(name=f"node-{n}", port=SWITCH, addresses=(f"10.1.0.{n}/24", f"fd00:10:1::{n:x}/64")[first:]),
         )
         for n in range(1, shape.nodes + 1)
     )
-    nodes = tuple(_node(link.lower.name, 0, AS_MESH, _bare(link.lower), (), shape) for link in links)
-    return Topology(shape=shape, nodes=nodes, links=links, switches=(SWITCH,))
+    nodes = tuple(
+        _node(link.lower.name, 0, AS_MESH, tuple(map(bare, link.lower.addresses)), (), shape) for link in links
+    )
+    return Topology(shape=shape, nodes=nodes, links=links, switches=(SWITCH,), pools=POOLS[first:])
 
 
 def _tor(rack: int, side: int, shape: Shape) -> Router:
@@ -261,7 +275,7 @@ def _tor(rack: int, side: int, shape: Shape) -> Router:
 
 
 def _node(
-    name: str, rack: int, asn: int, addresses: tuple[str, str], uplinks: tuple[Uplink, ...], shape: Shape
+    name: str, rack: int, asn: int, addresses: tuple[str, ...], uplinks: tuple[Uplink, ...], shape: Shape
 ) -> Node:
     number = int(name.removeprefix("node-"))
     pods = tuple(pod_name(number, n) for n in range(1, shape.pods + 1))

@@ -32,6 +32,7 @@ class Visitor:
 
     def come(self) -> None:
         """Raises NetError."""
+        (program,) = routers.prepare(around(self._topology), _router(), self._folder)
         rack.add(self._net, NAME)
         # What comes in by its one port goes out by it again; nobody is to be told of a shorter way.
         self._net.sysctl(NAME, {f"net.ipv4.conf.{each}.send_redirects": "0" for each in ("all", "default")})
@@ -39,7 +40,6 @@ class Visitor:
         rack.plug(self._net, self._topology, port)
         # One that comes again is the same device: the nodes know its address still.
         self._net.ip(NAME, [f"link set dev {SWITCH} address {_MAC}"])
-        (program,) = routers.prepare(around(self._topology), _router(), self._folder)
         daemon = Daemon(
             self._net,
             self._clock,

@@ -18,6 +18,8 @@ RouterPart = Literal["bird", "zebra", "bgpd"]
 Program = Literal["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"]
 #: Of a cluster's node.
 KubePart = Literal["containerd", "kubelet"]
+#: Whose marks a cluster has (``lab.cluster.installer``).
+Installer = Literal["kubeadm", "k3s"]
 AnyPart = Part | RouterPart | Program | KubePart
 
 
@@ -52,6 +54,26 @@ class Kill(msgspec.Struct, frozen=True, tag=True):
     restart_after: float = 1.0
 
 
+class Switch(msgspec.Struct, frozen=True, tag=True):
+    """Switches the machine of a cluster's node off, or on."""
+
+    node: str
+    on: bool
+
+
+class Rename(msgspec.Struct, frozen=True, tag=True):
+    """Starts the kubelet of a machine under another name."""
+
+    node: str
+    name: str
+
+
+class Visit(msgspec.Struct, frozen=True, tag=True):
+    """A ToR comes to the segment of a mesh, or goes."""
+
+    come: bool
+
+
 class Cable(msgspec.Struct, frozen=True, tag=True):
     """Cuts or mends the link between two."""
 
@@ -72,6 +94,14 @@ class Drill(msgspec.Struct, frozen=True, tag=True):
     calm: float = 4
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Sends packets along every path until ``seconds`` have passed, if that is not 0, or whoever asked says no more
+    (its half of the connection is shut); tells a step when they are on their way. Answer: ``lab.drilled.Report``."""
+
+    rate: float = 100
+    seconds: float = 0
+
+
 class Where(msgspec.Struct, frozen=True, tag=True):
     """Answer: ``Place``."""
 
@@ -82,7 +112,9 @@ class Down(msgspec.Struct, frozen=True, tag=True):
     """Ends the lab; there is no answer but the end."""
 
 
-Request = Follow | Status | Matrix | PodAdd | PodDel | Kill | Cable | Drill | Where | Down
+Request = (
+    Follow | Status | Matrix | PodAdd | PodDel | Kill | Switch | Rename | Visit | Cable | Drill | Ping | Where | Down
+)
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):

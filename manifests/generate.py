@@ -1,5 +1,5 @@
-"""Writes ``manifests/crds``, one file per kind, made by ``store.crd`` of the model, and ``manifests/underlay.yaml``,
-which is all that ``kustomization.yaml`` names in one file. With ``--check`` it only looks."""
+"""Writes ``manifests/crds``, one file per kind, made by ``store.crd`` of the model, ``manifests/underlay.yaml``, which
+is all that ``kustomization.yaml`` names in one file, and ``manifests/chart``. With ``--check`` it only looks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from ctl import uninstalling
+from manifests import chart
 from store import crd
 
 MANIFESTS = Path(__file__).resolve().parent
@@ -16,6 +18,15 @@ HEADER = "# Made by manifests/generate.py of store/model.py and store/cel.py. Ch
 
 
 ALL = MANIFESTS / "underlay.yaml"
+CHART = MANIFESTS / "chart"
+UNINSTALL = MANIFESTS / "uninstall.yaml"
+UNINSTALL_HEADER = """\
+# Made by manifests/generate.py of ctl/uninstalling.py. Change that. Not one of those that kustomization.yaml names.
+#
+# A pod on each node that takes away what Underlay made there; docs/uninstall.md says what is before and after. It has
+# no token. NET_ADMIN: routes, nexthops, links, nftables. /run and /var/lib: a folder is removed in the one that it is
+# in. /opt/cni/bin and /etc/cni/net.d: the plugin. /proc/sys/net: sysctls get the values back that they had before us.
+"""
 ALL_HEADER = "# Made by manifests/generate.py of the files that kustomization.yaml names. Change those.\n"
 
 
@@ -26,13 +37,19 @@ def files() -> dict[Path, str]:
     for name in yaml.safe_load((MANIFESTS / "kustomization.yaml").read_text())["resources"]:
         path = MANIFESTS / name
         parts.append((crds.get(path) or path.read_text()).rstrip("\n"))
-    return crds | {ALL: ALL_HEADER + "\n---\n".join(parts) + "\n"}
+    uninstall = UNINSTALL_HEADER + _yaml(uninstalling.daemonset(uninstalling.Asked()))
+    made = {ALL: ALL_HEADER + "\n---\n".join(parts) + "\n", UNINSTALL: uninstall}
+    texts = {path.name: path.read_text() for path in MANIFESTS.glob("*.yaml")}
+    by_name = {path.name: text for path, text in crds.items()}
+    charted = chart.files(texts, by_name, (MANIFESTS.parent / "setup.cfg").read_text())
+    return crds | made | {CHART / path: text for path, text in charted.items()}
 
 
 def differences() -> list[Path]:
     """Files that are missing, old, or not of any kind."""
     wanted = files()
-    present = {path: path.read_text() for path in (*FOLDER.glob("*.yaml"), ALL) if path.exists()}
+    there = (*FOLDER.glob("*.yaml"), *CHART.rglob("*.*"), ALL, UNINSTALL)
+    present = {path: path.read_text() for path in there if path.is_file()}
     return sorted(path for path in wanted.keys() | present.keys() if wanted.get(path) != present.get(path))
 
 
@@ -46,6 +63,7 @@ def main() -> int:
     wanted = files()
     for path in stale:
         if path in wanted:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(wanted[path])
         else:
             path.unlink()

@@ -40,7 +40,12 @@ _LEFT_OUT: Final = {
     *("test", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "pydoc_data"),
     *("site-packages", "dist-packages", "__pycache__"),
 }
-#: Users that the processes run as; the speaker is no root (exabgp.md, fault 10: ExaBGP looks its user's name up).
+#: Extensions of it that have no use in a container: for screens and terminals, with the libraries of all of those, for
+#: NIS, and CPython's own tests. Each node of a lab unpacks, and hashes, all that is here.
+_LEFT_OUT_EXTENSIONS: Final = re.compile(
+    r"(_tkinter|_curses|_curses_panel|readline|nis|_dbm|_gdbm|_test\w+|_xx\w+|xx\w+|_ctypes_test)\.cpython-.*\.so"
+)
+#: Users that a process may run as: ExaBGP looks its user's name up (exabgp.md, fault 10).
 _ACCOUNTS: Final = {
     "etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nunderlay:x:65532:65532:underlay:/:/sbin/nologin\n",
     "etc/group": "root:x:0:\nunderlay:x:65532:\n",
@@ -65,6 +70,7 @@ def build(target: Path, *, name: str = NAME, shim: Path = ROOT / "build" / "unde
         _ours(layers[2], shim)
         # The objects of all layers are there now, and what they are linked with goes below them.
         _libraries(layers, layers[0])
+        _strip(layers)
         for layer in layers:
             _compile(layer)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +98,14 @@ def _python(into: Path) -> None:
 
 
 def _ignored(folder: str, names: list[str]) -> set[str]:
-    return {name for name in names if name in _LEFT_OUT or name.startswith("config-") or name.endswith(".a")}
+    return {
+        name
+        for name in names
+        if name in _LEFT_OUT
+        or name.startswith("config-")
+        or name.endswith(".a")
+        or _LEFT_OUT_EXTENSIONS.fullmatch(name)
+    }
 
 
 def _packages(into: Path) -> None:
@@ -180,6 +193,13 @@ def _libraries(layers: list[Path], into: Path) -> None:
             copied = into / path.lstrip("/")
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, copied)
+
+
+def _strip(layers: list[Path]) -> None:
+    """Takes from programs and objects what a debugger alone would read: two thirds of this machine's libpython."""
+    for path in (p for layer in layers for p in layer.rglob("*") if p.is_file() and _is_dynamic(p)):
+        path.chmod(0o755)
+        subprocess.run(["strip", "--strip-unneeded", path], check=True)
 
 
 def _is_dynamic(path: Path) -> bool:

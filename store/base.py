@@ -71,7 +71,8 @@ class Store(Protocol):
         ...
 
     async def update_status(self, obj: R) -> R:
-        """Replaces ``status`` alone; everything else is left as it is in the store. Otherwise as ``update``."""
+        """Replaces ``status`` alone; everything else is left as it is in the store. Of the conditions of a kind that is
+        not ours those that are not given may stay: others write them. Otherwise as ``update``."""
         ...
 
     async def delete(self, kind: type[R], key: str, *, uid: str = "", resource_version: str = "") -> None:

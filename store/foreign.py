@@ -69,8 +69,6 @@ LEFT_OUT: Mapping[type[Resource], Mapping[str, str]] = {
                     "allocatable",
                     "capacity",
                     "conditions[].lastHeartbeatTime",
-                    "conditions[].lastTransitionTime",
-                    "conditions[].reason",
                     "config",
                     "daemonEndpoints",
                     "declaredFeatures",

@@ -21,19 +21,22 @@ from store.base import Event, Listing
 from store.clock import Clock
 from store.errors import AlreadyExists, Conflict, Expired, Invalid, NotFound, Problem, StoreError, Unavailable
 from store.kubeaccess import Access
-from store.kubehttp import Http, Limits, Refusal, Status
+from store.kubehttp import USER_AGENT, Http, Limits, Refusal, Status
 from store.model import GROUP, IPAMBlock, IPPool, Namespace, R, Resource
 from store.semantics import check_where, split_key, title
 from store.validate import validate, validate_against
 
 #: Objects in one answer to a list: some MB of full blocks.
 PAGE = 500
-#: Of the status of kinds that are not ours: lists that others write, and that a merge patch would replace whole.
-_NOT_OURS = ("conditions",)
+#: Of the status of kinds that are not ours: a list that many write, each its own entries.
+_SHARED = "conditions"
 _MERGE_PATCH = "application/merge-patch+json"
+#: Knows the lists of Kubernetes' own kinds: entries of conditions are merged by type, where a merge patch would replace
+#: them all (Kubernetes, "Update API Objects in Place Using kubectl patch").
+_STRATEGIC_PATCH = "application/strategic-merge-patch+json"
 #: How admission refuses what it cannot judge: for some seconds after a start, or by a policy that asks for what is not
 #: there. It says nothing of the object.
-_NOT_YET = re.compile(r"failed to configure (policy|binding)|not yet ready to handle request")
+NOT_YET = re.compile(r"failed to configure (policy|binding)|not yet ready to handle request")
 #: Metadata that are ours to write; the rest is the API server's.
 _WRITTEN = ("name", "namespace", "uid", "resourceVersion", "labels", "annotations", "finalizers", "ownerReferences")
 
@@ -57,11 +60,17 @@ class KubeStore:
     """``Store`` over the API server that ``access`` leads to. Call and close it on one event loop."""
 
     def __init__(
-        self, access: Access, clock: Clock, *, rng: random.Random | None = None, limits: Limits | None = None
+        self,
+        access: Access,
+        clock: Clock,
+        *,
+        rng: random.Random | None = None,
+        limits: Limits | None = None,
+        agent: str = USER_AGENT,
     ) -> None:
         self._clock = clock
         self._rng = rng or random.Random()
-        self._http = Http(access, clock, self._rng, limits or Limits())
+        self._http = Http(access, clock, self._rng, limits or Limits(), agent=agent)
 
     async def close(self) -> None:
         await self._http.close()
@@ -73,6 +82,9 @@ class KubeStore:
         try:
             body = await self._http.call("GET", _object_path(kind, key))
         except Refusal as e:
+            if e.code == 404 and not _is_ours(kind):
+                # Also where the whole kind is somebody else's, who is not here.
+                raise NotFound(f"{what} does not exist") from e
             raise self._refused(what, e) from e
         return self._decode(kind, body)
 
@@ -177,7 +189,16 @@ class KubeStore:
         if not _is_ours(type(obj)):
             # An absent field is one that is left as it is, so what is empty must be said.
             status = {**_empty(type(obj)), **whole.get("status", {})}
-            body["status"] = {key: value for key, value in status.items() if key not in _NOT_OURS}
+            conditions = status.pop(_SHARED, None)
+            if conditions:
+                # Apart: a Node's two InternalIPs are one by type, and a patch of that kind that has them is refused.
+                body["status"] = {_SHARED: conditions}
+                written = await self._write("PATCH", path, obj, body, content_type=_STRATEGIC_PATCH)
+                there = kubewire.encode(written).get("status", {})
+                if {**there, _SHARED: None} == {**whole["status"], _SHARED: None}:
+                    return written
+                meta["resourceVersion"] = written.metadata.resource_version
+            body["status"] = status
             return await self._write("PATCH", path, obj, body, content_type=_MERGE_PATCH)
         if whole.get("status"):
             body["status"] = whole["status"]
@@ -330,7 +351,7 @@ class KubeStore:
                 return Conflict(f"{what} is not what this was decided on: {uid}{text}")
             case 410:
                 return Expired(f"{what}: {text}: list again")
-            case 403 | 422 if _NOT_YET.search(text):
+            case 403 | 422 if NOT_YET.search(text):
                 return Unavailable(f"API server {self._http.server} cannot judge {what} yet: {text}")
             case 400 | 422:
                 return Invalid(what, _problems(status))

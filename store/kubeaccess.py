@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
-import yaml
 from msgspec import field
 
 from store.errors import Unavailable
@@ -302,6 +301,8 @@ class _Credential(msgspec.Struct):
 
 
 def _read(path: Path) -> _Config:
+    import yaml  # a pod has no kubeconfig
+
     try:
         said = yaml.safe_load(path.read_text())
         return msgspec.convert({} if said is None else said, _Config)

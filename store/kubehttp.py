@@ -101,9 +101,13 @@ class Backoff:
 
 
 class Http:
-    """``access`` says where and as whom. To be made and closed on one event loop."""
+    """``access`` says where and as whom. To be made and closed on one event loop. ``agent`` is what the API server's
+    audit log has as the client's name."""
 
-    def __init__(self, access: Access, clock: Clock, rng: random.Random, limits: Limits) -> None:
+    def __init__(
+        self, access: Access, clock: Clock, rng: random.Random, limits: Limits, *, agent: str = USER_AGENT
+    ) -> None:
+        self._agent = agent
         self._access = access
         self._clock = clock
         self._rng = rng
@@ -225,7 +229,7 @@ class Http:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP, socket_factory=_socket),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.limits.connect),
             # The network is near, and the API server has better to do than to compress.
-            headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT},
+            headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": self._agent},
             cookie_jar=aiohttp.DummyCookieJar(),
             read_bufsize=_READ_BUFFER,
         )

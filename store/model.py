@@ -20,6 +20,8 @@ CALICO_GROUP = "projectcalico.org/v3"
 ANNOTATION_ASN = "underlay.network/as-number"
 #: Node annotations: where the node's sessions end, by IP version, where that is not its first InternalIP.
 ANNOTATION_ADDRESS = {4: "underlay.network/ipv4-address", 6: "underlay.network/ipv6-address"}
+#: ``BGPNodeStatusStatus.address_source`` of a node whose Node does not say all of its addresses.
+DETECTED = "Detected"
 #: On a Node: take it out of the routes (``underlayctl node drain-routes``): ``yes``, or ``force``: with its pods.
 ANNOTATION_DRAIN = "underlay.network/drain-routes"
 #: IPAMBlock annotation: addresses that people want released, in canonical text with commas between. The block's owner
@@ -410,6 +412,9 @@ class SessionStatus(_Struct, frozen=True, kw_only=True):
 
 
 class BGPNodeStatusStatus(_Struct, frozen=True, kw_only=True):
+    #: Where the node's sessions end; and, as ``Detected``, that its Node does not say so: what the other nodes follow.
+    addresses: tuple[str, ...] = ()
+    address_source: str = ""
     as_number: int = 0
     router_id: str = field(default="", name="routerID")
     sessions: tuple[SessionStatus, ...] = ()
@@ -421,6 +426,7 @@ class BGPNodeStatus(Resource, frozen=True, kw_only=True, tag="BGPNodeStatus"):
 
     PLURAL: ClassVar[str] = "bgpnodestatuses"
     SHORT: ClassVar[tuple[str, ...]] = ("nodestatus", "bgpnodestatus")
+    SELECTABLE: ClassVar[tuple[str, ...]] = ("status.addressSource",)
 
     status: BGPNodeStatusStatus = BGPNodeStatusStatus()
 
@@ -439,11 +445,13 @@ class NodeSpec(_Struct, frozen=True, kw_only=True):
 
 
 class NodeCondition(_Struct, frozen=True, kw_only=True):
-    """What the kubelet says of its Node; not when, which changes all the time."""
+    """What the kubelet and others say of a Node; not when they said it last, which changes all the time."""
 
     type: str
     status: str
+    reason: str = ""
     message: str = ""
+    last_transition_time: str = ""
 
 
 class NodeStatus(_Struct, frozen=True, kw_only=True):
@@ -576,6 +584,30 @@ class Secret(Resource, frozen=True, kw_only=True, tag="Secret"):
         return [("key", self.key), ("type", self.type)]
 
 
+class ConfigMap(Resource, frozen=True, kw_only=True, tag="ConfigMap"):
+    """Kubernetes' ConfigMap, as far as it is text."""
+
+    API: ClassVar[str] = "v1"
+    PLURAL: ClassVar[str] = "configmaps"
+    SHORT: ClassVar[tuple[str, ...]] = ("cm",)
+    NAMESPACED: ClassVar[bool] = True
+    BY_NAME: ClassVar[bool] = True
+
+    data: dict[str, str] = field(default_factory=dict)
+
+
+class K0sClusterConfig(Resource, frozen=True, kw_only=True, tag="ClusterConfig"):
+    """k0s' configuration, where its dynamic configuration is on. Only read, so no one of ``KINDS``; what it says is for
+    its readers to take apart."""
+
+    API: ClassVar[str] = "k0s.k0sproject.io/v1beta1"
+    PLURAL: ClassVar[str] = "clusterconfigs"
+    NAMESPACED: ClassVar[bool] = True
+    BY_NAME: ClassVar[bool] = True
+
+    spec: dict[str, Any] = field(default_factory=dict)
+
+
 class ObjectReference(_Struct, frozen=True, kw_only=True):
     api_version: str = ""
     kind: str
@@ -631,6 +663,7 @@ KINDS: tuple[type[Resource], ...] = (
     Service,
     EndpointSlice,
     Secret,
+    ConfigMap,
     KubeEvent,
 )
 
@@ -646,6 +679,15 @@ def block_name(cidr: str) -> str:
     text = f"0{text}" if text.startswith("-") else text
     text = f"{text}0" if text.endswith("-") else text
     return f"{text}-{length}"
+
+
+def with_owner(meta: Meta, node: str, uid: str) -> Meta:
+    """``meta`` of an object that Kubernetes is to delete with this Node, and no other; as it is where ``uid`` is ""."""
+    if not uid:
+        return meta
+    others = tuple(r for r in meta.owner_references if r.kind != Node.kind())
+    owner = OwnerReference(api_version=Node.API, kind=Node.kind(), name=node, uid=uid)
+    return msgspec.structs.replace(meta, owner_references=(*others, owner))
 
 
 def within_of(cidr: str) -> str:

@@ -24,6 +24,7 @@ from store.model import (
     BGPPassword,
     BGPPeer,
     BGPPeerSpec,
+    ConfigMap,
     EndpointSlice,
     FilterRule,
     IPAMBlock,
@@ -827,6 +828,14 @@ def _secret(secret: Secret) -> Iterator[Problem]:
         yield Problem("data", "(not shown)", f"all together hold at most {_SECRET_LIMIT} bytes")
 
 
+def _config_map(config_map: ConfigMap) -> Iterator[Problem]:
+    for key in config_map.data:
+        if not _is_secret_key(key):
+            yield Problem("data", key, _SECRET_KEY_REMEDY)
+    if sum(len(value.encode()) for value in config_map.data.values()) > _SECRET_LIMIT:
+        yield Problem("data", "(not shown)", f"all together hold at most {_SECRET_LIMIT} bytes")
+
+
 # -- what never changes --------------------------------------------------------------------------------------------
 
 
@@ -870,4 +879,5 @@ _CHECKS: Mapping[type[Resource], Callable[[Any], Iterator[Problem]]] = {
     EndpointSlice: _endpoint_slice,
     KubeEvent: _event,
     Secret: _secret,
+    ConfigMap: _config_map,
 }

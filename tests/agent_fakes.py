@@ -77,15 +77,18 @@ class FakeKernel:
         self.unreadable: OSError | None = None
         #: Everything that was asked of it.
         self.log: list[Operation] = []
-        self._pipe = os.pipe()
+        self._pipe: tuple[int, ...] = ()
 
     def close(self) -> None:
         for fd in self._pipe:
             os.close(fd)
+        self._pipe = ()
 
     # -- KernelPort
 
     def fileno(self) -> int:
+        """Of a pipe that nothing comes through; made where it is asked for, as few of these fakes are closed."""
+        self._pipe = self._pipe or os.pipe()
         return self._pipe[0]
 
     def news(self) -> bool:
@@ -261,6 +264,7 @@ class FakeSpeaker:
             known=self.known,
             sent=self.sent,
             confirmed=self.sent,
+            table=frozenset((a.peer, a.prefix) for a in self.announcements or ()),
             withdrawn_at=dict(self.withdrawn_at),
             refused=dict(self.refused),
         )
@@ -279,9 +283,13 @@ class FakeView:
     def __init__(self, cluster: Cluster | None) -> None:
         self.now = cluster
         self.questioned: frozenset[str] = frozenset()
+        self.inhabited: frozenset[str] = frozenset()
 
     def cluster(self) -> Cluster | None:
         return self.now
+
+    def inhabit(self, pools: frozenset[str]) -> None:
+        self.inhabited = pools
 
     def question(self, cidrs: frozenset[str]) -> None:
         self.questioned = cidrs

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from hypothesis import settings
 
 from lab.kube.build import NotHere, Programs, find
 from lab.net import Net, enter_sandbox
@@ -22,7 +23,15 @@ T = TypeVar("T")
 _ROOT = Path(__file__).resolve().parents[1]
 
 
+# How long an example takes is the machine's matter, which may be busy.
+settings.register_profile("underlay", deadline=None)
+settings.load_profile("underlay")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # Where the machine has this set, each of a thousand agents, servers and labs would compile all of us anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     if os.geteuid() != 0:
         raise pytest.UsageError("tests need root in a namespace: run 'make test', or 'unshare -Ur pytest ...'")
     enter_sandbox()

@@ -25,7 +25,7 @@ from store.errors import NotFound
 from store.memory import MemoryStore
 from store.model import IPAMBlock, IPPool, IPPoolSpec, IPReservation, IPReservationSpec, Meta, Node, block_name
 
-#: Passes of the event loop after which everything that could run has run.
+#: Passes of the event loop at most, for those that never come to rest.
 PASSES = 40
 
 
@@ -62,8 +62,12 @@ class FakeClock:
 
 
 async def settle() -> None:
+    """Lets everything that can run run."""
+    ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]
     for _ in range(PASSES):
         await asyncio.sleep(0)
+        if not ready:
+            return
 
 
 class FakeKernel:
@@ -79,6 +83,7 @@ class FakeKernel:
         self.hidden: set[str] = set()  # names that a dump leaves out
         self.broken = False
         self.asked: dict[str, int] = {}
+        self.moved = asyncio.Event()  # of those who wait for the next change; each change has a new one laid out
 
     # -- KernelView
 
@@ -117,18 +122,22 @@ class FakeKernel:
         index = next((i for i, n in self._links.items() if n == name), 0) or next(self._index)
         self._links[index] = name
         self._routes.update(dict.fromkeys(addresses, index))
+        self.ring()
         return index
 
     def unwire(self, name: str) -> None:
         for index in [i for i, n in self._links.items() if n == name]:
             del self._links[index]
             self._routes = {a: i for a, i in self._routes.items() if i != index}
+        self.ring()
 
     def live(self) -> dict[str, str]:
         return {address: self._links[index] for address, index in self._routes.items()}
 
     def set_blackholes(self, cidrs: set[str]) -> None:
-        self._blackholes = set(cidrs)
+        if self._blackholes != cidrs:
+            self._blackholes = set(cidrs)
+            self.ring()
 
     def move_to(self, netns: int) -> None:
         self._netns = netns
@@ -137,6 +146,11 @@ class FakeKernel:
         self._links.clear()
         self._routes.clear()
         self._blackholes.clear()
+        self.ring()
+
+    def ring(self) -> None:
+        self.moved.set()
+        self.moved = asyncio.Event()
 
     def _ask(self, what: str) -> None:
         self.asked[what] = self.asked.get(what, 0) + 1
@@ -187,7 +201,7 @@ class Rig:
         self.starts = 0
         self.step: Callable[[str], None] = lambda _: None
         self.tell: Callable[[News], None] = lambda _: None
-        self.agent = True
+        self._agent_works = True
         self._running: asyncio.Task[None] | None = None
         self._agent: asyncio.Task[None] | None = None
         self.ipam: NodeIPAM
@@ -195,6 +209,16 @@ class Rig:
     @property
     def boot_id(self) -> str:
         return f"boot-{self.boot}"
+
+    @property
+    def agent(self) -> bool:
+        """Whether the node's agent works."""
+        return self._agent_works
+
+    @agent.setter
+    def agent(self, works: bool) -> None:
+        self._agent_works = works
+        self.kernel.ring()
 
     @property
     def memory(self) -> MemoryStore:
@@ -306,9 +330,17 @@ class Rig:
         return {view.cidr: Phase(view.phase) for view in self.ipam.blocks()}
 
     async def _agent_loop(self) -> None:
+        """Looks 0.05 s after something has moved."""
         while True:
-            if self.agent and not (isinstance(self.store, MemoryStore) and self.memory._down):
+            news = (self.memory._news, self.kernel.moved)  # taken before the look
+            if self.agent and not self.memory._down:
                 await self.sync_blackholes()
+            waits = [asyncio.ensure_future(event.wait()) for event in news]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
             await self.clock.sleep(0.05)
 
 
@@ -330,7 +362,7 @@ def run(directory: Path, test: Callable[[Rig], Awaitable[None]], *objects: IPPoo
 
 def play(story: Coroutine[Any, Any, None]) -> None:
     """Runs it; the limit is for a story that waits on a clock that nobody moves."""
-    asyncio.run(asyncio.wait_for(story, 60))
+    asyncio.run(asyncio.wait_for(story, 150))
 
 
 async def waited(rig: Rig, add: Awaitable[Lease], seconds: float = 6) -> Lease:

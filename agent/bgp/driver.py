@@ -85,7 +85,10 @@ class Driver:
         self._refused: dict[str, str] = {}
         self._unsent: dict[tuple[str, str], str] = {}
         self._reconfigure = asyncio.Event()
+        self._loaded = False
         self._rows: list[list[object]] | None = None
+        #: The pairs of these rows, or before there are any of the relay's own table.
+        self._pairs: frozenset[tuple[str, str]] = frozenset()
         self._table = 0
         self._mark: str | None = None
         self._marked = asyncio.Event()
@@ -135,6 +138,7 @@ class Driver:
             return
         old = {(str(row[0]), str(row[1])): row for row in self._rows or ()}
         first, self._rows, self._unsent = self._rows is None, rows, unsent
+        self._pairs = frozenset((str(row[0]), str(row[1])) for row in rows)
         self._send_table(frozenset(old))
         for row in rows if not first else ():
             pair = (str(row[0]), str(row[1]))
@@ -151,6 +155,7 @@ class Driver:
                 pair for pairs in self._superseded.values() for pair in pairs if pair[0] in self._generations
             ),
             confirmed=frozenset(self._confirmed),
+            table=self._pairs if self._known else frozenset(),
             confirmed_at=dict(self._confirmed_at),
             withdrawn_at=dict(self._withdrawn_at),
             refused={**self._refused, **{a: p for a, p in self._duplicates.items() if a not in self._refused}},
@@ -158,6 +163,11 @@ class Driver:
             sessions=frozenset(asked.values()),
             inherited=self._sessions is None,
         )
+
+    @property
+    def configured(self) -> bool:
+        """Whether ExaBGP runs with the sessions that were set last, as far as they are usable."""
+        return self._known and self._sessions is not None and self._loaded and not self._reconfigure.is_set()
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -220,7 +230,7 @@ class Driver:
 
     def _lost(self, reason: str) -> None:
         _log.warning("the speaker is gone: %s", reason)
-        self._known, self._mark = False, None
+        self._known, self._mark, self._loaded = False, None, False
         self._held, self._confirmed, self._superseded = set(), set(), {}
         self._confirmed_at, self._new = {}, {}
         self._generations = {}
@@ -288,7 +298,10 @@ class Driver:
                 self._up(peer, about)
         for peer, changes in told.get("history", {}).items():  # an older relay keeps none
             self._sink(SessionChanges(peer=peer, changes=tuple(map(_change, changes))))
-        self._send_table(frozenset((peer, prefix) for peer, prefix in told["wanted"]))
+        before = frozenset((peer, prefix) for peer, prefix in told["wanted"])
+        if self._rows is None:
+            self._pairs = before
+        self._send_table(before)
         self._reconfigure.set()
 
     def _up(self, peer: str, about: dict[str, Any]) -> None:
@@ -366,10 +379,13 @@ class Driver:
         while True:
             await self._reconfigure.wait()
             self._reconfigure.clear()
+            self._loaded = False
             if self._sessions is None:
                 continue
             try:
                 await self._put_in_place(self._sessions)
+                self._loaded = self._known
+                self.changed.set()
             except (OSError, TimeoutError, DriverError, speaker.SpeakerError) as e:
                 _log.warning("the speaker's configuration is not in place (%s): trying again", e)
                 await self._clock.sleep(RETRY_CONF)

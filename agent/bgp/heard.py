@@ -27,8 +27,6 @@ class Heard:
         self._standing: Counter[int] = Counter()
         self._where: dict[tuple[str, str], int] = {}
         self.whole = True
-        #: Families whose End-of-RIB came.
-        self.ended: set[str] = set()
 
     def take(self, line: bytes) -> None:
         """One ``update`` line of ExaBGP: an UPDATE or an End-of-RIB. Raises nothing."""
@@ -37,7 +35,6 @@ class Heard:
         try:
             message = json.loads(line)["neighbor"]["message"]
             if "eor" in message:
-                self.ended.add(f"{message['eor']['afi']} {message['eor']['safi']}")
                 return
             update = message["update"]
             gone = [(f, route["nlri"]) for f, routes in update.get("withdraw", {}).items() for route in routes]

@@ -192,13 +192,15 @@ class SpeakerState(msgspec.Struct, frozen=True, kw_only=True):
 
     ``sent``: (peer, prefix) pairs that a peer that is up may still hold of us: put on the wire, or about to be by a
     table that is being replaced, and not yet reported withdrawn. ``confirmed``: pairs whose UPDATE was reported as sent
-    (what people are shown as sent). Both are empty until the relay has told its table
-    (``known`` is False until then, and nothing may be deleted).
+    (what people are shown as sent). ``table``: pairs of the last table that the speaker was given, by this agent or, as
+    long as it has given none, by one before it; what is sent and not in it is on its way out. All are empty until the
+    relay has told its table (``known`` is False until then, and nothing may be deleted).
     """
 
     known: bool = False
     sent: frozenset[tuple[str, str]] = frozenset()
     confirmed: frozenset[tuple[str, str]] = frozenset()
+    table: frozenset[tuple[str, str]] = frozenset()
     #: Pair -> monotonic time at which the newest announcement of it was reported as sent; those of ``confirmed`` whose
     #: announcement has not changed since.
     confirmed_at: dict[tuple[str, str], float] = {}

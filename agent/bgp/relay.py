@@ -60,15 +60,31 @@ class Session:
     #: What a peer told that cannot be asked, and what is left to tell of it again.
     heard: Heard | None = None
     retelling: Iterator[bytes] | None = None
+    #: Families whose End-of-RIB came, and those in which the peer said anything else.
+    ended: set[str] = field(default_factory=set)
+    spoken: set[str] = field(default_factory=set)
+
+    def all_told(self, family: str) -> bool:
+        """Whether the agent has heard all that the peer ever said, whatever it answers to a route refresh: an ExaBGP
+        that has nothing in a family answers nothing at all."""
+        return family in self.ended and (self.heard is not None or family not in self.spoken)
+
+    def began(self, family: str) -> bool:
+        """Whether the peer told all that it begins with. One that says End-of-RIBs (RFC 4724) and did not say this one
+        yet may wait for its own table, as an ExaBGP beside a relay that has just started: that answers a route refresh
+        with nothing, and tells its routes then."""
+        return family in self.ended or not self.peering.helper
 
 
 @dataclass(eq=False)
 class Resync:
     """A family that a peer tells again. Its end counts only if its beginning came after the agent heard of it: an
-    earlier request may still be on its way through."""
+    earlier request may still be on its way through. ``answered``: it ended, or the peer has nothing to say."""
 
+    since: float
     heard: float
     begun: bool = False
+    answered: bool = False
 
 
 @dataclass(eq=False)
@@ -172,12 +188,12 @@ class Relay:
                 self._retell(address, session, session.heard)
             for family, resync in list(session.resyncing.items()) if session.retelling is None else ():
                 silent = now - resync.heard
-                if session.heard is not None and family in session.heard.ended:
-                    self._resynced(address, session, family)
-                elif resync.begun and silent > self._silence:
+                if resync.begun and not resync.answered and silent > self._silence:
                     self._ask_routes(address, session, family)  # it never said the end
                 elif not resync.begun and silent > (self._silence if session.peering.enhanced else QUIET):
-                    # An ExaBGP peer that has nothing in a family answers nothing, not even begin and end.
+                    resync.answered = True  # what is withdrawn again leaves an ExaBGP with nothing, too
+                late = now - resync.since > max(self._silence, session.peering.restart_time)
+                if session.all_told(family) or (resync.answered and (late or session.began(family))):
                     self._resynced(address, session, family)
         self._agent.tend(now)
 
@@ -272,10 +288,16 @@ class Relay:
             return
         if session.heard is not None:
             session.heard.take(line)
+        ended = wire.end_of_rib(line)
+        if ended:
+            session.ended.add(ended)
+        else:
+            quiet = [family for family in session.peering.families if family not in session.spoken]
+            session.spoken.update(family for family in quiet if wire.names(line, family))
         if session.resyncing:
             for resync in session.resyncing.values():
                 resync.heard = time.monotonic()
-            if wire.is_end_of_rib(line):
+            if ended:
                 # The end of the session's first telling, which began before the resynchronisation did: what came
                 # before it may never have reached the agent. The end of the second telling is the one that counts.
                 return
@@ -401,7 +423,8 @@ class Relay:
                 self._agent.pass_on(wire.KIND_UPDATE, b"%d %s" % (session.generation, line))
 
     def _ask_routes(self, address: str, session: Session, family: str) -> None:
-        session.resyncing[family] = Resync(time.monotonic())
+        now = time.monotonic()
+        session.resyncing[family] = Resync(now, now)
         if session.peering.refresh:
             self._speaker.say(f"neighbor {address} announce route-refresh {family}")
 
@@ -415,7 +438,7 @@ class Relay:
         if message.get("subtype") == "begin":
             resync.begun = True
         elif message.get("subtype") == "end" and resync.begun:
-            self._resynced(address, session, family)
+            resync.answered = True
 
     def _resynced(self, address: str, session: Session, family: str) -> None:
         session.resyncing.pop(family, None)

@@ -68,6 +68,7 @@ _HEAD = re.compile(
     rb'"type": "([a-z-]+)", "neighbor": \{ "address": \{ "local": "[^"]*", "peer": "([0-9a-fA-F:.]+)" \}, '
     rb'"asn": \{[^}]*\}(?:, "router-id": "[^"]*")? (?:, )?(?:"direction": "(send|receive)")?'
 )
+_END = re.compile(rb'"message": \{ "eor": \{ "afi" : "([a-z0-9-]+)", "safi" : "([a-z0-9-]+)" \}')
 
 
 def head(line: bytes) -> Head | None:
@@ -79,9 +80,15 @@ def head(line: bytes) -> Head | None:
     return Head(kind.decode(), peer.decode(), (direction or b"").decode())
 
 
-def is_end_of_rib(line: bytes) -> bool:
-    """Whether an ``update`` line of ExaBGP is an End-of-RIB."""
-    return b'"message": { "eor": {' in line[:1024]
+def end_of_rib(line: bytes) -> str:
+    """The family whose End-of-RIB an ``update`` line of ExaBGP is; empty for an UPDATE."""
+    found = _END.search(line, 0, 1024)
+    return "" if found is None else b" ".join(found.groups()).decode()
+
+
+def names(line: bytes, family: str) -> bool:
+    """Whether an ``update`` line of ExaBGP says anything of this family, without parsing it."""
+    return b'"%s"' % family.encode() in line
 
 
 def frame(number: int, kind: str, payload: bytes) -> bytes:

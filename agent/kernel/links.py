@@ -25,6 +25,8 @@ _SKIP_STATS = 1 << 3  # RTEXT_FILTER_SKIP_STATS
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _NOT_YET = 0x40 | 0x08  # IFA_F_TENTATIVE, IFA_F_DADFAILED
 _OPTIMISTIC = 0x04
+_SECONDARY, _DEPRECATED = 0x01, 0x20  # IFA_F_SECONDARY is IFA_F_TEMPORARY for IPv6
+_EVERYWHERE = 0  # RT_SCOPE_UNIVERSE
 
 
 def dump_links(netlink: Netlink) -> dict[int, Link]:
@@ -52,7 +54,7 @@ def dump_addresses(netlink: Netlink) -> tuple[Address, ...]:
     address that is the other end's. Raises NetlinkError."""
     found = []
     for message in netlink.dump(Message(_RTM_GETADDR, _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0))):
-        family, length, low_flags, _, index = _ADDRESS.unpack_from(message.body)
+        family, length, low_flags, scope, index = _ADDRESS.unpack_from(message.body)
         values = attributes(message.body, _ADDRESS.size)
         if family not in (socket.AF_INET, socket.AF_INET6) or _IFA_ADDRESS not in values:
             continue
@@ -62,5 +64,6 @@ def dump_addresses(netlink: Netlink) -> tuple[Address, ...]:
             continue
         flags = _U32.unpack(values[_IFA_FLAGS])[0] if _IFA_FLAGS in values else low_flags
         usable = not flags & _NOT_YET or bool(flags & _OPTIMISTIC)
-        found.append(Address(address=own, subnet=subnet(far, length), interface=index, usable=usable))
+        lasting = scope == _EVERYWHERE and not flags & (_SECONDARY | _DEPRECATED)
+        found.append(Address(address=own, subnet=subnet(far, length), interface=index, usable=usable, lasting=lasting))
     return tuple(sorted(found, key=lambda a: (a.interface, a.address)))

@@ -21,6 +21,7 @@ from cni.netlink import (
     NLM_F_REPLACE,
     Message,
     Netlink,
+    NetlinkError,
     attr,
     attr_header,
     attr_u32,
@@ -61,6 +62,23 @@ def delete(route: Route) -> Message:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     before, behind = _around(family, length, route.protocol, route.metric, route.kind, None, "", 0)
     return Message(RTM_DELROUTE, before + socket.inet_pton(family, address) + behind)
+
+
+def sources(netlink: Netlink, targets: Iterable[str]) -> dict[str, str]:
+    """The source address that the kernel would send from to each of the addresses; those left out that it has no way
+    to, or needs none to as they are its own (RTM_GETROUTE, ip-route(8) "get")."""
+    found = {}
+    for target in targets:
+        family = socket.AF_INET6 if ":" in target else socket.AF_INET
+        header = HEADER.pack(family, 128 if family == socket.AF_INET6 else 32, 0, 0, 0, 0, 0, 0, 0)
+        try:
+            answer = netlink.get(Message(_RTM_GETROUTE, header + attr(_RTA_DST, socket.inet_pton(family, target))))
+        except NetlinkError:
+            continue  # no route to host, or no network at all
+        values = attributes(answer.body, HEADER.size)
+        if HEADER.unpack_from(answer.body)[7] == _UNICAST and _RTA_PREFSRC in values:
+            found[target] = socket.inet_ntop(family, values[_RTA_PREFSRC])
+    return found
 
 
 def dump(netlink: Netlink) -> dict[RouteKey, tuple[Route, int]]:

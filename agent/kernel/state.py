@@ -24,19 +24,24 @@ from agent.fib import Address, Installed, KernelState, Link, Route, RouteKey
 from agent.kernel import links, nexthops, routes, sysctls
 from agent.kernel.monitor import ALL, LINKS, NEXTHOPS, ROUTES, KernelMonitor
 from cni.netlink import Message, Netlink
+from cni.sysctls import change
 
 #: Operations between which others get their turn on the event loop.
 _TURN: Final = 512
 
 
 class Kernel:
-    """The kernel of the network namespace that this was made in. ``root`` is where its sysctls can be written.
+    """The kernel of the network namespace that this was made in. ``root`` is where its sysctls can be written,
+    ``record`` where it is kept what they were before (``cni.sysctls``; None: nowhere). ``reach`` are
+    addresses to which the way is asked for.
 
     ``read`` dumps only what the news since the last time named; ``forget`` makes the next one dump everything.
     """
 
-    def __init__(self, root: Path = sysctls.ROOT) -> None:
+    def __init__(self, root: Path = sysctls.ROOT, record: Path | None = None, *, reach: Sequence[str] = ()) -> None:
         self._sysctls = root
+        self._record = record
+        self._reach = tuple(reach)
         self._netlink = Netlink()
         self._monitor = KernelMonitor()
         self._stale = set(ALL)
@@ -79,6 +84,7 @@ class Kernel:
             foreign_ids=self._nexthops.foreign,
             links=self._links,
             addresses=self._addresses,
+            sources=routes.sources(self._netlink, self._reach),
             sysctls=sysctls.read(self._links.values(), self._sysctls),
         )
 
@@ -108,7 +114,7 @@ class Kernel:
         for operation in operations:
             if isinstance(operation, SetSysctl):
                 try:
-                    sysctls.write(operation.key, operation.value, self._sysctls)
+                    change(operation.key, operation.value, self._sysctls, self._record)
                 except OSError as e:
                     number = e.errno or 0
                     failures.append(Failure(operation, number, os.strerror(number)))

@@ -9,6 +9,7 @@ from typing import Final
 from agent.fib import Link
 from agent.plan.imports import sysctl_name
 from cni.marks import LINK_GROUP, LINK_GROUP_DOOMED
+from cni.sysctls import path
 
 ROOT: Final = Path("/proc/sys")
 _EVERYWHERE: Final = ("net.ipv4.ip_forward", "net.ipv4.conf.all.rp_filter", "net.ipv6.conf.all.forwarding")
@@ -33,13 +34,3 @@ def read(links: Iterable[Link], root: Path = ROOT) -> Mapping[str, str]:
         except FileNotFoundError:
             continue
     return found
-
-
-def write(key: str, value: str, root: Path = ROOT) -> None:
-    """Raises OSError."""
-    path(key, root).write_text(value)
-
-
-def path(key: str, root: Path = ROOT) -> Path:
-    """Where a dotted name is found; ``/`` in it is a dot in an interface's name, as sysctl(8) has it."""
-    return root.joinpath(*(part.replace("/", ".") for part in key.split(".")))

@@ -28,10 +28,17 @@ from agent.plan.exports import (
     still_announced,
 )
 from agent.plan.identity import Identity, identify
-from agent.plan.imports import import_policy, imports, uplink_sysctls, uplinks, ways_to_peers
+from agent.plan.imports import import_policy, imports, inhabited, uplink_sysctls, uplinks, ways_to_peers
 from agent.plan.leaving import part, staying
 from agent.plan.model import Cluster, Notes, Plan, Snapshot, usable
-from agent.plan.notes import note_forwarding, note_own_blocks, note_refused_routes, note_speaker, note_standing
+from agent.plan.notes import (
+    note_forwarding,
+    note_no_pool,
+    note_own_blocks,
+    note_refused_routes,
+    note_speaker,
+    note_standing,
+)
 from agent.plan.pods import REPAIR_AFTER, missing_pod_routes, overdue
 from agent.plan.sessions import below_maximum, mesh_sessions, peer_sessions
 from agent.rib import Peer
@@ -65,6 +72,7 @@ def plan(snapshot: Snapshot) -> Plan:
     announcements, due = drain(exported, why, snapshot, notes)
     gone = {(a.peer, a.prefix) for a in exported} - {(a.peer, a.prefix) for a in announcements}
     withheld += [(peer, prefix, "the node is drained") for peer, prefix in gone]
+    on_the_wire = {a.prefix for a in announcements} | {prefix for _, prefix in snapshot.speaker.sent}
 
     policy = import_policy(me, peers, pools, known, snapshot)
     selection = snapshot.rib.select(policy)
@@ -92,6 +100,7 @@ def plan(snapshot: Snapshot) -> Plan:
     ):
         routes[route.key] = route
 
+    note_no_pool(snapshot, notes)
     note_standing(cluster, notes)
     note_speaker(snapshot, sessions, notes)
     note_refused_routes(peers, selection, notes)
@@ -111,10 +120,13 @@ def plan(snapshot: Snapshot) -> Plan:
         selection=selection,
         local_as=me.local_as,
         router_id=me.router_id,
+        addresses=tuple(me.addresses[family] for family in FAMILIES if family in me.addresses),
+        detected=me.detected,
         missing=frozenset(missing),
         ready=parting.ready,
         withheld=tuple(sorted(withheld)),
-        going_down=why == SHUTDOWN and bool(announcements),
+        inhabited=inhabited(cluster, known, selection),
+        going_down=why == SHUTDOWN and any(a.prefix in on_the_wire for a in exported),
         wake_at=wake_at(snapshot, held - standing, missing, (*parting.wake_at, *due)),
     )
 

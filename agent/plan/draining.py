@@ -68,9 +68,10 @@ def _marked(announcement: Announcement) -> Announcement:
 
 
 def _withdrawal(prefix: str, snapshot: Snapshot) -> float | None:
-    """When the block is to be withdrawn: 5 s after the last peer that has it was told; None: it is not known yet."""
+    """When the block is to be withdrawn: 5 s after the last peer that has it was told; None: it is not known yet. A
+    peer that has it although it is not in the table is being told that it is gone."""
     speaker = snapshot.speaker
-    told = [speaker.confirmed_at.get(pair) for pair in speaker.sent if pair[1] == prefix]
+    told = [speaker.confirmed_at.get(pair) for pair in speaker.sent & speaker.table if pair[1] == prefix]
     known = [at for at in told if at is not None]
     if len(known) < len(told):
         return None

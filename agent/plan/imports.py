@@ -6,12 +6,13 @@ What the policy refuses, and which of the paths that it lets in are best, is in 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from agent.adjrib import family_of
 from agent.fib import KernelState, Link, NextHop, Route
 from agent.plan.identity import Identity
-from agent.plan.model import Notes, Snapshot
-from agent.prefix import is_inside, is_prefix, length_of
+from agent.plan.model import Cluster, Notes, Snapshot
+from agent.prefix import PrefixSet, is_inside, is_prefix, length_of, parse
 from agent.rib import Peer, Policy, Selection
 from cni.marks import METRIC_FALLBACK, METRIC_IMPORTS, PROTO_IMPORTS
 from store.model import IPPool
@@ -33,6 +34,15 @@ def import_policy(
         on_link=frozenset((a.subnet, a.interface) for a in me.connected if _is_up(a.interface, kernel.links)),
         interfaces=interface_names(peers, kernel),
     )
+
+
+def inhabited(cluster: Cluster, blocks: Iterable[str], selection: Selection) -> frozenset[str]:
+    """The deleted pools that a block of ours is in, or a route that is let in."""
+    gone = {p.name: PrefixSet([p.spec.cidr]) for p in cluster.pools if p.name in cluster.deleted_pools}
+    if not gone:
+        return frozenset()
+    prefixes = [parse(cidr) for cidr in chain(blocks, selection.best)]
+    return frozenset(name for name, pool in gone.items() if any(map(pool.covers, prefixes)))
 
 
 def interface_names(peers: Iterable[Peer], kernel: KernelState) -> frozenset[tuple[int, str]]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from agent.bgp.model import Announcement, Family, Session, SpeakerState
+from agent.detect import Method
 from agent.fib import KernelState, Route, RouteKey
 from agent.rib import Peer, Rib, Selection
-from store.model import BGPConfiguration, BGPFilter, BGPPeer, Condition, IPAMBlock, IPPool, Node, Secret
+from store.model import BGPConfiguration, BGPFilter, BGPNodeStatus, BGPPeer, Condition, IPAMBlock, IPPool, Node, Secret
 from store.validate import validate
 
 
@@ -19,6 +20,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     node: Node | None = None
     #: The others; only where the mesh is on, or a BGPPeer has a peerSelector.
     nodes: tuple[Node, ...] = ()
+    #: What those say of themselves whose Node does not say where they are reached.
+    statuses: tuple[BGPNodeStatus, ...] = ()
     configuration: BGPConfiguration | None = None
     #: Those of one node each, ``node.NAME``.
     node_configurations: tuple[BGPConfiguration, ...] = ()
@@ -27,6 +30,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     #: The Secrets that BGPPeers name, as far as they are there.
     secrets: tuple[Secret, ...] = ()
     pools: tuple[IPPool, ...] = ()
+    #: Names of those of the pools that were deleted, and stand as long as something lives in them.
+    deleted_pools: frozenset[str] = frozenset()
     #: This node's own blocks.
     blocks: tuple[IPAMBlock, ...] = ()
     #: CIDRs that were this node's blocks, and that another node was seen to own.
@@ -52,6 +57,10 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     missing: Mapping[str, float] = {}
     #: Peers of a mesh that was switched off whose sessions this node could already do without, and since when.
     ready: Mapping[str, float] = {}
+    #: Why the cluster has no pool, as far as that is known.
+    why_no_pool: str = ""
+    #: How this node's addresses are found, by IP version; where nothing is said its Node says it.
+    methods: Mapping[int, Method] = {}
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,12 +78,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     selection: Selection
     local_as: int = 0
     router_id: str = ""
+    #: Where this node is reached, and whether others have to be told.
+    addresses: tuple[str, ...] = ()
+    detected: bool = False
     #: Pod addresses whose route is missing.
     missing: frozenset[str] = frozenset()
     #: Peers of a mesh that was switched off whose sessions this node can do without.
     ready: frozenset[str] = frozenset()
     #: What peers are not told, as (peer, prefix, why): a pool or an export filter keeps it back, or it is not ready.
     withheld: tuple[tuple[str, str, str], ...] = ()
+    #: The deleted pools that have a block of ours in them, or a route that came in.
+    inhabited: frozenset[str] = frozenset()
     #: Whether the machine goes down, and something is announced still.
     going_down: bool = False
     #: When time alone will make the plan another one.

@@ -18,6 +18,12 @@ def note_standing(cluster: Cluster, notes: Notes) -> None:
         notes.add("ObjectNotUsable", f"{what}: {why}; it stands as it last could be used")
 
 
+def note_no_pool(snapshot: Snapshot, notes: Notes) -> None:
+    """Without a pool no pod has an address; why there is none is known to whoever would have made the first ones."""
+    if snapshot.why_no_pool and snapshot.cluster.live and not snapshot.cluster.pools:
+        notes.add("NoPool", snapshot.why_no_pool)
+
+
 def note_speaker(snapshot: Snapshot, sessions: Iterable[Session], notes: Notes) -> None:
     """Sessions that are refused, and peers that would drop our routes when the speaker restarts (R14)."""
     if not snapshot.cluster.live:

@@ -10,7 +10,7 @@ from agent import filters
 from agent.adjrib import family_of
 from agent.bgp.model import Session
 from agent.fib import KernelState
-from agent.plan.identity import Identity, node_addresses, node_as
+from agent.plan.identity import Identity, node_as
 from agent.plan.model import Cluster, Notes, Snapshot, usable
 from agent.prefix import is_inside, length_of
 from agent.rib import Peer, Rib
@@ -118,7 +118,7 @@ def remote_ends(peer: BGPPeer, me: Identity, snapshot: Snapshot) -> Iterable[Rem
         back = selects(peer, node) and chosen.matches(here.metadata.labels)
         peer_as = node_as(node, cluster.configuration)
         if (forth or back) and not as_number_problem(peer_as):
-            for family, address in node_addresses(node).items():
+            for family, address in me.others.get(node.name, {}).items():
                 if family in me.addresses:
                     passive = waits(me.name, node.name)
                     port = listen_port(cluster, me.name if passive else node.name)
@@ -211,7 +211,7 @@ def node_sessions(node: Node, me: Identity, snapshot: Snapshot) -> Iterable[Peer
     name, spec = f"mesh-{node.name}", (snapshot.cluster.configuration or NO_CONFIGURATION).spec
     secret, value = password_of(spec.node_mesh_password, snapshot.cluster.secrets)
     passive = waits(me.name, node.name)
-    for family, address in node_addresses(node).items():
+    for family, address in me.others.get(node.name, {}).items():
         local = me.addresses.get(family)
         if local is None:
             continue

@@ -45,6 +45,22 @@ class Api:
                 raise LabError(f"{name} does not run after {limit:.0f} s: {_reasons(status)}")
             await self._clock.sleep(_LOOK_EVERY)
 
+    async def again(self, name: str, before: str, uid: str) -> Wire | None:
+        """The Pod of this uid once it runs in another container than ``before``; empty until then, None if it is
+        gone."""
+        try:
+            pod = await self._call("GET", f"{_PODS}/{name}")
+        except Unavailable:
+            return {}
+        except Refusal as e:
+            if e.code == _NOT_FOUND:
+                return None
+            raise
+        if pod["metadata"]["uid"] != uid:
+            return None
+        runs = all("running" in c["state"] for c in pod["status"].get("containerStatuses", ()))
+        return pod if runs and container_of(pod) not in ("", before) and pod["status"].get("podIPs") else {}
+
     async def delete_pod(self, name: str, *, limit: float) -> None:
         """Returns when it is gone."""
         await self._call("DELETE", f"{_PODS}/{name}")
@@ -84,6 +100,11 @@ class Api:
         answer = await self._http.call(method, path, body=body, **how)
         found: Wire = msgspec.json.decode(answer)
         return found
+
+
+def container_of(pod: Wire) -> str:
+    """The id of its container; "" while it has none."""
+    return next((str(c.get("containerID", "")) for c in pod["status"].get("containerStatuses", ())), "")
 
 
 def _not_ready(node: Wire) -> str:

@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from lab.cluster import fabric
+from lab.cluster import fabric, installer
 from lab.cluster.api import Api
+from lab.control import Control
 from lab.errors import LabError
 from lab.folder import Folder
-from lab.kube.build import NodePrograms, NotHere, Programs
-from lab.kube.plane import NAMES, ClusterError, Nodes, Plane, Ports, write_kubeconfig
+from lab.kube.build import NodePrograms, Programs, version
+from lab.kube.plane import Nodes, Plane, Ports
 from lab.machine import PATH
 from lab.net import Net
 from lab.oob import CONTROL_PLANE
-from lab.processes import Daemon
-from lab.relay import relay
-from lab.topology import Node
+from lab.processes import outcome
+from lab.topology import Topology
 from lab.wire import Program
 from store.clock import Clock
-from store.errors import StoreError
-from store.kube import KubeStore
-from store.kubeaccess import Access, FixedToken
-from store.kubehttp import Http, Limits
 
 #: Where the API server listens: nothing translates the service's port.
 _PORT: Final = 443
-_CONTROLLERS: Final = ("*", "-node-ipam-controller", "-cloud-node-lifecycle-controller", "-service-lb-controller")
-_LOOK_EVERY: Final = 0.05
-_TAIL: Final = 3000
+_CONTROLLERS: Final = ("*", "-cloud-node-lifecycle-controller", "-service-lb-controller")
+_NODE_IPAM: Final = "-node-ipam-controller"
+#: Enough for every request of a test's cluster, and no burden to a lab that is left alone overnight.
+_AUDIT_MB: Final = 64
 
 
-class ClusterPlane:
-    """``listener`` is a socket of the namespace that people's shells are in; it leads to the API server."""
+def _controllers(flags: Sequence[str]) -> tuple[str, ...]:
+    """All that work where there is no cloud; the one that hands out podCIDRs where it is told of which."""
+    return _CONTROLLERS if flags else (*_CONTROLLERS, _NODE_IPAM)
 
+
+class ClusterPlane(Control):
     def __init__(
         self,
         net: Net,
@@ -45,122 +45,70 @@ class ClusterPlane:
         folder: Folder,
         programs: Programs,
         of_nodes: NodePrograms,
-        nodes: tuple[Node, ...],
+        topology: Topology,
         listener: socket.socket,
+        manager_flags: Sequence[str] = (),
     ) -> None:
-        self._net, self._clock, self._folder, self._listener = net, clock, folder, listener
-        self._home = folder.member(CONTROL_PLANE)
-        self._kubectl = of_nodes.kubectl
-        self.plane = Plane(
+        plane = Plane(
             programs=programs,
-            folder=self._home,
+            folder=folder.member(CONTROL_PLANE),
             admin_token=secrets.token_urlsafe(32),
             manager_token=secrets.token_urlsafe(32),
-            address=fabric.SERVICE,
+            address=fabric.service(topology),
+            services=fabric.services(topology),
+            endpoint=fabric.endpoint(topology),
             ports=Ports(api=_PORT),
+            audit=_AUDIT_MB,
             nodes=Nodes(
                 programs=of_nodes,
                 scheduler_token=secrets.token_urlsafe(32),
-                tokens={node.name: secrets.token_urlsafe(32) for node in nodes},
+                tokens={node.name: secrets.token_urlsafe(32) for node in topology.nodes},
             ),
         )
-        self._access = Access(server=self.plane.url, ca=self.plane.ca, tokens=FixedToken(self.plane.admin_token))
-        self._http = Http(self._access, clock, random.Random(), Limits())
+        super().__init__(net, clock, folder, plane, listener, address=fabric.service(topology))
+        self._kubectl, self._kubeadm, self._topology = of_nodes.kubectl, of_nodes.kubeadm, topology
         self.api = Api(self._http, clock)
-        plane = self.plane
         commands: dict[Program, list[str]] = {
             "etcd": plane.etcd(),
             "kube-apiserver": plane.apiserver(),
-            "kube-controller-manager": plane.controller_manager(_CONTROLLERS),
+            "kube-controller-manager": [*plane.controller_manager(_controllers(manager_flags)), *manager_flags],
             "kube-scheduler": plane.scheduler(),
         }
-        self.daemons: dict[Program, Daemon] = {name: self._daemon(name, argv) for name, argv in commands.items()}
-
-    @property
-    def store_url(self) -> str:
-        """The store of an operator whose shell is outside of the lab."""
-        return f"kube:{self._folder.path / 'admin.kubeconfig'}"
+        self.daemons = {name: self._daemon(name, argv) for name, argv in commands.items()}
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the tools of an operator need to know who is inside of the lab."""
-        path = f"{self._kubectl.parent}:{PATH}"
-        return {"UNDERLAY_STORE": f"kube:{self._inside}", "KUBECONFIG": str(self._inside), "PATH": path}
-
-    def store(self) -> KubeStore:
-        """As administrator. To be closed by the caller."""
-        return KubeStore(self._access, self._clock)
-
-    def prepare(self) -> None:
-        """Makes keys and the operator's kubeconfigs. Raises LabError."""
-        try:
-            self.plane.prepare(names=f"{NAMES},IP:{fabric.SERVICE}")
-        except (NotHere, ClusterError) as e:
-            raise LabError(str(e)) from e
-        host, port = self._listener.getsockname()
-        token = self.plane.admin_token
-        write_kubeconfig(self._folder.path / "admin.kubeconfig", f"https://{host}:{port}", self.plane.ca, token=token)
-        write_kubeconfig(self._inside, self.plane.url, self.plane.ca, token=token)
+        return {**super().environment, "PATH": f"{self._kubectl.parent}:{PATH}"}
 
     async def run(self) -> None:
         """Keeps all of it up until it is cancelled; ``prepare`` has been called, and the fabric is there."""
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(relay(self._listener, fabric.SERVICE, _PORT))
+                group.create_task(self._lead())
                 for daemon in self.daemons.values():
                     group.create_task(daemon.run())
         finally:
             await self._http.close()
 
-    async def ready(self, *, limit: float) -> None:
-        """Returns when the API server says that it is ready. Raises LabError."""
-        end = self._clock.monotonic() + limit
-        while True:
-            try:
-                await self._http.call("GET", "/readyz")
-            except StoreError as e:
-                if self._clock.monotonic() > end:
-                    log = self._home / "kube-apiserver.log"
-                    raise LabError(
-                        f"the API server is not ready: {e}\n{log.read_text(errors='replace')[-_TAIL:]}"
-                    ) from e
-            else:
-                return
-            await self._clock.sleep(_LOOK_EVERY)
-
     async def kubectl(self, *words: str, limit: float = 120) -> str:
         """What kubectl prints, as an operator. Raises LabError if it fails."""
-        process = await asyncio.create_subprocess_exec(
-            str(self._kubectl),
-            *words,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={"PATH": PATH, "KUBECONFIG": str(self._inside), "HOME": str(self._home)},
-        )
+        return await self._tool(self._kubectl, words, limit=limit)
+
+    async def _tool(self, program: Path, words: Sequence[str], *, limit: float) -> str:
+        environment = {"PATH": PATH, "KUBECONFIG": str(self._inside), "HOME": str(self._home)}
         try:
             async with asyncio.timeout(limit):
-                said = (await process.communicate())[0].decode(errors="replace")
+                code, said = await outcome([str(program), *words], environment)
         except TimeoutError as e:
-            raise LabError(f"kubectl {' '.join(words)}: no end after {limit:.0f} s") from e
-        finally:
-            if process.returncode is None:
-                process.kill()
-        if process.returncode:
-            raise LabError(f"kubectl {' '.join(words)}: {said.strip()}")
+            raise LabError(f"{program.name} {' '.join(words)}: no end after {limit:.0f} s") from e
+        if code:
+            raise LabError(f"{program.name} {' '.join(words)}: {said.strip()}")
         return said
 
-    @property
-    def _inside(self) -> Path:
-        return self._home / "admin.kubeconfig"
-
-    def _daemon(self, name: Program, argv: list[str]) -> Daemon:
-        return Daemon(
-            self._net,
-            self._clock,
-            member=CONTROL_PLANE,
-            name=name,
-            argv=argv,
-            environment={"PATH": PATH, "HOME": "/"},
-            log=self._home / f"{name}.log",
-        )
+    async def kubeadm_config(self) -> None:
+        """Has kubeadm itself leave its configuration, as at the end of ``kubeadm init``. The nodes have joined. Raises
+        LabError."""
+        file = self._home / "kubeadm.yaml"
+        file.write_text(installer.kubeadm(self._topology, self.plane.endpoint, version()))
+        words = ["init", "phase", "upload-config", "kubeadm", f"--config={file}", f"--kubeconfig={self._inside}"]
+        await self._tool(self._kubeadm, words, limit=120)

@@ -7,17 +7,39 @@ from __future__ import annotations
 
 from typing import Final
 
+from lab.kube.plane import SERVICES
 from lab.net import Net
 from lab.oob import CONTROL_PLANE
 from lab.rack import BRIDGE
-from lab.topology import SWITCH, Topology
+from lab.topology import SWITCH, Node, Topology
 
-#: The first address of the API server's --service-cluster-ip-range.
+#: The first address of the API server's --service-cluster-ip-range; and where that is IPv6 alone.
 SERVICE: Final = "10.96.0.1"
+_SERVICE6: Final = "fd00:10:97::1"
 #: As the fabric sees it; the service's address is one of a link's two.
-_LINK: Final = (("10.96.0.0/31", "fd00:10:96::/127"), (f"{SERVICE}/31", "fd00:10:96::1/127"))
+#: A kube-proxy that knows the service refuses what is sent to its address untranslated: it leads to another.
+_ENDPOINT: Final = "10.97.0.1"
+_LINK: Final = (
+    ("10.96.0.0/31", "10.97.0.0/31", "fd00:10:96::/127"),
+    (f"{SERVICE}/31", f"{_ENDPOINT}/31", "fd00:10:96::1/127"),
+)
 _ON_SEGMENT: Final = ("10.1.0.251", "fd00:10:1::fb")
 _PORT, _HERE = "api0", "fabric0"
+
+
+def service(topology: Topology) -> str:
+    """The address of the service ``kubernetes``."""
+    return _SERVICE6 if topology.shape.ipv6_only else SERVICE
+
+
+def services(topology: Topology) -> str:
+    """Where Services have their addresses."""
+    return SERVICES.partition(",")[2] if topology.shape.ipv6_only else SERVICES
+
+
+def endpoint(topology: Topology) -> str:
+    """The address at which a proxy of services finds the API server."""
+    return _ON_SEGMENT[topology.shape.ipv6_only] if topology.shape.mesh else _ENDPOINT
 
 
 def plug(net: Net, topology: Topology) -> None:
@@ -40,10 +62,15 @@ def _on_a_segment(net: Net, topology: Topology) -> None:
     v4, v6 = _ON_SEGMENT
     net.link(SWITCH, _PORT, CONTROL_PLANE, _HERE)
     net.ip(SWITCH, [f"link set dev {_PORT} master {BRIDGE}"])
-    net.address(CONTROL_PLANE, _HERE, [f"{v4}/24", f"{v6}/64"])
-    net.address(CONTROL_PLANE, "lo", [f"{SERVICE}/32"])
-    first = topology.nodes[0].addresses
-    for pool in topology.pools:
-        net.ip(CONTROL_PLANE, [f"route add {pool.cidr} via {first[':' in pool.cidr]}"])
+    net.address(CONTROL_PLANE, _HERE, [f"{v6}/64"] if topology.shape.ipv6_only else [f"{v4}/24", f"{v6}/64"])
+    net.address(CONTROL_PLANE, "lo", [service(topology)])
+    for pool, first in zip(topology.pools, topology.nodes[0].addresses, strict=True):
+        net.ip(CONTROL_PLANE, [f"route add {pool.cidr} via {first}"])
     for node in topology.nodes:
-        net.ip(node.name, [f"route add {SERVICE}/32 via {v4} dev {SWITCH} proto static"])
+        lead(net, topology, node)
+
+
+def lead(net: Net, topology: Topology, node: Node) -> None:
+    """Gives a node its way to the control plane, where no default route is one. Raises NetError."""
+    if topology.shape.mesh:
+        net.ip(node.name, [f"route add {service(topology)} via {endpoint(topology)} dev {SWITCH} proto static"])

@@ -8,6 +8,7 @@ from typing import Final
 from lab.busybox import BUSYBOX
 from lab.errors import LabError
 from lab.kube.build import NotHere, find_node
+from lab.wire import Installer
 
 #: Underlay's image, as ``make image`` leaves it.
 _IMAGE: Final = Path(__file__).resolve().parents[2] / "build" / "underlay-image.tar"
@@ -16,7 +17,7 @@ _OURS: Final = ["0", "0", "4294967295"]
 _PROGRAMS: Final = (Path("/usr/bin/containerd"), Path("/usr/lib/cni/loopback"), BUSYBOX)
 
 
-def options(*, bare: bool) -> list[str]:
+def options(*, bare: bool, installer: Installer | None = None) -> list[str]:
     """What makes a cluster of a lab, as options of its supervisor. Raises LabError, which says what to type."""
     if Path("/proc/self/uid_map").read_text().split() != _OURS:
         raise LabError("--cluster needs root's own user namespace, for containers: run it as root")
@@ -31,4 +32,4 @@ def options(*, bare: bool) -> list[str]:
             raise LabError(
                 f"--cluster needs {program}: apt-get install containerd runc containernetworking-plugins busybox-static"
             )
-    return found + (["--bare"] if bare else [])
+    return found + (["--bare"] if bare else []) + ([f"--installer={installer}"] if installer else [])

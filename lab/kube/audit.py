@@ -28,7 +28,8 @@ _NODE = "authentication.kubernetes.io/node-name"
 
 class Asked(msgspec.Struct, frozen=True):
     """One request. ``node`` is that of the pod whose token it came with, "" for others; ``name`` is "" for a list, and
-    mostly for a create. ``code`` is HTTP's, ``at`` the seconds since the epoch at which it came."""
+    mostly for a create. ``code`` is HTTP's, ``at`` the seconds since the epoch at which it came. ``agent`` is what the
+    client calls itself, ``address`` the one that it came from, ``said`` why it was refused."""
 
     user: str
     node: str
@@ -38,6 +39,9 @@ class Asked(msgspec.Struct, frozen=True):
     name: str
     code: int
     at: float
+    agent: str = ""
+    address: str = ""
+    said: str = ""
 
     @property
     def writes(self) -> bool:
@@ -45,7 +49,7 @@ class Asked(msgspec.Struct, frozen=True):
 
 
 class AuditLog:
-    """The log of a cluster that was made with ``audit``."""
+    """The log that an API server writes to this path."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -83,6 +87,7 @@ class _Object(msgspec.Struct):
 
 class _Status(msgspec.Struct):
     code: int = 0
+    message: str = ""
 
 
 class _Event(msgspec.Struct, rename="camel"):
@@ -91,6 +96,8 @@ class _Event(msgspec.Struct, rename="camel"):
     audit_id: str = msgspec.field(name="auditID")
     verb: str
     request_received_timestamp: str
+    user_agent: str = ""
+    source_ips: list[str] = msgspec.field(default_factory=list, name="sourceIPs")
     user: _User = msgspec.field(default_factory=_User)
     object_ref: _Object = msgspec.field(default_factory=_Object)
     response_status: _Status = msgspec.field(default_factory=_Status)
@@ -109,4 +116,7 @@ def _asked(event: _Event) -> Asked:
         name=event.object_ref.name,
         code=event.response_status.code,
         at=datetime.fromisoformat(event.request_received_timestamp).timestamp(),
+        agent=event.user_agent,
+        address=next(iter(event.source_ips), ""),
+        said=event.response_status.message,
     )

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Where etcd, kube-apiserver and kube-controller-manager come from: KUBEBUILDER_ASSETS, PATH, or a build of our own;
-and kubelet, kube-scheduler and kubectl, which a whole cluster needs besides.
+and kubelet, kube-scheduler, kubectl, kube-proxy and kubeadm, which a whole cluster needs besides.
 
 ``make apiserver`` builds what is not there (``lab.gobuild``). Tests only look (``find``, ``find_node``), as they run
 where there is no network.
@@ -9,24 +9,23 @@ where there is no network.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from lab import gobuild
-from lab.gobuild import BuildFailed, Module, NoGo
+from lab.gobuild import Module, NoGo
 
 HERE = Path(__file__).resolve().parent
 PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager")
-NODE_PROGRAMS = ("kubelet", "kube-scheduler", "kubectl")
+NODE_PROGRAMS = ("kubelet", "kube-scheduler", "kubectl", "kube-proxy", "kubeadm")
 #: What the linker writes into the programs, so that they know their version.
 STAMPED = ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
 GIVEN = f"set KUBEBUILDER_ASSETS to a folder with {', '.join(PROGRAMS)}"
 
 
-class NotHere(Exception):
+class NotHere(NoGo):
     """This machine has no API server; the message says how to get one."""
 
 
@@ -87,6 +86,14 @@ class NodePrograms(NamedTuple):
     @property
     def kubectl(self) -> Path:
         return self.folder / "kubectl"
+
+    @property
+    def proxy(self) -> Path:
+        return self.folder / "kube-proxy"
+
+    @property
+    def kubeadm(self) -> Path:
+        return self.folder / "kubeadm"
 
 
 def find_node(env: Mapping[str, str] = os.environ) -> NodePrograms:
@@ -151,19 +158,9 @@ def _linker_flags() -> str:
 
 
 def main() -> int:
-    """0: the folder is on stdout, with ``--node`` also that of the node's programs. No Go and none to be had: 0 and
-    why, but 1 in CI, where nothing may be skipped. 1: no build."""
-    try:
-        print(ensure().folder)
-        if "--node" in sys.argv[1:]:
-            print(ensure_node().folder)
-    except NotHere as e:
-        print(f"{e}; tests that need one are skipped", file=sys.stderr)
-        return 1 if os.environ.get("CI") == "true" else 0
-    except (BuildFailed, subprocess.TimeoutExpired) as e:
-        print(e, file=sys.stderr)
-        return 1
-    return 0
+    """As ``gobuild.main``; with ``--node`` also the node's programs."""
+    builds = [lambda: ensure().folder, lambda: ensure_node().folder]
+    return gobuild.main(*builds[: 2 if "--node" in sys.argv[1:] else 1])
 
 
 if __name__ == "__main__":

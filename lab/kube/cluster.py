@@ -24,9 +24,9 @@ from typing import Any
 import msgspec
 
 from cni import netns
-from lab.kube.audit import POLICY, AuditLog
+from lab.kube.audit import AuditLog
 from lab.kube.build import Programs
-from lab.kube.plane import CONTROLLERS, ClusterError, Plane, Ports, write_kubeconfig
+from lab.kube.plane import CONTROLLERS, GO, ClusterError, Plane, Ports, write_kubeconfig
 
 #: Seconds for a process to answer, on a machine that does something else too.
 START_LIMIT = 120
@@ -59,10 +59,11 @@ class Cluster:
     ) -> None:
         self.folder = folder
         self._controllers = controllers
-        self._audit = audit
         first = next(_ports)
         ports = Ports(etcd=first, peer=first + 1, api=first + 2, controllers=first + 3)
-        self._plane = Plane(programs=programs, folder=folder, admin_token="admin-token", ports=ports)
+        # Larger than any run makes it: a log that is begun anew is one that is not counted.
+        size = 4096 if audit else 0
+        self._plane = Plane(programs=programs, folder=folder, admin_token="admin-token", ports=ports, audit=size)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._connection: http.client.HTTPSConnection | None = None
         self._baseline: dict[str, tuple[str, str]] = {}
@@ -88,7 +89,7 @@ class Cluster:
     @property
     def audit_log(self) -> AuditLog:
         """Of a cluster that was made with ``audit``."""
-        return AuditLog(self.folder / "audit.log")
+        return self._plane.audit_log
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -109,7 +110,7 @@ class Cluster:
     def start_apiserver(self, *, wait: bool = True) -> None:
         """``wait``: until it is ready. Not to be called in a thread that ends: the process would end with it."""
         # What etcd held at the start can be asked for as long as the tests run.
-        self._spawn("kube-apiserver", *self._plane.apiserver(), "--etcd-compaction-interval=0", *self._auditing())
+        self._spawn("kube-apiserver", *self._plane.apiserver(), "--etcd-compaction-interval=0")
         if wait:
             self.wait_for("kube-apiserver", lambda: self.request("GET", "/readyz"))
 
@@ -273,6 +274,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env=os.environ | GO,
                 start_new_session=True,
                 preexec_fn=lambda: netns.die_with_parent(signal.SIGKILL),
             )
@@ -295,15 +297,6 @@ class Cluster:
                 tail = (self.folder / f"{name}.log").read_text(errors="replace")[-3000:]
                 raise ClusterError(f"{name} {said}: {why}\n{tail}")
             time.sleep(0.05)
-
-    def _auditing(self) -> Sequence[str]:
-        if not self._audit:
-            return ()
-        policy = self.folder / "audit-policy.json"
-        policy.write_text(json.dumps(POLICY))
-        # Larger than any run makes it: a log that is rotated is one that is not counted.
-        log = f"--audit-log-path={self.folder / 'audit.log'}"
-        return f"--audit-policy-file={policy}", log, "--audit-log-maxsize=4096"
 
     def _controllers_are_at_work(self) -> None:
         for namespace in ("default", "kube-node-lease", "kube-public", "kube-system"):

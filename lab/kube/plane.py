@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,12 +12,19 @@ from pathlib import Path
 import msgspec
 import yaml
 
+from lab.kube.audit import POLICY, AuditLog
 from lab.kube.build import NodePrograms, NotHere, Programs
 
 #: The garbage collector frees the blocks of a deleted Node; the others make a namespace behave as one.
 CONTROLLERS = ("garbage-collector-controller", "namespace-controller", "serviceaccount-controller")
+#: Where Services have their addresses.
+SERVICES = "10.96.0.0/16,fd00:10:97::/112"
 #: What the API server calls itself in its certificate, wherever it listens.
 NAMES = "IP:127.0.0.1,DNS:localhost,DNS:kubernetes.default.svc"
+
+#: How programs of Kubernetes are to use memory, of which there is plenty: a tenth of what an API server takes to start
+#: and to be filled is the collection of its garbage.
+GO = {"GOGC": "400"}
 
 
 class ClusterError(Exception):
@@ -43,19 +51,25 @@ class Nodes(msgspec.Struct, frozen=True, kw_only=True):
 
 class Plane(msgspec.Struct, frozen=True, kw_only=True):
     """``folder`` takes data and keys. ``admin_token`` is an administrator's, ``manager_token`` controller-manager's.
-    ``nodes``: kubelets are to join."""
+    ``nodes``: kubelets are to join. ``audit``: megabytes of a log of all that the API server is asked, after which it
+    is begun anew (one older is kept); 0 for none."""
 
     programs: Programs
     folder: Path
     admin_token: str
     manager_token: str = "manager-token"
     address: str = "127.0.0.1"
+    #: Where Services have their addresses, as the API server is told.
+    services: str = SERVICES
+    #: Where Endpoints of the service ``kubernetes`` lead, if that is elsewhere; it listens there, too.
+    endpoint: str = ""
     ports: Ports = Ports()
     nodes: Nodes | None = None
+    audit: int = 0
 
     @property
     def url(self) -> str:
-        return f"https://{self.address}:{self.ports.api}"
+        return f"https://{f'[{self.address}]' if ':' in self.address else self.address}:{self.ports.api}"
 
     @property
     def ca(self) -> Path:
@@ -66,9 +80,16 @@ class Plane(msgspec.Struct, frozen=True, kw_only=True):
     def pki(self) -> Path:
         return self.folder / "pki"
 
+    @property
+    def audit_log(self) -> AuditLog:
+        """Where there is ``audit``."""
+        return AuditLog(self.folder / "audit.log")
+
     def prepare(self, *, names: str = NAMES) -> None:
         """Makes keys, certificates and the list of tokens. NotHere, ClusterError."""
         self.pki.mkdir(parents=True, mode=0o700)
+        if self.audit:
+            self._audit_policy.write_text(json.dumps(POLICY))
         make_keys(self.pki, names=names)
         who = [f"{self.admin_token},admin,1,system:masters", f"{self.manager_token},system:kube-controller-manager,2"]
         write_kubeconfig(self._manager, self.url, self.ca, token=self.manager_token)
@@ -84,6 +105,13 @@ class Plane(msgspec.Struct, frozen=True, kw_only=True):
     def kubelet(self, node: str) -> Path:
         """The kubeconfig of a node's kubelet."""
         return self.pki / f"{node}.kubeconfig"
+
+    def admit(self, node: str) -> None:
+        """Makes the kubeconfig of a kubelet that nobody thought of in ``prepare``; there may be one already.
+        Raises ClusterError."""
+        if not self.kubelet(node).exists():
+            key = make_client_key(self.pki, f"kubelet-of-{node}", f"/O=system:nodes/CN=system:node:{node}")
+            write_kubeconfig(self.kubelet(node), self.url, self.ca, key=key)
 
     def etcd(self) -> list[str]:
         client, peer = f"http://127.0.0.1:{self.ports.etcd}", f"http://127.0.0.1:{self.ports.peer}"
@@ -103,9 +131,7 @@ class Plane(msgspec.Struct, frozen=True, kw_only=True):
         return [
             str(self.programs.apiserver),
             f"--etcd-servers=http://127.0.0.1:{self.ports.etcd}",
-            f"--bind-address={self.address}",
-            # Asked for where there is no default route; nobody uses it, as there is no reconciler of endpoints.
-            "--advertise-address=192.0.2.1",
+            f"--bind-address={self._bind}",
             f"--secure-port={self.ports.api}",
             f"--tls-cert-file={self.pki / 'server.crt'}",
             f"--tls-private-key-file={self.pki / 'server.key'}",
@@ -116,20 +142,38 @@ class Plane(msgspec.Struct, frozen=True, kw_only=True):
             f"--token-auth-file={self.pki / 'tokens.csv'}",
             "--authorization-mode=Node,RBAC",
             "--enable-admission-plugins=NodeRestriction,OwnerReferencesPermissionEnforcement",
-            "--service-cluster-ip-range=10.96.0.0/16",
-            "--endpoint-reconciler-type=none",
+            f"--service-cluster-ip-range={self.services}",
             "--profiling=false",
             *self._of_kubelets(),
+            *self._auditing(),
         ]
+
+    @property
+    def _bind(self) -> str:
+        if not self.endpoint:
+            return self.address
+        return "::" if ":" in self.endpoint else "0.0.0.0"
 
     def _of_kubelets(self) -> list[str]:
         if not self.nodes:
-            return []
+            # Asked for where there is no default route; nobody uses it, as there is no reconciler of endpoints.
+            return ["--advertise-address=192.0.2.1", "--endpoint-reconciler-type=none"]
         return [
+            f"--advertise-address={self.endpoint or self.address}",
             "--allow-privileged=true",
             f"--kubelet-client-certificate={self.pki / 'kubelet-client.crt'}",
             f"--kubelet-client-key={self.pki / 'kubelet-client.key'}",
             "--kubelet-preferred-address-types=InternalIP",
+        ]
+
+    def _auditing(self) -> list[str]:
+        if not self.audit:
+            return []
+        return [
+            f"--audit-policy-file={self._audit_policy}",
+            f"--audit-log-path={self.folder / 'audit.log'}",
+            f"--audit-log-maxsize={self.audit}",
+            "--audit-log-maxbackup=1",
         ]
 
     def scheduler(self) -> list[str]:
@@ -158,9 +202,15 @@ class Plane(msgspec.Struct, frozen=True, kw_only=True):
             "--leader-elect=false",
             "--kube-api-qps=500",
             "--kube-api-burst=1000",
+            # Which it makes, if need be.
+            f"--flex-volume-plugin-dir={self.folder / 'volume-plugins'}",
             # How soon a node's taint goes once it is ready.
             *(["--node-monitor-period=500ms"] if self.nodes else []),
         ]
+
+    @property
+    def _audit_policy(self) -> Path:
+        return self.folder / "audit-policy.json"
 
     @property
     def _manager(self) -> Path:
@@ -171,9 +221,13 @@ class Plane(msgspec.Struct, frozen=True, kw_only=True):
         return self.pki / "scheduler.kubeconfig"
 
 
-def write_kubeconfig(path: Path, server: str, ca: Path, *, token: str = "", token_file: Path | None = None) -> None:
-    """A kubeconfig, its owner's alone, for a token or for a file that has one and may change."""
+def write_kubeconfig(
+    path: Path, server: str, ca: Path, *, token: str = "", token_file: Path | None = None, key: Path | None = None
+) -> None:
+    """A kubeconfig, its owner's alone, for a token, for a file that has one and may change, or for a key and its
+    certificate (without their endings)."""
     user = {"tokenFile": str(token_file)} if token_file else {"token": token}
+    user = {"client-key": f"{key}.key", "client-certificate": f"{key}.crt"} if key else user
     config = {
         "apiVersion": "v1",
         "kind": "Config",
@@ -205,10 +259,11 @@ def make_keys(folder: Path, *, names: str = NAMES) -> None:
     make_client_key(folder, "admin", "/O=system:masters/CN=admin")
 
 
-def make_client_key(folder: Path, name: str, subject: str) -> None:
-    """A client's certificate of the CA in the folder, and its key."""
+def make_client_key(folder: Path, name: str, subject: str) -> Path:
+    """A client's certificate of the CA in the folder, and its key; the way to them, without their endings."""
     signed = ("basicConstraints=critical,CA:FALSE", "keyUsage=critical,digitalSignature")
     _openssl(folder, name, subject, *signed, "extendedKeyUsage=clientAuth", ca=True)
+    return folder / name
 
 
 def _openssl(folder: Path, name: str, subject: str, *extensions: str, ca: bool = False) -> None:

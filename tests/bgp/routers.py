@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from cni.peer import answers
 from lab.net import Net
 from lab.routers import let_root_run_frr
+from tests.conftest import eventually
 
 NODE4, TOR4 = "10.0.1.1", "10.0.1.2"
 NODE6, TOR6 = "fd00:1::1", "fd00:1::2"
@@ -120,11 +123,14 @@ class Bird(Router):
         node_as: int = NODE_AS,
         restart: int = 60,
         hops: int = 1,
+        marks: Mapping[str, str] = {},
     ) -> None:
+        """``marks``: what BIRD does to a route before it is told, in its own words."""
         ends = self._ends
         routes = list(routes)
-        four = "".join(f"  route {r} blackhole;\n" for r in routes if ":" not in r)
-        six = "".join(f"  route {r} blackhole;\n" for r in routes if ":" in r)
+        said = {r: f"  route {r} blackhole{f' {{ {marks[r]} }}' if r in marks else ''};\n" for r in routes}
+        four = "".join(line for r, line in said.items() if ":" not in r)
+        six = "".join(line for r, line in said.items() if ":" in r)
         keeps = f"graceful restart on; graceful restart time {restart};" if graceful else "graceful restart off;"
         secure = f'password "{password}";' if password else ""
         secure += " ttl security on;" if ttl_security else ""
@@ -207,6 +213,24 @@ class Bird(Router):
 _NAMES = {"noExport": "65535:65281", "noAdvertise": "65535:65282", "gracefulShutdown": "65535:0"}
 
 
+def await_zebra(path: Path) -> None:
+    """Returns when somebody listens there: a bgpd that finds nobody tries again after 10 s (lib/zclient.c), and its
+    routes are in no kernel until then, though it announces them."""
+    eventually(lambda: answers(path), limit=20)
+
+
+def _said(vty: socket.socket, command: str) -> str:
+    """The answer of an FRR daemon's vty; three zero bytes and a code end it."""
+    vty.sendall(command.encode() + b"\0")
+    said = b""
+    while said[-4:-1] != b"\0\0\0":
+        part = vty.recv(1 << 16)
+        if not part:
+            raise ConnectionError(command)
+        said += part
+    return said[:-4].decode()
+
+
 class Frr(Router):
     kind = "frr"
     _folder = Path("/usr/lib/frr")
@@ -257,16 +281,22 @@ class Frr(Router):
         # One that is not there ends it.
         listening = [w for f, end in (("4", ends.tor4), ("6", ends.tor6)) if f in families for w in ("-l", end)]
         self._zebra = spawn("zebra", zebra)
+        await_zebra(self.folder / "zserv")
         self.process = spawn("bgpd", config, "-p", "179", *listening)
 
     def drain(self) -> None:
         self.ask("configure terminal", f"router bgp {TOR_AS}", "bgp graceful-shutdown")
 
     def ask(self, *commands: str) -> str:
-        words = [word for command in commands for word in ("-c", command)]
-        return self._net.run(
-            self._name, ["vtysh", "--vty_socket", str(self.folder), "-d", "bgpd", *words], check=False
-        ).stdout
+        """What ``vtysh -d bgpd -c ...`` prints, without the program, which builds all of FRR's grammar at each start.
+        Empty from a bgpd that is not there."""
+        with socket.socket(socket.AF_UNIX) as vty:
+            vty.settimeout(30)
+            try:
+                vty.connect(str(self.folder / "bgpd.vty"))
+                return "".join([_said(vty, command) for command in ("enable", *commands)])
+            except (FileNotFoundError, ConnectionError):
+                return ""
 
     def table(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}

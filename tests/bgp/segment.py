@@ -38,7 +38,7 @@ from store.model import (
     block_name,
 )
 from store.open import open_store
-from tests.bgp.routers import TOR_AS, let_root_run_frr
+from tests.bgp.routers import TOR_AS, await_zebra, let_root_run_frr
 from tests.conftest import eventually
 
 T = TypeVar("T")
@@ -98,6 +98,9 @@ class Segment:
 
         self.store(act)
 
+    def delete_pool(self, pool: str) -> None:
+        self.store(lambda store: store.delete(IPPool, pool))
+
     def peer_with_tor(self) -> None:
         """One AS holds all nodes, so each hears its own number in the others' paths."""
 
@@ -127,13 +130,13 @@ class Segment:
         self.net.ip("switch", [f"link set {member} master br0"])
         self.net.address(member, "eth0", cidrs)
 
-    def add(self, number: int, *, with_pod: bool = False) -> None:
-        """The machine, its Node object and its blocks. Nothing runs there yet."""
+    def add(self, number: int, *, with_pod: bool = False, reported: int = 2) -> None:
+        """The machine, its Node object with so many of its addresses, and its blocks. Nothing runs there yet."""
         four, six = addresses(number)
         self.attach(name(number), (f"{four}/24", f"{six}/64"))
         if with_pod:
             self._add_pod(number)
-        self.store(lambda store: _create(store, number))
+        self.store(lambda store: _create(store, number, reported))
 
     def _add_pod(self, number: int) -> None:
         member, inside, (four, six) = name(number), f"pod-{number}", pod(number)
@@ -226,9 +229,9 @@ def straight(number: int, numbers: Iterable[int]) -> dict[str, tuple[str, ...]]:
     }
 
 
-async def _create(store: Store, number: int) -> None:
+async def _create(store: Store, number: int, reported: int) -> None:
     made = await store.create(Node(metadata=Meta(name=name(number))))
-    internal = tuple(NodeAddress(type="InternalIP", address=a) for a in addresses(number))
+    internal = tuple(NodeAddress(type="InternalIP", address=a) for a in addresses(number)[:reported])
     await store.update_status(replace(made, status=NodeStatus(addresses=internal)))
     for cidr in blocks(number):
         pool = "v6" if ":" in cidr else "v4"
@@ -287,6 +290,7 @@ def _frr(net: Net, folder: Path) -> subprocess.Popen[bytes]:
         return net.spawn("tor", [*argv, *common], log=folder / "log")
 
     spawn("zebra", zebra)
+    await_zebra(folder / "zserv")
     return spawn("bgpd", config, "-p", "179", "-l", TOR4, "-l", TOR6)
 
 

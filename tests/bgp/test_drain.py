@@ -83,7 +83,8 @@ def test_a_machine_that_goes_down_is_out_of_the_routes_before_its_agent_ends(mad
     assert made.process is not None
     made.process.send_signal(signal.SIGTERM)
     assert made.process.wait(timeout=30) == 0
-    assert not router.table()
+    # It has seen them sent, which a busy router reads a moment later; with the agent gone nobody takes more out.
+    eventually(lambda: not router.table(), limit=2)
 
 
 def test_an_upgrade_takes_nothing_out_of_the_routes(made: Agent, router: Router) -> None:

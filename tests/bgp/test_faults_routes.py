@@ -72,9 +72,11 @@ def test_no_end_of_rib_before_the_first_table(router: Router, node: Node) -> Non
         table = node.folder / "table.json"
         table.write_text(table.read_text().replace("10.244.0.0/26", "10.244.0.0/27"))
         await until(router.stale)
+        log = node.folder / "exabgp.log"
+        before = log.read_text().count("connected to peer")  # the first connections may have met FRR's own, and ended
         node.start()
         await until(lambda: "damaged" in node.log.read_text())
-        await until(lambda: (node.folder / "exabgp.log").read_text().count("connected to peer") == 4)
+        await until(lambda: log.read_text().count("connected to peer") >= before + 2)
         await asyncio.sleep(0.5)  # long enough for an End-of-RIB that must not come
         assert router.stale()
         assert router.table().keys() == {a.prefix for a in blocks(4)}

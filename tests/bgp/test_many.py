@@ -23,13 +23,8 @@ def test_many_distinct_attribute_sets(bird: Bird, node: Node) -> None:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") >> 20
 
     async def main() -> None:
-        bird.start(["10.9.0.0/24"])
-        config = bird.folder / "bird.conf"
-        routes = "".join(
-            f"  route {prefix(i)} blackhole {{ bgp_large_community.add(({TOR_AS}, {i}, 1)); }};\n" for i in range(COUNT)
-        )
-        config.write_text(config.read_text().replace("  route 10.9.0.0/24 blackhole;\n", routes))
-        bird.ask("configure")
+        marks = {prefix(i): f"bgp_large_community.add(({TOR_AS}, {i}, 1));" for i in range(COUNT)}
+        bird.start(marks, marks=marks)
         node.start()
         async with node.driver() as (driver, events):
             began = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agent.bgp.model import EndOfRib, Event, Session, SessionUp, Update
+from agent.bgp.model import EndOfRib, Event, Resync, Session, SessionUp, Update
 from lab.net import Net
 from tests.bgp.conftest import BOTH, SESSIONS, Node, announce, blocks, run, session, until
 from tests.bgp.routers import NODE4, NODE_AS, TOR4, TOR6, Router, wire
@@ -45,12 +45,10 @@ def test_both_families_go_both_ways(router: Router, node: Node) -> None:
     run(main())
 
 
-def test_two_nodes_of_a_mesh(net: Net, tmp_path: Path, node: Node) -> None:
-    """Node to node: one side waits, both speak iBGP, and either may restart its agent or its speaker."""
+def mesh(net: Net, folder: Path) -> tuple[frozenset[Session], frozenset[Session], Node]:
+    """A second node, where the router would be: the sessions of both ends, of which the second's waits, and itself."""
     wire(net)
-    (tmp_path / "other").mkdir()
-    other = Node(net, tmp_path / "other", "tor")
-    other.options = ("--silence", "1")
+    (folder / "other").mkdir()
     here = frozenset({session("4", peer_as=NODE_AS), session("6", peer_as=NODE_AS)})
     there = frozenset(
         Session(
@@ -65,13 +63,21 @@ def test_two_nodes_of_a_mesh(net: Net, tmp_path: Path, node: Node) -> None:
         )
         for s in here
     )
+    return here, there, Node(net, folder / "other", "tor")
+
+
+def learned(events: list[Event]) -> set[str]:
+    return {r.prefix for e in events if isinstance(e, Update) for r in e.announced}
+
+
+def ended(events: list[Event]) -> int:
+    return sum(isinstance(e, EndOfRib) for e in events)
+
+
+def test_two_nodes_of_a_mesh(net: Net, tmp_path: Path, node: Node) -> None:
+    """Node to node: one side waits, both speak iBGP, and either may restart its agent or its speaker."""
+    here, there, other = mesh(net, tmp_path)
     back = frozenset({announce("10.245.0.0/26", peer=NODE4, next_hop=TOR4)})
-
-    def learned(events: list[Event]) -> set[str]:
-        return {r.prefix for e in events if isinstance(e, Update) for r in e.announced}
-
-    def ended(events: list[Event]) -> int:
-        return sum(isinstance(e, EndOfRib) for e in events)
 
     async def main() -> None:
         node.start()
@@ -94,5 +100,60 @@ def test_two_nodes_of_a_mesh(net: Net, tmp_path: Path, node: Node) -> None:
             node.start()
             await until(lambda: ended(told_again) == 4, limit=20)
             assert learned(told_again) == {a.prefix for a in blocks(4)}
+
+    run(main())
+
+
+def test_what_a_node_of_a_mesh_lacks_is_not_waited_for(net: Net, tmp_path: Path, node: Node) -> None:
+    """Sessions are there before the agent is: it asks for all routes, and an ExaBGP that has none answers nothing. But
+    it said so once, by its End-of-RIB."""
+    here, there, other = mesh(net, tmp_path)
+    node.options = ("--silence", "3600")
+    back = frozenset({announce("10.245.0.0/26", peer=NODE4, next_hop=TOR4)})
+
+    async def main() -> None:
+        node.write_conf(here)
+        node.start()
+        other.start()
+        async with other.driver() as (two, told_two):
+            two.set_sessions(there)
+            two.set_announcements(back)
+            await until(lambda: sum(isinstance(e, SessionUp) for e in told_two) == 2)
+            async with node.driver() as (one, told_one):
+                one.set_sessions(here)
+                one.set_announcements(frozenset())
+                await until(lambda: ended(told_one) == 4)
+                assert learned(told_one) == {"10.245.0.0/26"}
+            async with node.driver() as (_, told_one):
+                await until(lambda: ended(told_one) == 4)
+                assert learned(told_one) == {"10.245.0.0/26"}
+
+    run(main())
+
+
+def test_an_answer_of_a_peer_that_has_no_table_yet_is_not_its_end(net: Net, tmp_path: Path, node: Node) -> None:
+    """Both speakers have just started, and the peer's is asked for its routes before its relay gave it any. ExaBGP then
+    answers that it begins and ends, and only then tells what came meanwhile: by that end, routes went for 25 ms."""
+    here, there, other = mesh(net, tmp_path)
+    back = frozenset({announce("10.245.0.0/26", peer=NODE4, next_hop=TOR4)})
+
+    async def main() -> None:
+        node.write_conf(here)
+        other.write_conf(there)
+        other.start()
+        node.start()
+        async with node.driver() as (one, told):
+            one.set_sessions(here)
+            one.set_announcements(blocks(4))
+            await until(lambda: sum(isinstance(e, SessionUp) for e in told) == 2)
+        async with node.driver() as (_, told):
+            await until(lambda: sum(isinstance(e, Resync) for e in told) == 4)
+            async with other.driver() as (two, _):
+                two.set_sessions(there)
+                two.set_announcements(back)
+                await until(lambda: ended(told) == 4)
+        peer_told = [e for e in told if e.peer == TOR4]
+        ends = [isinstance(e, EndOfRib) and e.family == "ipv4 unicast" for e in peer_told].index(True)
+        assert learned(peer_told[:ends]) == {"10.245.0.0/26"}
 
     run(main())

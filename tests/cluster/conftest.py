@@ -17,7 +17,10 @@ from lab.cluster import needs
 from lab.errors import LabError
 from lab.kube.build import NotHere, find
 from tests.cluster.cluster import Cluster
+from tests.cluster.docpages import SHARED, Page
 from tests.conftest import lab_ends_with_us
+
+HERE = Path(__file__).parent
 
 
 @functools.cache
@@ -28,6 +31,25 @@ def _missing() -> str:
     except (NotHere, LabError) as e:
         return str(e)
     return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole clusters come up within some of these tests, beside the other parts of ``make test``. Those that do without
+    ``cluster`` come first: once it is up, its four nodes take half a core until the session ends."""
+    places = [place for place, item in enumerate(items) if item.path.is_relative_to(HERE)]
+    here = [items[place] for place in places]
+    for place, item in zip(places, sorted(here, key=_shares), strict=True):
+        items[place] = item
+    for item in here:
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
+
+
+def _shares(item: pytest.Item) -> bool:
+    """Whether it is a test on the cluster of this session."""
+    asked: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
+    page = asked.get("page")
+    return "cluster" in getattr(item, "fixturenames", ()) or (isinstance(page, Page) and page.on == SHARED)
 
 
 def pytest_runtest_setup() -> None:
@@ -42,7 +64,7 @@ def pytest_runtest_setup() -> None:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two racks of two nodes (node-1 and node-2 behind tor-1, the others behind tor-2), Underlay from ``manifests/``.
     Shared by all: a test has a Namespace of its own, and leaves nodes and Underlay as it found them."""
-    with _watched(tmp_path_factory.mktemp("cluster") / "lab") as made:
+    with watched(tmp_path_factory.mktemp("cluster") / "lab") as made:
         made.up("--bare", "--racks", "2", "--nodes", "2")
         made.install()
         made.ready()
@@ -55,7 +77,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Clu
     with contextlib.ExitStack() as stack:
 
         def make(*options: str) -> Cluster:
-            made = stack.enter_context(_watched(tmp_path_factory.mktemp("cluster") / "lab"))
+            made = stack.enter_context(watched(tmp_path_factory.mktemp("cluster") / "lab"))
             made.up("--bare", *options)
             return made
 
@@ -63,6 +85,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Clu
 
 
 @contextlib.contextmanager
-def _watched(path: Path) -> Iterator[Cluster]:
+def watched(path: Path) -> Iterator[Cluster]:
+    """A cluster to be brought up in this folder; it ends with this process at the latest."""
     with lab_ends_with_us(path):
         yield Cluster(path)

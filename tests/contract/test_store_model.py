@@ -234,7 +234,7 @@ class SqliteMachine(Machine):
         return SqliteStore(folder / "store.db", SystemClock(), history=HISTORY)
 
 
-LIMITS = settings(max_examples=30, stateful_step_count=40, deadline=None)
+LIMITS = settings(max_examples=30, stateful_step_count=40)
 TestMemory = MemoryMachine.TestCase
 TestMemory.settings = LIMITS
 TestSqlite = SqliteMachine.TestCase

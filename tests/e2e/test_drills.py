@@ -6,7 +6,11 @@ The long form, every drill in every kind of lab, runs with UNDERLAY_DRILLS=1.
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import partial
 
 import msgspec
 import pytest
@@ -64,6 +68,23 @@ def test_drills_are_listed_and_a_wrong_one_is_refused(small: Lab) -> None:
         done = small.command("drill", name, check=False)
         assert done.returncode == 1
         assert why in done.stderr
+
+
+def test_pings_go_on_until_they_are_interrupted_and_tell_what_was_lost(small: Lab) -> None:
+    argv = [sys.executable, "-m", "lab.cli", "ping", "--dir", str(small.folder.path), "-o", "json"]
+    # A shell's background job, as these tests may be, has it ignored.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+        assert process.stderr
+        assert "packets on every path" in process.stderr.readline()
+        small.command("link", "cut", "node-1", "tor-1")
+        small.command("link", "mend", "node-1", "tor-1")
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    report = msgspec.json.decode(said, type=Report)
+    assert process.returncode == 1
+    assert report.lost == report.wrongly_lost > 0
+    assert len(report.paths) == 2 * (2 + 2)
 
 
 @pytest.fixture

@@ -394,6 +394,7 @@ def allocations(lab: Lab) -> set[str]:
         (("kill", "node-9", "agent"), "no node is called node-9"),
         (("kill", "node-1", "agent", "--signal", "NONE"), "no such signal"),
         (("link", "cut", "node-1", "tor-2"), "no link between node-1 and tor-2"),
+        (("visitor", "come"), "racks have ToRs of their own"),
     ],
 )
 def test_a_wrong_name_is_told_what_there_is(lab: Lab, words: tuple[str, ...], told: str) -> None:

@@ -234,10 +234,12 @@ def test_watches_that_end_at_once_are_no_busy_loop() -> None:
     api = FakeApi(page(5))
     for _ in range(50):
         api.then(streams(), page(5))
+    # It answers all, however busy the machine is.
+    limits = Limits(connect=9, request=9, silence=9, watch=LIMITS.watch, patience=LIMITS.patience)
 
     async def main() -> None:
         async with asyncio.timeout(20), api:
-            store = KubeStore(Access(server=api.url, tokens=FixedToken("")), SystemClock(), limits=LIMITS)
+            store = KubeStore(Access(server=api.url, tokens=FixedToken("")), SystemClock(), limits=limits)
             async with aclosing(store.watch(IPPool)) as events:
                 assert await take(events, 1) == ["synced @5"]
                 with pytest.raises(Unavailable, match="end as soon as they begin"):

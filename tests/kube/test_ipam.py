@@ -7,9 +7,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from msgspec.structs import replace
 
-from ipam.errors import IPAMError
+from ipam.errors import IPAMError, NotReady
 from ipam.ledger import Phase
 from ipam.node import Settings
 from lab.kube.audit import count
@@ -45,8 +46,10 @@ def test_a_node_deleted_and_made_again_disturbs_no_pod(installed: Installed, tmp
             return bool(block and block.metadata.deletion_timestamp) and rig.phases()[old] is Phase.MARKED
 
         await soon(marked, COLLECTED)
-        (other,) = await adds(rig, ["2"])
+        with pytest.raises(NotReady, match="there is no Node node-1"):
+            await rig.add("2")
         node = await world.people.create(Node(metadata=Meta(name="node-1")))
+        (other,) = await adds(rig, ["2"])
 
         async def tied() -> bool:
             blocks = [b for b in (await world.people.list(IPAMBlock)).items if not b.metadata.deletion_timestamp]

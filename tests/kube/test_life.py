@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from ipam.errors import IPAMError
+from ipam.errors import IPAMError, NotReady
 from ipam.ledger import Phase
 from ipam.model import ForeignRoute, Lease, Settings
 from lab.kube.installed import AGENT, CNI, Installed
@@ -288,7 +288,8 @@ def test_what_people_delete_under_live_pods(installed: Installed, tmp_path: Path
 
         await life.until(marked, COLLECTED)
         assert old in {f["address"] for f in (await life.findings())["BlockOfNoNode"]}
-        await life.add(one, "while-gone")
+        with pytest.raises(NotReady, match="there is no Node node-1"):
+            await one.add("while-gone")
         await life.people.create(Node(metadata=Meta(name="node-1")))
         await life.add(one, "back")
         await life.until(life.owned)

@@ -556,12 +556,35 @@ def test_a_block_that_overlaps_one_of_a_former_pool_is_refused(
     passes(cluster, block(new, "node-2", labels={"app.kubernetes.io/managed-by": "underlay-cni"}))
 
 
+# -- the end of all blocks ---------------------------------------------------------------------------------------------
+
+
+def test_the_kind_of_blocks_outlives_the_last_of_them(cluster: Cluster) -> None:
+    """Its deletion would mark the blocks, and wait for their finalizers."""
+    kind = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/ipamblocks.underlay.network?dryRun=All"
+
+    def delete() -> Refused | None:
+        return denial(cluster, "DELETE", kind)
+
+    def refused() -> bool:
+        check(delete(), "underlay-blocks-first", MINE, "of node node-1", "underlayctl uninstall takes blocks away")
+        return True
+
+    make(cluster, pool("pool", "10.0.0.0/16"))
+    make(cluster, block(MINE, "node-1"))
+    eventually(refused)
+    assert denial(cluster, "DELETE", kind.replace("ipamblocks", "bgppeers")) is None
+    cluster.request("PATCH", path("ipamblocks", "10-0-0-0-26"), {"metadata": {"finalizers": None}}, content_type=MERGE)
+    cluster.request("DELETE", path("ipamblocks", "10-0-0-0-26"))
+    eventually(lambda: delete() is None)
+
+
 # -- the policies themselves -------------------------------------------------------------------------------------------
 
 
 def test_the_api_servers_type_checker_has_nothing_against_them(cluster: Cluster) -> None:
     names = [d["metadata"]["name"] for d in manifest("policies.yaml") if d["kind"] == "ValidatingAdmissionPolicy"]
-    assert len(names) == 7
+    assert len(names) == 12
 
     def checked(name: str) -> bool:
         policy = cluster.request("GET", f"{POLICIES}/{name}")
@@ -575,7 +598,9 @@ def test_the_api_servers_type_checker_has_nothing_against_them(cluster: Cluster)
 
 def test_a_policy_says_what_to_do() -> None:
     """Not only what is wrong: each message has an instruction."""
-    remedy = re.compile(r"use the one that|UNDERLAY_NODE|type: underlayctl|choose|write one|cut the block|delete one")
+    remedy = re.compile(
+        r"use the one that|UNDERLAY_NODE|type: underlayctl|choose|write one|cut the block|delete one|after it"
+    )
     for document in manifest("policies.yaml"):
         for validation in document["spec"].get("validations", []):
             text = validation.get("messageExpression") or validation["message"]
@@ -586,7 +611,7 @@ def test_a_policy_says_what_to_do() -> None:
 
 def test_what_only_guards_fails_open_and_what_protects_fails_closed() -> None:
     """An API server that has just started may know no custom resource for half a minute: whatever compares with others
-    then fails, and no node may be kept from claiming a block by that."""
+    then fails, for everybody, and no node may be kept from claiming a block by that, nor people from making a pool."""
     for document in manifest("policies.yaml"):
         if document["kind"] == "ValidatingAdmissionPolicy":
             expected = "Ignore" if "paramKind" in document["spec"] else "Fail"

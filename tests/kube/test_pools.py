@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from tests.ipam_fakes import pool as a_pool
 from tests.ipam_fakes import reservation
 from tests.kube.world import CLOCK, World, adds, run, soon
 
+USER = f"system:serviceaccount:{NAMESPACE}:{CNI}"
 FOUR = a_pool("four", "10.5.0.0/16", use_pod_cidrs=True)
 SIX = a_pool("six", "fd00:5::/48", use_pod_cidrs=True)
 NODE_IPAM = (
@@ -198,7 +200,7 @@ def test_pods_that_choose_are_read_with_the_servers_own_token(installed: Install
     """The fixture's own pods are pods of a node too."""
 
     async def story(world: World) -> None:
-        api = installed.cluster
+        api, began = installed.cluster, time.time()
         path = f"/api/v1/namespaces/{NAMESPACE}"
         merge = "application/merge-patch+json"
         wish = {"metadata": {"annotations": {"underlay.network/ipv4pools": '["small"]'}}}
@@ -219,6 +221,14 @@ def test_pods_that_choose_are_read_with_the_servers_own_token(installed: Install
                     await annotations.choice(asked(name, uid))
                 assert e.value.code == spec.TRY_AGAIN
             assert await annotations.choice(Call("ADD", Config(name="pods"), "c1", "eth0", "/n")) == Choice()
+
+            async def followed() -> bool:
+                """By watches, that is, and not by reading all again after one that was refused."""
+                requests = installed.cluster.audit_log.requests(began)
+                asked = {(r.verb, r.resource, r.code) for r in requests if r.user == USER}
+                return {("watch", "pods", 200), ("watch", "namespaces", 200)} <= asked
+
+            await soon(followed)
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from msgspec.structs import replace
 from agent.status import StatusWriter
 from agent.view import View
 from ipam.node import Settings
-from lab.kube.cluster import Cluster
+from lab.kube.cluster import Cluster, Refused
 from lab.kube.installed import ACCOUNTS, AGENT, CNI, NAMESPACE, SPEAKER, Installed, Wire, denial
 from store.clock import SystemClock
 from store.errors import Invalid, NotFound
@@ -42,22 +43,32 @@ RIGHTS: dict[str, dict[str, tuple[str, ...]]] = {
         "namespaces": FOLLOW,
     },
     AGENT: {
-        "ippools": FOLLOW,
+        "ippools": (*FOLLOW, "create"),
         "ipamblocks": ("get", *FOLLOW),
         "bgpconfigurations": FOLLOW,
         "bgppeers": FOLLOW,
         "bgpfilters": FOLLOW,
-        "bgpnodestatuses": ("get", "create"),
+        "bgpnodestatuses": ("get", *FOLLOW, "create", "update", "delete"),
         "bgpnodestatuses/status": ("update",),
         "nodes": FOLLOW,
+        "nodes/status": ("patch",),
     },
     SPEAKER: {},
+}
+#: What is of one namespace, and mostly of one object there; used in test_first_pools.py.
+NARROW = {
+    (AGENT, "kube-system"): {("configmaps kubeadm-config", "get"), ("clusterconfigs k0s.k0sproject.io k0s", "get")},
+    (AGENT, NAMESPACE): {("configmaps underlay-first-pools", "get"), ("configmaps", "create")},
 }
 #: Only where pods may choose pool or address.
 OPTIONAL = "underlay-cni-annotations"
 EACH = [(a, r, v) for a, rights in RIGHTS.items() for r, verbs in rights.items() for v in verbs]
 
 MERGE = "application/merge-patch+json"
+STRATEGIC = "application/strategic-merge-patch+json"
+#: The roles of manifests/rbac.yaml, by account.
+ROLES = {CNI: (CNI, OPTIONAL), AGENT: (AGENT,), SPEAKER: ()}
+CLUSTER_ROLES = "/apis/rbac.authorization.k8s.io/v1/clusterroles"
 BINDINGS = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
 
 
@@ -78,7 +89,8 @@ def _populated(_installed: Installed) -> Iterator[None]:
     ours("bgppeers", "BGPPeer", "tor", {"peerIP": "192.0.2.1", "asNumber": 65001})
     ours("bgpfilters", "BGPFilter", "deny", {"importV4": [{"action": "Reject"}]})
     cluster.request("POST", path("ipamblocks"), block("10.0.0.0/26", "node-1"))
-    cluster.request("POST", path("bgpnodestatuses"), node_status("node-1"))
+    for name in ("node-1", "node-2"):
+        cluster.request("POST", path("bgpnodestatuses"), node_status(name))
     with cluster.remembered():
         yield
 
@@ -120,7 +132,7 @@ def _event(name: str) -> Wire:
 
 EVENTS = "/apis/events.k8s.io/v1/namespaces/default/events"
 RESOURCES = {
-    "ippools": Resource(path("ippools"), "pool"),
+    "ippools": Resource(path("ippools"), "pool", "", pool("default-ipv4", "10.8.0.0/16")),
     "ipreservations": Resource(path("ipreservations"), "router"),
     "ipamconfigurations": Resource(path("ipamconfigurations"), "default", "metadata.name=default"),
     "bgpconfigurations": Resource(path("bgpconfigurations"), "default"),
@@ -170,6 +182,14 @@ def use(installed: Installed, account: str, resource: str, verb: str) -> None:
         case "create":
             if resource == "bgpnodestatuses":
                 cluster.request("DELETE", at)
+            if resource == "ippools":
+                # The first one is made where there is none.
+                cluster.request("DELETE", at)
+                eventually(
+                    lambda: (
+                        "there is IPPool" not in str(denial(cluster, "POST", f"{root}?dryRun=All", new, token=token))
+                    )
+                )
             cluster.request("POST", root, new, token=token)
         case "update":
             obj = cluster.request("GET", at)
@@ -177,12 +197,19 @@ def use(installed: Installed, account: str, resource: str, verb: str) -> None:
                 obj["status"] = {"used": 1, "free": 63} if resource == "ipamblocks" else {"asNumber": 64512}
             else:
                 # The owner reference needs a right to delete too, where OwnerReferencesPermissionEnforcement is on.
-                uid = cluster.request("GET", "/api/v1/nodes/node-1", token=token)["metadata"]["uid"]
+                uid = cluster.request("GET", "/api/v1/nodes/node-1")["metadata"]["uid"]
                 owner = {"apiVersion": "v1", "kind": "Node", "name": "node-1", "uid": uid}
                 obj["metadata"] |= {"annotations": {"a": "b"}, "ownerReferences": [owner]}
             before = obj["metadata"]["resourceVersion"]
             after = cluster.request("PUT", f"{at}/{sub}" if sub else at, obj, token=token)
             assert after["metadata"]["resourceVersion"] != before
+        case "patch" if resource == "nodes":
+            said = {"type": "NetworkUnavailable", "status": "False", "reason": "UnderlayIsUp"}
+            patch = {"status": {"conditions": [said]}}
+            after = cluster.request("PATCH", f"{at}/{sub}", patch, token=token, content_type=STRATEGIC)
+            assert [(c["type"], c["reason"]) for c in after["status"]["conditions"]] == [
+                ("NetworkUnavailable", "UnderlayIsUp")
+            ]
         case "patch":
             _see_event(cluster)
             series = {"count": 2, "lastObservedTime": "2026-01-01T00:00:01.000000Z"}
@@ -199,6 +226,54 @@ def test_every_right_is_of_use(installed: Installed, account: str, resource: str
     use(installed, account, resource, verb)
 
 
+@pytest.mark.parametrize(("account", "resource", "verb"), EACH)
+def test_without_a_right_what_it_is_for_fails(installed: Installed, account: str, resource: str, verb: str) -> None:
+    """So each verb of each rule is needed by ``test_every_right_is_of_use``: take one away, and that fails."""
+    cluster = installed.cluster
+    kind, _, _ = resource.partition("/")
+    takers = [role for role in ROLES[account] if _takes(cluster, role, resource, verb)]
+    assert len(takers) == 1, "one rule gives it"
+
+    def refused() -> bool:
+        try:
+            use(installed, account, resource, verb)
+        except Refused as e:
+            assert f'cannot {verb} resource "{resource}"' in str(e)
+            return True
+        except AssertionError:
+            # A watch says only its code.
+            return (
+                verb == "watch"
+                and status_of(cluster, f"{listed(kind)}&watch=true", token=installed.tokens[account, "node-1"])
+                == HTTPStatus.FORBIDDEN
+            )
+        cluster.reset()
+        for role in takers:
+            _takes(cluster, role, resource, verb)
+        return False
+
+    eventually(refused)
+
+
+def _takes(cluster: Cluster, role: str, resource: str, verb: str) -> bool:
+    """Takes the verb out of every rule of the role for that resource; False if none had it."""
+    at = f"{CLUSTER_ROLES}/{role}"
+    obj = cluster.request("GET", at)
+    rules, found = [], False
+    for rule in obj["rules"]:
+        if resource in rule["resources"] and verb in rule["verbs"]:
+            found = True
+            others = [r for r in rule["resources"] if r != resource]
+            rules += [{**rule, "resources": others}] if others else []
+            verbs = [v for v in rule["verbs"] if v != verb]
+            rules += [{**rule, "resources": [resource], "verbs": verbs}] if verbs else []
+        else:
+            rules.append(rule)
+    if found:
+        cluster.request("PUT", at, {**obj, "rules": rules})
+    return found
+
+
 def granted(cluster: Cluster, token: str, namespace: str) -> set[tuple[str, str]]:
     """Resource and verb, as the API server sums up all roles; without what everybody has who is known at all."""
     review = {
@@ -212,8 +287,9 @@ def granted(cluster: Cluster, token: str, namespace: str) -> set[tuple[str, str]
     for rule in rules:
         for group in rule["apiGroups"]:
             for resource in rule["resources"]:
-                assert "resourceNames" not in rule or group not in ("", "underlay.network"), rule
-                found |= {(f"{resource} {group}".strip(), verb) for verb in rule["verbs"]}
+                for name in rule.get("resourceNames", [""]):
+                    what = " ".join(part for part in (resource, group, name) if part)
+                    found |= {(what, verb) for verb in rule["verbs"]}
     return found
 
 
@@ -225,10 +301,10 @@ def test_no_account_has_any_other_right(cluster: Cluster, installed: Installed, 
     everybodys = granted(cluster, cluster.token("anybody", namespace="default"), namespace)
     others = {"nodes": "nodes", "pods": "pods", "namespaces": "namespaces", "events": "events events.k8s.io"}
     wanted = {
-        (others.get(resource, f"{resource} underlay.network"), verb)
+        (resource if resource == "nodes/status" else others.get(resource, f"{resource} underlay.network"), verb)
         for resource, verbs in RIGHTS[account].items()
         for verb in verbs
-    }
+    } | NARROW.get((account, namespace), set())
     assert granted(cluster, installed.tokens[account, "node-1"], namespace) - everybodys == wanted
 
 
@@ -236,17 +312,23 @@ def test_no_account_has_any_other_right(cluster: Cluster, installed: Installed, 
 WISHES: dict[str, Callable[[Cluster, str], int]] = {
     "secrets": lambda c, t: status_of(c, "/api/v1/secrets", token=t),
     "config maps": lambda c, t: status_of(c, "/api/v1/namespaces/kube-system/configmaps", token=t),
+    "another ConfigMap": lambda c, t: _code(
+        c, "POST", f"/api/v1/namespaces/{NAMESPACE}/configmaps", {"metadata": {"name": "underlay-config"}}, t
+    ),
     "logs of a pod": lambda c, t: status_of(c, f"/api/v1/namespaces/{NAMESPACE}/pods/{CNI}-node-2/log", token=t),
     "a pod": lambda c, t: _code(c, "POST", "/api/v1/namespaces/default/pods", {"metadata": {"name": "p"}}, t),
     "a token": lambda c, t: _code(c, "POST", f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{CNI}/token", {}, t),
     "to change a node": lambda c, t: _code(c, "PATCH", "/api/v1/nodes/node-1", {"metadata": {"labels": {"a": "b"}}}, t),
     "to delete a node": lambda c, t: _code(c, "DELETE", "/api/v1/nodes/node-2", None, t),
     "a pool": lambda c, t: _code(c, "POST", path("ippools"), pool("new", "10.9.0.0/16"), t),
+    "a first pool beside another": lambda c, t: _code(
+        c, "POST", path("ippools"), pool("default-ipv4", "10.9.0.0/16"), t
+    ),
     "to delete a pool": lambda c, t: _code(c, "DELETE", path("ippools", "pool"), None, t),
     "to change a peer": lambda c, t: _code(c, "PATCH", path("bgppeers", "tor"), {"spec": {"asNumber": 65002}}, t),
     "to patch a block": lambda c, t: _code(c, "PATCH", path("ipamblocks", "10-0-0-0-26"), {"metadata": {}}, t),
     "to delete all blocks": lambda c, t: _code(c, "DELETE", path("ipamblocks"), None, t),
-    "to delete a status": lambda c, t: _code(c, "DELETE", path("bgpnodestatuses", "node-1"), None, t),
+    "to delete a status": lambda c, t: _code(c, "DELETE", path("bgpnodestatuses", "node-2"), None, t),
     "rights": lambda c, t: _code(c, "PATCH", f"{BINDINGS}/{OPTIONAL}", {"metadata": {"labels": {"a": "b"}}}, t),
 }
 
@@ -403,7 +485,8 @@ def test_the_cni_server_lives_on_its_rights(installed: Installed, tmp_path: Path
 
 
 def test_the_agent_lives_on_its_rights(installed: Installed, tmp_path: Path) -> None:
-    """It follows all that it plans from, and tells of its own node; another node's agent does not."""
+    """It follows all that it plans from, and tells of its own node; another node's agent does not. A status that an
+    older release left without an owner gets it."""
     said = BGPNodeStatusStatus(as_number=64512, router_id="192.0.2.7")
 
     async def story() -> None:
@@ -425,9 +508,21 @@ def test_the_agent_lives_on_its_rights(installed: Installed, tmp_path: Path) -> 
                 except NotFound:
                     return False
 
+            async def owned() -> bool:
+                owners = (await theirs.get(BGPNodeStatus, "node-2")).metadata.owner_references
+                return [owner.uid for owner in owners] == [view.node_uid()]
+
+            async def knows_who_has_it() -> bool:
+                return (cluster := view.cluster()) is not None and cluster.taken == {"10.0.0.0/26"}
+
             try:
                 await soon(complete)
                 await soon(told)
+                writer.own(view.node_uid())
+                await soon(owned)
+                # Of a block that it holds, and that the store no longer says is its own.
+                view.question(frozenset({"10.0.0.0/26"}))
+                await soon(knows_who_has_it)
                 seen = await theirs.get(BGPNodeStatus, "node-2")
                 with pytest.raises(Invalid, match="BGPNodeStatus node-2 is of the node of that name"):
                     await theirs.update_status(replace(seen, status=BGPNodeStatusStatus()))

@@ -132,7 +132,7 @@ _MADE: dict[str, tuple[Callable[[str], Case], st.SearchStrategy[str]]] = {
 
 
 @pytest.mark.parametrize("made", _MADE)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_both_say_the_same_of_anything(cluster: Cluster, made: str, data: st.DataObject) -> None:
     case_of, texts = _MADE[made]
@@ -143,7 +143,7 @@ def test_both_say_the_same_of_anything(cluster: Cluster, made: str, data: st.Dat
     assert (mine is None) == (theirs is None), (case.wire, mine, theirs)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=edited("a == 'b'", 'a in {"b", "c"}', "!has(a) && (b != 'c' || all())", "a not in {}", "a starts with 'b'"))
 @example(text="a == '\u00a0'")
 def test_cel_refuses_no_good_selector_and_accepts_a_bad_one_in_parentheses_only(cluster: Cluster, text: str) -> None:
@@ -153,7 +153,7 @@ def test_cel_refuses_no_good_selector_and_accepts_a_bad_one_in_parentheses_only(
     assert theirs is not None or mine is None or "(" in text, (text, mine)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(address=st.ip_addresses(), length=st.integers(0, 128))
 def test_the_name_of_a_block_is_the_same_in_cel(cluster: Cluster, address: object, length: int) -> None:
     import ipaddress

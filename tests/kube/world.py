@@ -33,6 +33,7 @@ SETTINGS = Settings(
     absence_look=0.2,
     absence_gap=12.0,  # a look comes with every claim that finds nothing, 5 s apart at rest
     recheck=2.0,
+    node_needed=True,
 )
 #: Seconds in which Kubernetes' garbage collector deletes what a Node owned: at once, or in its next round.
 COLLECTED = 40.0

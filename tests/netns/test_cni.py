@@ -485,31 +485,47 @@ def test_add_without_a_server_is_to_be_tried_again(net: Net, tmp_path: Path, shi
 
 
 def test_a_restart_during_add_fails_no_add(node: Plugin) -> None:
-    """An upgrade: one server ends, the next was waiting for the lock."""
+    """An upgrade: the new server comes, the old one gives way, and ends later."""
     old = node.server
-    new = node.spawn()
-    eventually(lambda: "waiting for its end" in node.log.read_text())
     shims = []
     for i in range(8):
         node.net.add(f"many-{i}")
         shims.append(node.popen("ADD", f"m{i}", f"many-{i}"))
         if i == 3:
-            old.send_signal(signal.SIGTERM)
+            new = node.spawn()
     answers = [json.loads(shim.communicate(timeout=20)[0]) for shim in shims]
     assert all("ips" in answer for answer in answers), answers
     assert len({ip["address"] for answer in answers for ip in answer["ips"]}) == 16
+    eventually(lambda: "standing by" in node.log.read_text())
+    old.send_signal(signal.SIGTERM)
     assert old.wait(10) == 0
+    ok(node.call("DEL", "m0", "many-0"))
     assert new.poll() is None
 
 
-def test_the_second_server_waits(node: Plugin) -> None:
+def test_a_server_that_cannot_go_on_gives_the_work_back_to_the_older_one(node: Plugin) -> None:
+    """An upgrade to a version that ends: no pod waits for a rollback."""
     ok(node.call("ADD", "c1", "pod-1"))
-    inode = (node.run / "cni.sock").stat().st_ino
+    new = node.spawn()
+    eventually(lambda: "standing by" in node.log.read_text())
+    eventually(lambda: node.call("STATUS", conf=node.conf("1.1.0")).code == 0)
+    new.kill()
+    new.wait()
+    ok(node.call("ADD", "c2", "pod-2"))
+    ok(node.call("DEL", "c1", "pod-1"))
+    assert "working again" in node.log.read_text()
+    assert node.server.poll() is None
+
+
+def test_a_server_that_ends_while_it_waits_leaves_the_work_to_who_has_it(node: Plugin) -> None:
+    """Also where the older one does not give way: it is stopped, as by a machine that has no time for it."""
+    ok(node.call("ADD", "c1", "pod-1"))
+    node.server.send_signal(signal.SIGSTOP)
     second = node.spawn()
     eventually(lambda: "waiting for its end" in node.log.read_text())
     second.send_signal(signal.SIGTERM)
     assert second.wait(10) == 0
-    assert (node.run / "cni.sock").stat().st_ino == inode
+    node.server.send_signal(signal.SIGCONT)
     ok(node.call("ADD", "c2", "pod-2"))
 
 

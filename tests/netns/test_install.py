@@ -128,11 +128,17 @@ def test_a_file_in_our_place_that_is_not_ours_stays(host: Host, text: str) -> No
     assert (host.conf / install.CONFLIST).read_text() == text
 
 
-def test_the_binary_stays_while_pods_need_it(host: Host) -> None:
+def test_all_stays_while_pods_need_it(host: Host) -> None:
+    install.install(host.shim, host.bin, host.conf)
+    before = host.ours()
+    assert None not in before
     with pytest.raises(InstallError, match="3 pods need it for their DEL; drain the node"):
         install.uninstall(host.bin, host.conf, pods=3)
-    assert host.ours() == (host.old["underlay"], None)
-    assert install.uninstall(host.bin, host.conf, pods=0).gone == (host.bin / "underlay",)
+    assert host.ours() == before
+    assert install.uninstall(host.bin, host.conf, pods=0).gone == (
+        host.conf / install.CONFLIST,
+        host.bin / "underlay",
+    )
 
 
 def test_uninstall_where_nothing_ever_was(tmp_path: Path) -> None:
@@ -180,7 +186,7 @@ PLUGINS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chain=st.lists(PLUGINS, max_size=4), mtu=st.sampled_from([0, 1400]), choose=st.booleans())
 def test_any_chain_is_written_as_it_was_meant_and_known_as_ours(
     host: Host, chain: list[dict[str, object]], mtu: int, choose: bool

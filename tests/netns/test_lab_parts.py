@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import pytest
 from cni.errors import CNIError
 from lab import building
 from lab.errors import LabError
-from lab.folder import Folder
+from lab.folder import Folder, claim, make_on_machine, remove
 from lab.matrix import Pod, Report
 from lab.net import Net
 from lab.probe import Prober
-from lab.processes import Daemon
+from lab.processes import Daemon, children_of
 from lab.runtime import Runtime
 from lab.topology import Topology
 from store.clock import SystemClock
@@ -166,6 +167,39 @@ def test_a_daemon_comes_back_after_the_time_that_was_asked_for(net: Net, tmp_pat
     asyncio.run(asyncio.wait_for(life(), 10))
 
 
+def test_a_signal_is_for_the_program_behind_nsenter(net: Net, tmp_path: Path) -> None:
+    """Killed itself, nsenter leaves the program alive."""
+    net.add("node")
+    daemon = Daemon(
+        net,
+        SystemClock(),
+        member="node",
+        name="sleeper",
+        # It forks and waits, as nsenter does.
+        argv=["/bin/sh", "-c", "/bin/sleep 100; exit"],
+        environment={},
+        log=tmp_path / "log",
+        behind=True,
+    )
+
+    def program() -> tuple[int, ...]:
+        return children_of(daemon.state().pid)
+
+    async def life() -> None:
+        keeper = asyncio.create_task(daemon.run())
+        await until(lambda: bool(program()))
+        (first,) = program()
+        daemon.kill(9, restart_after=0.1)
+        await until(lambda: program() not in ((), (first,)))
+        with pytest.raises(ProcessLookupError):
+            os.kill(first, 0)
+        daemon.kill(9)
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(life(), 10))
+
+
 def test_a_lab_that_cannot_be_built_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: object) -> None:
         raise CNIError("no room for the plugin")
@@ -186,3 +220,42 @@ def test_a_lab_that_cannot_be_built_says_why(tmp_path: Path, monkeypatch: pytest
     asyncio.run(asyncio.wait_for(life(), 30))
     assert any("1 node" in text for text in told)
     assert not any("attached" in text for text in told)
+
+
+def test_folders_that_were_made_on_the_machine_go_with_the_last_lab_that_has_them(tmp_path: Path) -> None:
+    machine, labs = tmp_path / "machine", [Folder(tmp_path / name) for name in ("one", "two")]
+    machine.mkdir()
+    (machine / "there").mkdir()
+    (machine / "full").mkdir()
+    places = [machine / name for name in ("there", "new/a/b", "new/c", "full")]
+    held = []
+    for lab in labs:
+        lock = claim(lab)
+        assert lock is not None
+        held.append([*make_on_machine(lab, map(str, places)), lock])
+    (machine / "full" / "file").touch()
+    assert all(place.is_dir() for place in places)
+    for fd in held[0]:
+        os.close(fd)
+    assert remove(labs[0])
+    assert all(place.is_dir() for place in places), "they are another lab's, too, whose mounts would end"
+    again = claim(labs[0])
+    assert again is not None
+    for fd in (*held[1], again, *make_on_machine(labs[0], [str(machine / "later" / "x")])):
+        os.close(fd)
+    assert sorted(p.name for p in machine.iterdir()) == ["full", "later", "new", "there"]
+    assert remove(labs[0])
+    assert sorted(p.name for p in machine.iterdir()) == ["full", "new", "there"]
+
+
+def test_a_lab_that_was_killed_leaves_no_folder_on_the_machine_once_there_is_another(tmp_path: Path) -> None:
+    lab, place = Folder(tmp_path / "lab"), tmp_path / "machine" / "x"
+    for _ in range(2):
+        lock = claim(lab)
+        assert lock is not None
+        assert not place.parent.exists()
+        for fd in (*make_on_machine(lab, [str(place)]), lock):
+            os.close(fd)
+        assert place.exists()
+    assert remove(lab)
+    assert not place.parent.exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from agent import waiting
 from lab.net import Net
 from store.base import Store, mutate
 from store.model import BGPNodeStatus, IPAMBlock, block_name
@@ -143,6 +144,15 @@ def test_a_restart_touches_no_route_and_no_session(agent: Beside) -> None:
             )
 
         eventually(again, limit=15)
+    # An upgrade: the newer one takes over; and a rollback by its death.
+    old = agent.process
+    agent.start()
+    eventually(lambda: "standing by" in (agent.folder / "agent.log").read_text(), limit=15)
+    eventually(lambda: waiting.missing(agent.folder / "run" / "agent.sock") == (True, ""), limit=15)
+    agent.stop(signal.SIGKILL)
+    agent.process = old
+    eventually(lambda: "working again" in (agent.folder / "agent.log").read_text(), limit=15)
+    eventually(lambda: waiting.missing(agent.folder / "run" / "agent.sock") == (True, ""), limit=15)
     eventually(lambda: marked(2))
     for log in logs.values():
         between = log.read_text().split("198.51.100.2")[0].split("198.51.100.1")[-1]
@@ -237,13 +247,21 @@ def test_it_says_in_one_line_what_it_lacks(net: Net, tmp_path: Path) -> None:
 def test_a_second_agent_waits_for_the_end_of_the_first(agent: Beside) -> None:
     eventually(lambda: settled(agent), limit=20)
 
-    def said() -> BGPNodeStatus | None:
+    def said() -> bool:
         status = agent.status()
-        done = status and [c.type for c in status.status.conditions] == ["ForeignRoute"]
-        return status if done and all(s.sent for s in status.status.sessions) else None  # type: ignore[union-attr]
+        return (
+            status is not None
+            and [c.type for c in status.status.conditions] == ["ForeignRoute"]
+            and all(s.sent for s in status.status.sessions)
+        )
 
-    first, before = agent.process, eventually(said)
+    eventually(said)
+    first = agent.process
     assert first is not None
+    # So that whatever is written from here on is the second's.
+    first.send_signal(signal.SIGSTOP)
+    eventually(lambda: Path(f"/proc/{first.pid}/stat").read_text().rpartition(") ")[2].startswith("T"))
+    before = agent.status()
     agent.start()
     log = agent.folder / "agent.log"
     eventually(lambda: "waiting for its end" in log.read_text())
@@ -251,6 +269,7 @@ def test_a_second_agent_waits_for_the_end_of_the_first(agent: Beside) -> None:
     assert second is not None
     assert second.poll() is None
     assert agent.status() == before, "the second one has written"
+    first.send_signal(signal.SIGCONT)
     agent.process = first
     agent.stop(signal.SIGTERM)
     eventually(lambda: agent.status() != before, limit=30)

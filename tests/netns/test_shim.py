@@ -167,7 +167,7 @@ def told(shim: Path, answer: bytes, environment: dict[bytes, bytes], text: bytes
     return result, plain
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(command=COMMANDS, environment=ENVIRONMENTS, text=TEXTS, answer=ANSWERS)
 def test_every_shim_says_the_same_and_prints_the_same(
     shims: list[Path], command: bytes, environment: dict[bytes, bytes], text: bytes, answer: bytes
@@ -193,7 +193,7 @@ def test_every_shim_has_the_same_limits(shims: list[Path], what: str, more: int)
     assert all(result == results[0] for result in results)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     run=st.sampled_from([b"/proc/x", b"/etc/passwd", b"/sys/a", b'/proc/n"\\\n\xff\xc3\xa9', b"/" + b"x" * 300]),
     text=TEXTS,

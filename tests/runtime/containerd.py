@@ -92,7 +92,7 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 _CGROUP: Final = "underlay-test"
 
 _HOLDER: Final = """
-mount -t tmpfs run /run && mkdir /run/containerd /run/netns /run/underlay &&
+mount -t tmpfs lib /var/lib && mount -t tmpfs run /run && mkdir /run/containerd /run/netns /run/underlay &&
 mount --bind "$1" /run/underlay && hostname "$2" && : >"$3" || exit 1
 trap '' CHLD
 exec sleep 2147483647

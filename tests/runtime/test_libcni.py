@@ -201,11 +201,15 @@ def test_a_reload_keeps_address_and_mac(cnitool: Machine) -> None:
 
 PORTMAP: Final = {"type": "portmap", "capabilities": {"portMappings": True}}
 BANDWIDTH: Final = {"type": "bandwidth", "capabilities": {"bandwidth": True}}
-TUNING: Final = {"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}, "mtu": 1400}
 #: 8 Mbit/s, with a burst of 100 kB: a megabyte takes a second.
 RATES: Final = {"ingressRate": 8_000_000, "ingressBurst": 800_000, "egressRate": 8_000_000, "egressBurst": 800_000}
 PORTS: Final = [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]
 CAPABILITIES: Final = json.dumps({"portMappings": PORTS, "bandwidth": RATES})
+
+
+def tuning(folder: Path) -> dict[str, Any]:
+    """It keeps what was there in the folder, not in the machine's /run."""
+    return {"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}, "mtu": 1400, "dataDir": str(folder / "tuning")}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +220,7 @@ CAPABILITIES: Final = json.dumps({"portMappings": PORTS, "bandwidth": RATES})
 def test_portmap_bandwidth_and_tuning_do_their_work(
     cnitool: Machine, tmp_path: Path, plugins: Path, version: str
 ) -> None:
-    cnitool.install(PORTMAP, BANDWIDTH, TUNING, plugins=plugins, version=version)
+    cnitool.install(PORTMAP, BANDWIDTH, tuning(tmp_path), plugins=plugins, version=version)
     pod = cnitool.pod("pod-1")
     before = cnitool.links(NODE)
     (tmp_path / "index.html").write_bytes(b"x" * 1_000_000)
@@ -242,9 +246,9 @@ def test_portmap_bandwidth_and_tuning_do_their_work(
     assert cnitool.calls() == [*(f"{kind} ADD" for kind in chain), *(f"{kind} DEL" for kind in chain[::-1])]
 
 
-def test_check_goes_through_the_chain(cnitool: Machine) -> None:
+def test_check_goes_through_the_chain(cnitool: Machine, tmp_path: Path) -> None:
     """Without portmap: 1.1.1 looks for the IPv4 rules of a dual-stack pod among those of IPv6."""
-    cnitool.install(BANDWIDTH, TUNING)
+    cnitool.install(BANDWIDTH, tuning(tmp_path))
     pod = cnitool.pod("pod-1")
     cnitool.add(pod, CAP_ARGS=CAPABILITIES)
     cnitool.do("check", pod, CAP_ARGS=CAPABILITIES)

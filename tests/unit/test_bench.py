@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import ipam, plot, process, profile, rack, scale
+from bench import cluster, ipam, plot, process, profile, rack, scale
 from bench.__main__ import measure
 from bench.cni import BRIDGE, CURRENT, DUAL, PTP, US, Serial
 from bench.plugins import BenchError
@@ -235,3 +235,25 @@ def test_the_figures_of_a_stage_are_by_node() -> None:
     assert growth["scale.nodes2.conflicts"] == 1
     assert growth["scale.nodes2.refused"] == 1
     assert growth["scale.nodes2.api_cpu_ms_per_node"] == 250
+
+
+METRICS = """\
+# TYPE containerd_cri_sandbox_runtime_create_seconds histogram
+containerd_cri_sandbox_runtime_create_seconds_bucket{runtime="runc",le="+Inf"} 4
+containerd_cri_sandbox_runtime_create_seconds_sum{runtime="runc"} 1.25
+containerd_cri_sandbox_runtime_create_seconds_count{runtime="runc"} 4
+containerd_cri_network_plugin_operations_duration_seconds_seconds_bucket{operation_type="set_up_pod",le="+Inf"} 3
+containerd_cri_network_plugin_operations_duration_seconds_seconds_sum{operation_type="set_up_pod"} 0.5
+containerd_cri_network_plugin_operations_duration_seconds_seconds_count{operation_type="set_up_pod"} 3
+containerd_cri_network_plugin_operations_duration_seconds_seconds_sum{operation_type="tear_down_pod"} 9
+containerd_cri_network_plugin_operations_duration_seconds_seconds_count{operation_type="tear_down_pod"} 9
+"""
+
+
+def test_clocks_of_containerd_are_summed_over_nodes() -> None:
+    plugins = "network_plugin_operations_duration_seconds_seconds"
+    assert cluster.read_clock(METRICS, "sandbox_runtime_create_seconds", "") == (1.25, 4)
+    assert cluster.read_clock(METRICS + METRICS, plugins, 'operation_type="set_up_pod"') == (1.0, 6)
+    assert cluster.read_clock(METRICS, plugins, 'operation_type="no_call_yet"') == (0, 0)
+    with pytest.raises(BenchError, match="no clock container_start_seconds"):
+        cluster.read_clock(METRICS, "container_start_seconds", "")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("test_network.py", "test_pods.py")
+FILES = ("test_network.py", "test_pods.py", "test_services.py")
 ROW = re.compile(r"^\| (?P<behaviour>[^|]+) \| (?P<upstream>[^|]+) \| `(?P<test>test_\w+)` \|$", re.MULTILINE)
 
 

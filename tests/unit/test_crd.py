@@ -15,6 +15,7 @@ from store.errors import Invalid
 from store.model import (
     KINDS,
     Allocation,
+    ConfigMap,
     EndpointSlice,
     IPAMBlock,
     IPAMBlockSpec,
@@ -64,7 +65,7 @@ def test_a_file_that_is_old_missing_or_of_no_kind_is_found(tmp_path: Path, monke
 
 
 def test_every_kind_of_ours_has_a_definition_and_no_other() -> None:
-    assert set(KINDS) - set(CUSTOM) == {Node, Namespace, Pod, Service, EndpointSlice, Secret, KubeEvent}
+    assert set(KINDS) - set(CUSTOM) == {Node, Namespace, Pod, Service, EndpointSlice, Secret, ConfigMap, KubeEvent}
     assert [crd.definition(k)["metadata"]["name"] for k in CUSTOM] == [f"{k.PLURAL}.underlay.network" for k in CUSTOM]
 
 

@@ -38,6 +38,7 @@ from store.model import (
     EndpointSlice,
     IPAMBlock,
     IPAMBlockSpec,
+    IPAMBlockStatus,
     IPAMConfiguration,
     IPPool,
     IPPoolSpec,
@@ -782,6 +783,43 @@ def test_one_block_and_who_holds_its_addresses(ctl: Ctl) -> None:
     code, _, err = ctl("ipam", "show", "--block", "10.244.0.1/26")
     assert (code, "no block's CIDR" in err) == (2, True)
     assert "--block shows a block" in ctl("ipam", "show", "--ip", "10.244.0.0/26")[2]
+
+
+def test_one_pool_who_holds_its_addresses_and_what_is_to_be_done_until_it_is_gone(ctl: Ctl) -> None:
+    ctl.put(pool("old", "10.245.0.0/16"), pool(disabled=True))
+    ctl.put(block("10.244.0.64/26", "10-244-0-64-26", "node-2", "10.244.0.65"))
+    ctl.put(block("10.244.0.0/26", "10-244-0-0-26", "node-1", "10.244.0.9", "10.244.0.1"))
+    lines = ctl.ok("ipam", "show", "--pool", "pods-v4").splitlines()
+    assert lines[1].split()[0] == "pods-v4"
+    assert [line.split()[0] for line in lines[4:6]] == ["10.244.0.0/26", "10.244.0.64/26"]
+    assert [line.split()[:3] for line in lines[8:11]] == [
+        ["10.244.0.1", "default/p1", "node-1"],
+        ["10.244.0.9", "default/p0", "node-1"],
+        ["10.244.0.65", "default/p0", "node-2"],
+    ]
+    assert lines[-2] == "held of ippool/pods-v4: 3 addresses, by 2 pods on 2 nodes"
+    assert "is disabled: a pod that is made anew" in lines[-1]
+    said = json.loads(ctl.ok("ipam", "show", "--pool", "pods-v4", "-o", "json"))
+    assert [h["address"] for h in said["holders"]] == ["10.244.0.1", "10.244.0.9", "10.244.0.65"]
+    assert (len(said["pools"]), len(said["blocks"])) == (1, 2)
+    assert "is in use: pods get addresses of it" in ctl.ok("ipam", "show", "--pool", "old")
+    ctl.ok("delete", "--force", "ippool", "pods-v4")
+    assert "no longer exists" in ctl.ok("ipam", "show", "--pool", "pods-v4")
+    assert ctl("ipam", "show", "--pool", "none")[0] == 1
+    assert ctl("ipam", "show", "--pool", "old", "--show-blocks")[0] == 2
+
+
+def test_a_pool_of_which_nothing_is_held_goes_in_two_steps(ctl: Ctl) -> None:
+    ctl.put(pool(disabled=True), block())
+    assert "give its blocks back" in ctl.ok("ipam", "show", "--pool", "pods-v4")
+    silent = block("10.244.0.64/26", "10-244-0-64-26")
+    ctl.put(msgspec.structs.replace(silent, status=IPAMBlockStatus()))
+    said = ctl.ok("ipam", "show", "--pool", "pods-v4")
+    assert "what is held of 10.244.0.64/26 is not known" in said
+    assert "no pod holds" not in said
+    ctl.ok("delete", "block", "10-244-0-64-26")
+    ctl.ok("delete", "block", "10-244-0-0-26")
+    assert "underlayctl delete ippool pods-v4" in ctl.ok("ipam", "show", "--pool", "pods-v4")
 
 
 def test_show_says_what_nodes_say_of_themselves_and_which_blocks_nobody_has(ctl: Ctl) -> None:

@@ -643,7 +643,7 @@ def more_pods(view: View, *pods: Pod) -> View:
 
 @pytest.mark.parametrize("name", FAULTS)
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_each_fault_gives_exactly_its_finding(name: str, data: st.DataObject) -> None:
     kind = name.partition(":")[0]
     view = FAULTS[name](data.draw(views()), data)
@@ -664,7 +664,6 @@ def test_every_kind_has_a_fault() -> None:
 
 
 @given(views(), st.data())
-@settings(deadline=None)
 def test_several_faults_are_all_found_in_a_stable_order(view: View, data: st.DataObject) -> None:
     names = ("WritersDiffer: a block written by another start", "PoolsOverlap: a pool inside another")
     for name in names:
@@ -675,7 +674,6 @@ def test_several_faults_are_all_found_in_a_stable_order(view: View, data: st.Dat
 
 
 @given(views(), st.data())
-@settings(deadline=None)
 def test_a_choice_of_nodes_leaves_out_what_is_of_others(view: View, data: st.DataObject) -> None:
     block = a_block(view, data)
     view = restatus(view, block, releasing=True)

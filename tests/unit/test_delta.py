@@ -213,7 +213,7 @@ ROUTES = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(ROUTES, min_size=1, max_size=4), st.data())
 def test_any_plan_is_reached_from_any_state_and_applying_twice_changes_nothing(
     plans: list[list[Route]], data: st.DataObject

@@ -107,6 +107,13 @@ def test_the_text_has_the_groups_and_with_each_the_paths() -> None:
     assert len(lines) == 6 + 5
 
 
+def test_the_text_names_the_paths_that_were_to_lose_nothing() -> None:
+    bad = report(path("pod-1-1", "pod-2-1", lost=3), path("pod-1-2", "pod-2-1"), planned=True)
+    named = [line for line in drilled.text(bad).splitlines() if line.startswith("lost: ")]
+    assert len(named) == 1
+    assert named[0].startswith("lost: pod-1-1 > pod-2-1, IPv4: 3 in ")
+
+
 def test_the_table_for_a_page_has_a_row_a_drill() -> None:
     lines = drilled.markdown([report(*EACH), report(path("pod-1-1", "pod-2-1", lost=1), planned=True)]).splitlines()
     assert lines[2] == ("| `cut-uplink` | single ToR, BIRD | 600 | 14 | 0.06 s | from node-1: 5; to node-1: 9 |")

@@ -126,6 +126,21 @@ def test_a_session_is_waited_for_its_restart_time_and_no_longer(world: World) ->
     assert health.without(state(world)) == "without tor-2-v4 (10.0.2.0)"
 
 
+def test_speaker_and_peers_that_go_are_no_fault_of_the_agent(world: World) -> None:
+    """As in an upgrade of the speaker: a probe that asks whether the agent does its work hears no no."""
+    world.step()
+    world.up()
+    world.step()
+    world.agent.event(SpeakerLost(reason="gone"))
+    world.speaker.known = False
+    world.step()
+    assert health.unready(state(world))
+    assert health.unfit(state(world)) == ""
+    world.kernel.unreadable = OSError(errno.ENOBUFS, "no buffer")
+    world.step()
+    assert "no buffer" in health.unfit(state(world))
+
+
 @pytest.mark.parametrize(("configured", "waited"), [("20s", 20), ("1h", 120)])
 def test_the_time_is_the_peers_maximum_and_two_minutes_at_most(world: World, configured: str, waited: int) -> None:
     world.view.now = cluster(peers=(bgp_peer("tor-1-v4", "10.0.1.0", max_restart_time=configured),))

@@ -102,7 +102,7 @@ def leases_of(records: list[Record]) -> dict[str, tuple[tuple[str, ...], int]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(at=st.integers(0, 10_000), garbage=st.binary(min_size=1, max_size=40), insert=st.booleans())
 def test_garbage_in_the_middle_costs_only_the_lines_it_touches(
     tmp_path_factory: pytest.TempPathFactory, at: int, garbage: bytes, insert: bool

@@ -32,9 +32,9 @@ from agent.plan.exports import blackhole
 from agent.rib import Rib
 from cni.endpoint import Address, Endpoint, Reply
 from cni.marks import METRIC_IMPORTS, PROTO_IMPORTS
+from cni.peer import answers
 from ctl.bgp import ask, show, show_diff
 from ctl.failures import Failure as Ended
-from lab.processes import answers
 from store.clock import SystemClock
 from store.model import BGPNodeStatus, BGPNodeStatusStatus, FilterRuleV4, Meta, SessionStatus
 from tests.agent_fakes import bgp_filter, bgp_peer, cluster, pool

@@ -9,7 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from ipam.errors import NotReady
 from ipam.ledger import Phase
+from ipam.model import Settings
 from store.errors import Invalid, NotFound, Problem
 from store.model import (
     FINALIZER_OWNER,
@@ -90,6 +92,83 @@ def test_a_block_of_an_older_release_is_tied_at_the_start_and_others_marks_on_it
         await rig.down()
 
     play(main())
+
+
+def test_a_node_that_was_deleted_claims_nothing_until_it_is_back(tmp_path: Path) -> None:
+    """Nothing would mark a block without an owner when the machine goes, too."""
+
+    async def test(rig: Rig) -> None:
+        cidr = await the_only(rig)
+        await rig.store.delete(Node, rig.node)
+        await rig.store.delete(IPAMBlock, block_name(cidr))  # as the garbage collector does
+        await rig.clock.advance(60)
+        assert await rig.own_blocks() == [], "the marked one is gone, and no other came"
+        with pytest.raises(NotReady, match="there is no Node node-1, so no block is claimed"):
+            await waited(rig, rig.add(1))
+        assert await rig.own_blocks() == []
+        await rig.store.create(NODE)
+        await rig.clock.advance(1)
+        assert (await rig.add(1)).addresses
+        for found in (await rig.store.list(IPAMBlock)).items:
+            assert found.metadata.owner_references == await owner(rig)
+
+    run(tmp_path, test, SMALL, NODE)
+
+
+def test_a_node_that_is_deleted_unseen_claims_nothing(tmp_path: Path) -> None:
+    """The watch has not told yet, and the block needs its owner now."""
+
+    async def test(rig: Rig) -> None:
+        await rig.add(1)
+        watched = rig.ipam._keeper.see_node
+        rig.ipam._keeper.see_node = lambda uid: watched(uid) if uid else None  # type: ignore[method-assign]
+        before = await rig.own_blocks()
+        await rig.store.delete(Node, rig.node)
+        refused = 0
+        for number in range(2, 40):
+            try:
+                await waited(rig, rig.add(number))
+            except NotReady as e:
+                assert "there is no Node node-1" in str(e)
+                refused += 1
+        assert refused
+        assert await rig.own_blocks() == before
+
+    run(tmp_path, test, SMALL, NODE)
+
+
+def test_where_a_node_is_needed_none_is_claimed_before_there_is_one(tmp_path: Path) -> None:
+    """In Kubernetes: also by a server that was started while its Node was gone."""
+
+    async def main() -> None:
+        rig = Rig(tmp_path, settings=Settings(node_needed=True))
+        await rig.create(SMALL)
+        await rig.up()
+        await rig.clock.advance(30)
+        assert await rig.own_blocks() == []
+        assert rig.ipam.conditions() == ()
+        with pytest.raises(NotReady, match="there is no Node node-1"):
+            await waited(rig, rig.add(1))
+        await rig.store.create(NODE)
+        await rig.clock.advance(1)
+        assert (await rig.add(1)).addresses
+        assert (await block(rig, await the_only(rig))).metadata.owner_references == await owner(rig)
+        await rig.down()
+
+    play(main())
+
+
+def test_a_node_that_is_back_claims_ahead(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        cidr = await the_only(rig)
+        await rig.store.delete(Node, rig.node)
+        await rig.store.delete(IPAMBlock, block_name(cidr))
+        await rig.clock.advance(60)
+        await rig.store.create(NODE)
+        await rig.clock.advance(1)
+        assert await the_only(rig) != ""
+
+    run(tmp_path, test, SMALL, NODE)
 
 
 # -- marked blocks ---------------------------------------------------------------------------------------------------
@@ -182,17 +261,19 @@ def test_a_node_deleted_and_made_again_drains_its_old_blocks_and_claims_new_ones
         await rig.collect()
         await rig.clock.advance(1)
         assert rig.phases()[old] is Phase.MARKED
-        other = await rig.add(2)  # with no Node there is no owner to name
+        with pytest.raises(NotReady, match="no Node node-1"):  # there is no owner to name
+            await waited(rig, rig.add(2))
         assert rig.ipam.lease(attachment(1)) == lease
         await rig.store.create(NODE)
         await rig.clock.advance(1)
+        other = await rig.add(2)
         await rig.collect()
         (new,) = (view.cidr for view in rig.ipam.blocks() if view.cidr != old)
         assert other.addresses[0] in _of(new)
         assert (await block(rig, new)).metadata.owner_references == await owner(rig)
         assert not (await block(rig, new)).metadata.deletion_timestamp
         rig.delete(1)
-        await rig.clock.advance(40)
+        await rig.clock.advance(50)
         assert await rig.own_blocks() == [new]
 
     run(tmp_path, test, SMALL, NODE)

@@ -244,7 +244,5 @@ class Histories(RuleBasedStateMachine):
                 assert known.get(name) == lease.addresses
 
 
-Histories.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-)
+Histories.TestCase.settings = settings(max_examples=40, stateful_step_count=30, suppress_health_check=list(HealthCheck))
 TestHistories = Histories.TestCase

@@ -459,8 +459,9 @@ def test_without_its_node_object_nothing_changes() -> None:
 
 
 def test_a_node_without_ipv4_has_a_router_id_all_the_same() -> None:
-    first = plan(snapshot(cluster=cluster(node=node("node-1", "fd00:0:1::1"))))
-    other = plan(snapshot(node="node-2", cluster=cluster(node=node("node-2", "fd00:0:1::1"))))
+    six = kernel_of(addresses=tuple(a for a in FakeKernel().read().addresses if ":" in a.address))
+    first = plan(snapshot(cluster=cluster(node=node("node-1", "fd00:0:1::1")), kernel=six))
+    other = plan(snapshot(node="node-2", cluster=cluster(node=node("node-2", "fd00:0:1::1")), kernel=six))
     assert first.router_id.count(".") == 3
     assert first.router_id != other.router_id
 
@@ -704,6 +705,19 @@ def test_import_cidrs_and_disabled_pools_count_for_import() -> None:
         pools=(*cluster().pools, pool("10.250.0.0/16", disabled=True)),
     )
     assert set(imported(plan(snapshot(rib=rib, cluster=changed)))) == {"192.0.2.0/24", "10.250.1.0/26"}
+
+
+def test_a_deleted_pool_counts_as_before_and_is_inhabited_by_blocks_and_routes_inside_it() -> None:
+    ours, theirs, empty = pool("10.244.0.0/16", "ours"), pool("10.250.0.0/16", "theirs"), pool("10.251.0.0/16", "empty")
+    gone = frozenset({"ours", "theirs", "empty"})
+    rib = rib_with({"10.0.1.0": ["10.250.1.0/26"]})
+    before = snapshot(rib=rib, cluster=cluster(pools=(ours, theirs, empty)))
+    after = replace(before, cluster=replace(before.cluster, deleted_pools=gone))
+    assert plan(before).inhabited == frozenset()
+    assert plan(after).inhabited == {"ours", "theirs"}
+    assert plan(after).routes == plan(before).routes
+    assert plan(after).announcements == plan(before).announcements
+    assert "10.250.1.0/26" in imported(plan(after))
 
 
 def test_a_fallback_default_route_stands_below_every_other() -> None:

@@ -580,7 +580,7 @@ def events(draw: st.DrawFn) -> list[Event]:
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(events(), st.integers(0, 1000))
 def test_work_that_is_saved_changes_nothing(sequence: list[Event], stops: int) -> None:
     """Asking after every event, with policies in between, gives what asking once at the end does."""
@@ -603,7 +603,7 @@ def test_work_that_is_saved_changes_nothing(sequence: list[Event], stops: int) -
         assert known_.marks == sum(a.marks for a in different.values())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(events())
 def test_after_a_full_report_the_past_does_not_matter(sequence: list[Event]) -> None:
     """A new session, all its routes and the End-of-RIBs: whatever was before is gone."""
@@ -649,7 +649,7 @@ def prefixes(draw: st.DrawFn) -> str:
     return str(kind((number, length), strict=False))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(prefixes(), st.lists(prefixes(), max_size=6))
 def test_a_prefix_set_says_what_ipaddress_says(prefix: str, others: list[str]) -> None:
     assert PrefixSet(others).covers(parse(prefix)) == naive(prefix, others)

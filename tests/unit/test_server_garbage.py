@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cni import message, spec
+from cni.listener import Listener
 from cni.server import Server, Settings
 from cni.spec import Call
 
@@ -92,7 +93,7 @@ def descriptors_open() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(CALLS)
 def test_whatever_comes_is_answered(calls: list[tuple[bytes, int, int]]) -> None:
     async def carry_out(call: Call, pod_ns: int | None) -> bytes:
@@ -101,7 +102,7 @@ def test_whatever_comes_is_answered(calls: list[tuple[bytes, int, int]]) -> None
         return DONE
 
     async def main(folder: Path) -> list[bytes]:
-        server = Server(directory=folder, carry_out=carry_out, settings=Settings())
+        server = Server(listener=Listener(folder), carry_out=carry_out, settings=Settings())
         serving = asyncio.create_task(server.run())
         while not (folder / "cni.sock").exists():  # noqa: ASYNC110 - it polls what another does
             await asyncio.sleep(0)

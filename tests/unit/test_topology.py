@@ -37,7 +37,9 @@ racks = st.builds(
     dual_tor=st.booleans(),
     tor=st.sampled_from(("bird", "frr")),
 )
-meshes = st.builds(Topology.build, mesh=st.just(True), nodes=st.integers(1, 60), pods=st.integers(0, 4))
+meshes = st.builds(
+    Topology.build, mesh=st.just(True), nodes=st.integers(1, 60), pods=st.integers(0, 4), ipv6_only=st.booleans()
+)
 shapes = racks | meshes
 SEGMENT = (ip_network("10.1.0.0/24"), ip_network("fd00:10:1::/64"))
 
@@ -84,14 +86,22 @@ def test_a_mesh_is_one_segment_and_nothing_else() -> None:
     assert t.shape.options == "--mesh --nodes 4 --pods 1"
 
 
+def test_a_mesh_without_ipv4_has_no_ipv4() -> None:
+    t = Topology.build(mesh=True, ipv6_only=True)
+    assert [node.addresses for node in t.nodes] == [(f"fd00:10:1::{n}",) for n in (1, 2, 3, 4)]
+    assert [link.lower.addresses for link in t.links] == [(f"{node.addresses[0]}/64",) for node in t.nodes]
+    assert [pool.name for pool in t.pools] == ["pods-v6"]
+    assert t.shape.options == "--mesh --nodes 4 --pods 3 --ipv6-only"
+
+
 @given(shapes)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_shape_says_how_to_build_it_again(t: Topology) -> None:
     assert Topology.build(**msgspec.structs.asdict(t.shape)) == t
 
 
 @given(shapes)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_addresses_are_unique_canonical_and_outside_of_every_pool(t: Topology) -> None:
     addresses = [a for link in t.links for end in (link.upper, link.lower) for a in end.addresses]
     assert len(set(addresses)) == len(addresses)
@@ -103,7 +113,7 @@ def test_addresses_are_unique_canonical_and_outside_of_every_pool(t: Topology) -
 
 
 @given(racks)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_link_between_routers_and_nodes_is_a_network_of_two(t: Topology) -> None:
     addresses = [a for link in t.links for end in (link.upper, link.lower) for a in end.addresses]
     for link in t.links:
@@ -114,13 +124,13 @@ def test_every_link_between_routers_and_nodes_is_a_network_of_two(t: Topology) -
 
 
 @given(shapes)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_node_hangs_on_its_tors_and_every_tor_on_every_spine(t: Topology) -> None:
     for node in t.nodes:
         tors = [tor.name for tor in t.tors if tor.rack == node.rack]
         assert [uplink.tor for uplink in node.uplinks] == tors
         assert [far.name for _, far in t.ends(node.name)] == (tors or [SWITCH])
-        assert [t.owner(a) for a in node.addresses] == [node.name] * 2
+        assert [t.owner(a) for a in node.addresses] == [node.name] * (1 if t.shape.ipv6_only else 2)
         for uplink in node.uplinks:
             assert [t.owner(a) for a in uplink.addresses] == [node.name] * 2
             assert [t.owner(a) for a in uplink.gateways] == [uplink.tor] * 2
@@ -149,6 +159,7 @@ def test_the_largest_is_still_sound() -> None:
         ({"pods": -1}, "pods per node"),
         ({"spines": 0}, "spin"),
         ({"mesh": True, "nodes": 251}, "nodes of a mesh"),
+        ({"ipv6_only": True}, "--ipv6-only is for --mesh"),
         ({"mesh": True, "racks": 2}, "--mesh and --racks: a mesh has no rack"),
         ({"mesh": True, "dual_tor": True}, "--mesh and --dual-tor: a mesh has no rack, ToR"),
         ({"mesh": True, "tor": "frr"}, "--mesh and --tor frr: a mesh has no rack, ToR"),
@@ -170,8 +181,8 @@ def test_a_pod_of_another_shape_is_refused(name: str) -> None:
 def test_bird_takes_only_pools_from_nodes_and_speaks_one_family_a_session() -> None:
     t = Topology.build(spines=2)
     text = bird.configuration(t, t.tors[0])
-    assert "filter pools4 { weigh(); if net ~ [ 10.244.0.0/16{26,32} ] then accept; reject; }" in text
-    assert "filter pools6 { weigh(); if net ~ [ fd00:10:244::/112{122,128} ] then accept; reject; }" in text
+    assert "filter pools4 { weigh(); if net ~ [ 10.244.0.0/15{26,32} ] then accept; reject; }" in text
+    assert "filter pools6 { weigh(); if net ~ [ fd00:10:244::/111{122,128} ] then accept; reject; }" in text
     assert text.count("protocol bgp ") == 2 * (2 + 2)  # two spines, two nodes
     assert text.count("passive yes") == text.count("import filter pools") == 4
     assert text.count("merge paths on limit 16") == 2
@@ -184,9 +195,9 @@ def test_frr_takes_only_pools_from_nodes_and_speaks_one_family_a_session() -> No
     text = frr.configuration(t, t.tors[1])
     assert "\nrouter bgp 65201\n bgp router-id 10.255.2.1\n" in text
     for line in (
-        "ip prefix-list pools4 seq 1 permit 10.244.0.0/16 ge 26 le 32",
+        "ip prefix-list pools4 seq 1 permit 10.244.0.0/15 ge 26 le 32",
         "ip prefix-list pools4 seq 99 deny any",
-        "ipv6 prefix-list pools6 seq 1 permit fd00:10:244::/112 ge 122 le 128",
+        "ipv6 prefix-list pools6 seq 1 permit fd00:10:244::/111 ge 122 le 128",
         "ipv6 prefix-list pools6 seq 99 deny any",
         " neighbor 10.1.1.1 remote-as 65101",
         " neighbor fd00:10:1:1::1 timers 3 9",

@@ -19,13 +19,17 @@ from store.clock import Clock, SystemClock
 from store.errors import Unavailable
 from store.memory import MemoryStore
 from store.model import (
+    ANNOTATION_ASN,
     BGPConfiguration,
     BGPFilter,
     BGPNodeStatus,
     BGPNodeStatusStatus,
     BGPPassword,
     BGPPeer,
+    IPPool,
     Meta,
+    Node,
+    OwnerReference,
     Secret,
     SecretKeyRef,
 )
@@ -151,6 +155,66 @@ def test_a_spoilt_file_is_not_believed_and_stays(tmp_path: Path, spoil: Callable
     run(main())
 
 
+class Later(SystemClock):
+    """Time passes when a test says so, too."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.passed
+
+
+def test_a_pool_that_was_deleted_stands_as_long_as_something_lives_in_it(tmp_path: Path) -> None:
+    """Its pods live on: with the pool, the routes to them would go on all nodes."""
+    path, clock = tmp_path / "snapshot.json", Later()
+
+    async def main() -> None:
+        store = await filled()
+        async with viewing(store, path, clock=clock) as view:
+            before = await until(view, lambda c: c.pools)
+            assert before.deleted_pools == frozenset()
+            await store.delete(IPPool, "pool")
+            after = await until(view, lambda c: c.deleted_pools)
+            assert (after.pools, after.deleted_pools, after.standing) == (before.pools, {"pool"}, {})
+            view.inhabit(frozenset({"pool"}))
+            after = await until(view, lambda c: c.standing)
+            assert after.standing == {"IPPool pool": "it was deleted, and pods live in it"}
+            await until(view, lambda c: [o for o in lastgood.load(path) if isinstance(o, IPPool)] == [*before.pools])
+        # Another agent takes over; and what is in the pool ends.
+        async with viewing(store, path, clock=clock) as view:
+            assert (await until(view, lambda c: True)).pools == before.pools
+            for passed, pools in ((3000, {"pool"}), (3000, set()), (500, set())):
+                clock.passed += passed
+                view.inhabit(frozenset(pools))
+                assert (await until(view, lambda c: True)).pools == before.pools, "a node may be cut off"
+            assert (await until(view, lambda c: True)).standing == {}
+            clock.passed += 200
+            view.inhabit(frozenset())
+            after = await until(view, lambda c: not c.pools)
+            assert after.deleted_pools == frozenset()
+            await until(view, lambda c: not [o for o in lastgood.load(path) if isinstance(o, IPPool)])
+        async with viewing(store, path, clock=clock) as view:
+            assert (await until(view, lambda c: True)).pools == ()
+
+    run(main())
+
+
+def test_a_pool_that_is_made_again_is_no_deleted_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = await filled()
+        async with viewing(store, tmp_path / "snapshot.json") as view:
+            await until(view, lambda c: c.pools)
+            await store.delete(IPPool, "pool")
+            await until(view, lambda c: c.deleted_pools)
+            view.inhabit(frozenset({"pool"}))
+            again = await store.create(pool("10.244.0.0/16", "pool", disabled=True))
+            after = await until(view, lambda c: not c.deleted_pools)
+            assert (after.pools, after.standing) == ((again,), {})
+
+    run(main())
+
+
 class Quick(SystemClock):
     """Nobody waits long."""
 
@@ -185,6 +249,7 @@ def test_how_well_each_kind_is_followed_is_told(tmp_path: Path) -> None:
             kinds = {
                 "bgpconfigurations",
                 "bgpfilters",
+                "bgpnodestatuses",
                 "bgppeers",
                 "ipamblocks",
                 "ippools",
@@ -251,6 +316,31 @@ def test_a_deleted_filter_stands_as_long_as_a_peer_names_it_also_after_a_restart
             stored = await store.update(replace(stored, spec=replace(stored.spec, filters=())))
             after = await until(view, lambda c: not c.standing)
             assert [f.name for f in after.filters] == ["typo"]
+
+    run(main())
+
+
+def test_a_deleted_node_stands_until_it_is_there_again_also_after_a_restart(tmp_path: Path) -> None:
+    """R13, R5: its blocks are to be withdrawn, so it must still be known who the node is to its peers."""
+
+    async def main() -> None:
+        store, path = await filled(), tmp_path / "snapshot.json"
+        async with viewing(store, path) as view:
+            before = await until(view, lambda c: c.node)
+            await store.delete(Node, "node-1")
+            after = await until(view, lambda c: c.standing)
+            assert after.node == before.node
+            assert after.standing == {"Node node-1": "it was deleted"}
+            await until(view, lambda _: path.exists())
+        async with viewing(store, path) as view:
+            again = await until(view, lambda c: c.live)
+            assert again.node is not None
+            assert before.node is not None
+            assert again.node.status == before.node.status
+            await store.create(node(asn="65123"))
+            new = await until(view, lambda c: not c.standing)
+            assert new.node is not None
+            assert new.node.metadata.annotations[ANNOTATION_ASN] == "65123"
 
     run(main())
 
@@ -323,10 +413,19 @@ async def told(store: Store, as_number: int) -> BGPNodeStatus:
     raise AssertionError("the watch ended")
 
 
+async def written(writer: StatusWriter) -> None:
+    """It has come to an end with what was offered."""
+    while True:
+        if writer.written:
+            return
+        await asyncio.sleep(0.01)
+
+
 def test_status_is_written_once_and_only_when_it_differs(tmp_path: Path) -> None:
     async def main() -> None:
         store = await filled()
         writer = StatusWriter(store, "node-1", SystemClock())
+        writer.own("1")
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(writer.run())
             writer.offer(BGPNodeStatusStatus(as_number=1))
@@ -344,5 +443,59 @@ def test_status_is_written_once_and_only_when_it_differs(tmp_path: Path) -> None
                 await asyncio.sleep(0.01)
             assert (writer.written, writer.failed) == (2, 1)
             running.cancel()
+
+    run(main())
+
+
+def test_a_status_has_its_node_for_owner_and_none_is_made_without_one() -> None:
+    """Kubernetes deletes what has an owner with it, and what names one that is not there at once."""
+
+    async def owner_is(store: Store, uid: str) -> BGPNodeStatus:
+        async for event in store.watch(BGPNodeStatus):
+            if event.type == "deleted" or event.object is None:
+                continue
+            if [(o.kind, o.name, o.uid) for o in event.object.metadata.owner_references] == [("Node", "node-1", uid)]:
+                return event.object
+        raise AssertionError("the watch ended")
+
+    async def main() -> None:
+        store = MemoryStore(SystemClock())
+        writer = StatusWriter(store, "node-1", SystemClock())
+        said = BGPNodeStatusStatus(as_number=1)
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(writer.run())
+            writer.offer(said)
+            await written(writer)
+            assert (await store.list(BGPNodeStatus)).items == ()
+            writer.own("1")
+            assert (await told(store, 1)).metadata.owner_references != ()
+            first = await owner_is(store, "1")
+            writer.own("")
+            writer.own("2")
+            second = await owner_is(store, "2")
+            assert (second.metadata.uid, second.status) == (first.metadata.uid, said)
+            # The garbage collector was faster.
+            await store.delete(BGPNodeStatus, "node-1")
+            writer.own("3")
+            assert (await owner_is(store, "3")).metadata.uid != first.metadata.uid
+            assert (await told(store, 1)).status == said
+            running.cancel()
+
+    run(main())
+
+
+def test_a_status_of_an_older_release_gets_its_owner_and_keeps_the_others() -> None:
+    async def main() -> None:
+        store = MemoryStore(SystemClock())
+        other = OwnerReference(api_version="v1", kind="ConfigMap", name="x", uid="7")
+        await store.create(BGPNodeStatus(metadata=Meta(name="node-1", owner_references=(other,))))
+        writer = StatusWriter(store, "node-1", SystemClock())
+        writer.own("1")
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(writer.run())
+            await written(writer)
+            running.cancel()
+        meta = (await store.get(BGPNodeStatus, "node-1")).metadata
+        assert [o.name for o in meta.owner_references] == ["x", "node-1"]
 
     run(main())

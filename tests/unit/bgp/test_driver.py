@@ -10,7 +10,7 @@ import pytest
 
 from agent.bgp import wire
 from agent.bgp.driver import Driver
-from agent.bgp.model import Event, SpeakerLost
+from agent.bgp.model import Announcement, Event, SpeakerLost
 from store.clock import SystemClock
 
 HELLO = {
@@ -61,6 +61,38 @@ def test_a_line_that_cannot_be_used_begins_anew(tmp_path: Path, second: bytes) -
                 driver.changed.clear()
         assert [type(e) for e in events] == [SpeakerLost]
         assert driver.state().confirmed == frozenset()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        server.close()
+
+    asyncio.run(main())
+
+
+def test_the_table_is_the_relay_s_own_until_this_agent_gives_one(tmp_path: Path) -> None:
+    """By it the plan knows what is on its way out: such a thing is held, and in no table."""
+    peer, kept, leaving = "10.0.1.2", "10.244.1.0/26", "10.244.9.0/26"
+    hello = HELLO | {"wanted": [[peer, kept]], "held": [[peer, kept], [peer, leaving]]}
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(wire.frame(0, wire.KIND_HELLO, wire.pack(hello)))
+        await reader.read()
+        writer.close()
+
+    async def main() -> None:
+        driver = Driver(tmp_path, SystemClock(), lambda event: None)
+        assert driver.state().table == frozenset()
+        server = await asyncio.start_unix_server(serve, tmp_path / "relay.sock")
+        running = asyncio.create_task(driver.run())
+        async with asyncio.timeout(10):
+            while not driver.state().known:
+                await driver.changed.wait()
+                driver.changed.clear()
+        assert driver.state().sent - driver.state().table == {(peer, leaving)}
+        driver.set_announcements(frozenset({Announcement(peer=peer, prefix=leaving, next_hop="10.0.1.1")}))
+        assert driver.state().table == {(peer, leaving)}
+        driver.set_announcements(frozenset())
+        assert driver.state().table == frozenset()
+        assert driver.state().sent == {(peer, kept), (peer, leaving)}
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         server.close()

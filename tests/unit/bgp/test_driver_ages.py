@@ -71,8 +71,10 @@ def heard(folder: Path, hello: dict[str, Any], lines: list[tuple[str, dict[str, 
             last = ("table", {"generation": 1, "problem": ""})
             for number, (kind, payload) in enumerate([("hello", hello), *lines, last]):
                 writer.write(wire.frame(number, kind, wire.pack(payload)))
-            await reader.read()
-            writer.close()
+            try:
+                await reader.read()
+            finally:
+                writer.close()
 
         server = await asyncio.start_unix_server(serve, str(folder / "relay.sock"))
         driver = Driver(folder, SystemClock(), sink)

@@ -61,8 +61,14 @@ def test_withdrawn_routes() -> None:
 def test_end_of_rib() -> None:
     event = Decoder().update(1, line('{ "eor": { "afi" : "ipv6", "safi" : "unicast" } }'))
     assert event == EndOfRib(peer="10.0.1.2", generation=1, family="ipv6 unicast")
-    assert wire.is_end_of_rib(line('{ "eor": { "afi" : "ipv6", "safi" : "unicast" } }'))
-    assert not wire.is_end_of_rib(update(withdraw={"ipv6 unicast": [{"nlri": "fd09::/64"}]}))
+    assert wire.end_of_rib(line('{ "eor": { "afi" : "ipv6", "safi" : "unicast" } }')) == "ipv6 unicast"
+
+
+def test_family_of_an_update_is_found_without_parsing() -> None:
+    six = update(withdraw={"ipv6 unicast": [{"nlri": "fd09::/64"}]})
+    assert wire.end_of_rib(six) == ""
+    assert [f for f in wire.FAMILIES if wire.names(six, f)] == ["ipv6 unicast"]
+    assert wire.names(update(announce={"ipv4 unicast": {"10.0.1.2": [{"nlri": "10.9.0.0/24"}]}}), "ipv4 unicast")
 
 
 @pytest.mark.parametrize("hops", [["fd00::2", "fe80::1"], ["fe80::1", "fd00::2"]])

@@ -80,10 +80,10 @@ def test_each_prefix_is_told_once(before: list[bytes]) -> None:
     assert sorted(told) == sorted(held(before))
 
 
-def test_end_of_rib_is_remembered_by_family() -> None:
+def test_an_end_of_rib_is_no_route() -> None:
     heard = Heard(ENOUGH)
     heard.take(line({"eor": {"afi": "ipv6", "safi": "unicast"}}))
-    assert heard.ended == {"ipv6 unicast"}
+    assert heard.whole
     assert list(heard.again()) == []
 
 

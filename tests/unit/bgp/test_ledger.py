@@ -236,9 +236,7 @@ class Speaker(RuleBasedStateMachine):
 
 
 TestSpeaker = Speaker.TestCase
-TestSpeaker.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestSpeaker.settings = settings(max_examples=60, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 
 
 def answered(ledger: Ledger, ok: bool = True) -> list[str]:
