@@ -84,9 +84,9 @@ def build_shim(compiler: str, program: Path) -> Path:
     return program
 
 
-def eventually(probe: Callable[[], T], *, limit: float = 10, every: float = 0.05) -> T:
+def eventually(probe: Callable[[], T], *, limit: float = 60, every: float = 0.05) -> T:
     """Polls until ``probe`` returns something true without raising AssertionError; at the limit its last failure is
-    the test's."""
+    the test's. The limit is for what would never come: on a machine with other work everything comes later."""
     end = time.monotonic() + limit
     while True:
         try:

@@ -55,7 +55,7 @@ def check(page: bytes) -> dict[str, dict[Labels, float]]:
 def get(path: Path, target: str) -> tuple[int, bytes]:
     """Code and body of what the socket at that path answers. OSError."""
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(10)
+        client.settimeout(60)
         client.connect(str(path))
         client.sendall(f"GET {target} HTTP/1.1\r\nHost: node\r\n\r\n".encode())
         head, _, body = b"".join(iter(lambda: client.recv(1 << 16), b"")).partition(b"\r\n\r\n")

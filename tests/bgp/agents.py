@@ -106,7 +106,7 @@ class Agent:
     def stop(self, number: int = signal.SIGKILL) -> int:
         assert self.process is not None
         os.kill(self.process.pid, number)
-        return self.process.wait(timeout=5)
+        return self.process.wait(timeout=60)
 
     def claim(self, cidr: str) -> None:
         """One more block."""

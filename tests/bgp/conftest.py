@@ -133,7 +133,7 @@ class Witness:
         return [line for line in self._log.read_text().splitlines() if "10.24" in line or "fd00:10:" in line]
 
 
-async def until(probe: Callable[[], Any], *, limit: float = 10, every: float = 0.05) -> Any:
+async def until(probe: Callable[[], Any], *, limit: float = 60, every: float = 0.05) -> Any:
     """``eventually``, with the driver running in between."""
     loop = asyncio.get_running_loop()
     end = loop.time() + limit
@@ -146,7 +146,7 @@ async def until(probe: Callable[[], Any], *, limit: float = 10, every: float = 0
         await asyncio.sleep(every)
 
 
-def run(main: Awaitable[None], limit: float = 60) -> None:
+def run(main: Awaitable[None], limit: float = 150) -> None:
     async def bounded() -> None:
         async with asyncio.timeout(limit):
             await main

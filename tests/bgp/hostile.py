@@ -67,10 +67,10 @@ class Rack:
             self.announced = frozenset({announce("10.244.0.0/26")})
             self.driver.set_announcements(self.announced)
             if up:
-                await until(lambda: all(r.up for r in self.raws), limit=60)
+                await until(lambda: all(r.up for r in self.raws))
                 count = 1 + len(self.raws)
                 await until(lambda: len({e.peer for e in self.events if isinstance(e, SessionUp)}) == count)
-            await until(lambda: "10.244.0.0/26" in self._bird.table(), limit=20)
+            await until(lambda: "10.244.0.0/26" in self._bird.table())
             self._speaker, self._relay = self._node.process.pid, self._node.relay()
             yield self
 
@@ -85,7 +85,7 @@ class Rack:
         """Nobody but the peer itself is hurt: the processes live, the honest peer's session too, and news get there."""
         for prefix in ("10.244.0.64/26", "10.244.0.128/26"):
             self.driver.set_announcements(self.announced | {announce(prefix)})
-            await until(lambda prefix=prefix: self._bird.table().keys() == {"10.244.0.0/26", prefix}, limit=20)
+            await until(lambda prefix=prefix: self._bird.table().keys() == {"10.244.0.0/26", prefix})
         assert self._node.process.poll() is None
         assert (self._node.process.pid, self._node.relay()) == (self._speaker, self._relay)
         assert [e.peer for e in self.events if isinstance(e, SessionDown) and e.peer == TOR4] == []

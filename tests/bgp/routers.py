@@ -216,7 +216,7 @@ _NAMES = {"noExport": "65535:65281", "noAdvertise": "65535:65282", "gracefulShut
 def await_zebra(path: Path) -> None:
     """Returns when somebody listens there: a bgpd that finds nobody tries again after 10 s (lib/zclient.c), and its
     routes are in no kernel until then, though it announces them."""
-    eventually(lambda: answers(path), limit=20)
+    eventually(lambda: answers(path))
 
 
 def _said(vty: socket.socket, command: str) -> str:
@@ -291,7 +291,7 @@ class Frr(Router):
         """What ``vtysh -d bgpd -c ...`` prints, without the program, which builds all of FRR's grammar at each start.
         Empty from a bgpd that is not there."""
         with socket.socket(socket.AF_UNIX) as vty:
-            vty.settimeout(30)
+            vty.settimeout(60)
             try:
                 vty.connect(str(self.folder / "bgpd.vty"))
                 return "".join([_said(vty, command) for command in ("enable", *commands)])

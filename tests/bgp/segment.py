@@ -180,7 +180,7 @@ class Segment:
         """That node's agent, or speaker."""
         process = processes.pop(number)
         os.kill(process.pid, how)
-        process.wait(timeout=30)
+        process.wait(timeout=60)
 
     def stop(self, number: int) -> None:
         """The node goes: its processes and its Node object. Its blocks stay in the store."""
@@ -314,7 +314,7 @@ class Pings:
     def go_on(self) -> None:
         """Returns when each way has had another fifty answers."""
         before = self._answers()
-        eventually(lambda: all(n > before[way] + 50 for way, n in self._answers().items()), limit=60)
+        eventually(lambda: all(n > before[way] + 50 for way, n in self._answers().items()))
 
     def _answers(self) -> dict[tuple[int, str], int]:
         return {way: len(_numbers(log)) for way, (_, log) in self._running.items()}
@@ -324,7 +324,7 @@ class Pings:
         lost = {}
         for way, (process, log) in self._running.items():
             os.kill(process.pid, signal.SIGINT)
-            process.wait(timeout=10)
+            process.wait(timeout=60)
             seen = _numbers(log)
             missing = sorted(set(range(1, max(seen, default=0))) - seen)
             if missing or not seen:

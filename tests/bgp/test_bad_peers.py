@@ -35,7 +35,7 @@ def test_nothing_comes_in_that_is_the_node_s_own(net: Net, tmp_path: Path, kind:
     bad = routers.KINDS[kind](net, tmp_path)
     bad.start((*BAD, *GOOD))
     wanted = {*GOOD, *HONEST}
-    eventually(lambda: world.imports() == wanted, limit=30)
+    eventually(lambda: world.imports() == wanted)
 
     def received() -> bool:
         four, six = world.told("tor-4"), world.told("tor-6")
@@ -46,14 +46,14 @@ def test_nothing_comes_in_that_is_the_node_s_own(net: Net, tmp_path: Path, kind:
         assert (four.accepted, six.accepted) == (2, 1)
         return True
 
-    eventually(received, limit=20)
+    eventually(received)
     assert world.imports() == wanted
     said = world.conditions()["ForeignRoute"]
     assert all(prefix in said for prefix in (OWN4, "10.244.1.8/29", "10.244.1.5/32", OWN6, "fd00:10:244::41/128"))
     # A default route that may come in stands behind the node's own.
     for name in ("tor-4", "tor-6"):
         world.change(name, default_route="Fallback")
-    eventually(lambda: world.imports() == wanted | {"0.0.0.0/0", "::/0"}, limit=20)
+    eventually(lambda: world.imports() == wanted | {"0.0.0.0/0", "::/0"})
     assert all("metric 4096" in line for line in world.agent.routes() if line.startswith("default"))
     for target in (WORLD4, WORLD6):
         assert "dev mgmt0" in net.run("node", ["ip", "route", "get", target]).stdout
@@ -69,7 +69,7 @@ def test_a_wide_import_leads_no_session_away_from_its_link(net: Net, tmp_path: P
     wide = {"10.0.0.0/8", "10.9.0.0/16", "fd00:9::/64"}
     bad = routers.Bird(net, tmp_path)
     bad.start((*wide, "10.0.2.2/32", "10.0.2.0/30", f"{NODE4}/32", "fd00:2::2/128", "fd00:2::/112"))
-    eventually(lambda: world.imports() == {*wide, *HONEST}, limit=30)
+    eventually(lambda: world.imports() == {*wide, *HONEST})
     eventually(lambda: (world.told("tor-4").received, world.told("tor-6").received) == (5, 3))
     assert world.imports() == {*wide, *HONEST}
     assert f"{SECOND.tor4} dev up1" in net.run("node", ["ip", "route", "get", SECOND.tor4]).stdout
@@ -105,7 +105,7 @@ def test_next_hops_and_paths_that_lead_nowhere(net: Net, tmp_path: Path) -> None
                 assert world.imports() == {"10.244.2.0/26", *HONEST}
                 return True
 
-            await asyncio.to_thread(lambda: eventually(judged, limit=30))
+            await asyncio.to_thread(lambda: eventually(judged))
             said = await asyncio.to_thread(world.conditions)
             assert "tor-4: 4 prefixes" in said["NextHopNotOnLink"]
             assert "NextHopIsSelf" in said["RoutesRefused"]

@@ -26,7 +26,7 @@ def made(net: Net, tmp_path: Path, router: Router) -> Agent:
     agent = Agent(net, tmp_path, peers=peers())
     agent.start_speaker()
     agent.start()
-    eventually(lambda: router.table().keys() == {OWN4, OWN6}, limit=40)
+    eventually(lambda: router.table().keys() == {OWN4, OWN6})
     return agent
 
 
@@ -53,7 +53,7 @@ def test_drained_and_back(made: Agent, router: Router) -> None:
     assert draining.returncode == 1, draining
     assert f"{OWN4} stays until its last pod is gone: 1 live in it" in draining.stdout
     assert SHUTDOWN in router.communities(OWN4)
-    eventually(lambda: router.table().keys() == {OWN4}, limit=20)
+    eventually(lambda: router.table().keys() == {OWN4})
 
     # Another agent goes on where this one was.
     made.stop(signal.SIGKILL)
@@ -61,16 +61,16 @@ def test_drained_and_back(made: Agent, router: Router) -> None:
     for _ in range(10):
         assert router.table().keys() == {OWN4}
         assert SHUTDOWN in router.communities(OWN4)
-    eventually(lambda: "RoutesDraining" in conditions(made), limit=20)
+    eventually(lambda: "RoutesDraining" in conditions(made))
     assert router.table().keys() == {OWN4}
     made.net.ip("node", ["route del 10.244.1.9/32 dev lo proto 141 metric 32"])
     done = ctl(made, "node", "drain-routes", "node-1", "--wait", "40")
     assert (done.returncode, "nothing is announced" in done.stdout) == (0, True), done
-    eventually(lambda: not router.table(), limit=10)
+    eventually(lambda: not router.table())
 
     back = ctl(made, "node", "drain-routes", "node-1", "--undo")
     assert (back.returncode, back.stdout) == (0, "node-1: its blocks are announced as before\n"), back
-    eventually(lambda: plain(router), limit=20)
+    eventually(lambda: plain(router))
 
 
 def test_a_machine_that_goes_down_is_out_of_the_routes_before_its_agent_ends(made: Agent, router: Router) -> None:
@@ -79,12 +79,12 @@ def test_a_machine_that_goes_down_is_out_of_the_routes_before_its_agent_ends(mad
         return Node(metadata=node.metadata, status=NodeStatus(addresses=node.status.addresses, conditions=(said,)))
 
     made.store(lambda store: mutate(store, Node, "node-1", goes_down, status=True))
-    eventually(lambda: SHUTDOWN in router.communities(OWN4), limit=20)
+    eventually(lambda: SHUTDOWN in router.communities(OWN4))
     assert made.process is not None
     made.process.send_signal(signal.SIGTERM)
-    assert made.process.wait(timeout=30) == 0
+    assert made.process.wait(timeout=60) == 0
     # It has seen them sent, which a busy router reads a moment later; with the agent gone nobody takes more out.
-    eventually(lambda: not router.table(), limit=2)
+    eventually(lambda: not router.table())
 
 
 def test_an_upgrade_takes_nothing_out_of_the_routes(made: Agent, router: Router) -> None:

@@ -39,12 +39,12 @@ def test_fault_1_a_burst_is_reordered(router: Router, node: Node, without: Witho
                 for wanted in (one, frozenset(), plain, one, two | {marker}):
                     driver.set_announcements(wanted)
                 os.kill(node.relay(), signal.SIGCONT)
-                await until(lambda marker=marker: marker.prefix in router.table(), limit=30)
+                await until(lambda marker=marker: marker.prefix in router.table())
                 # What was said before the first is on the wire with it or before it, so all of it before the second.
                 for wanted in (two | {FIRST}, two | {FIRST, SECOND}):
                     driver.set_announcements(wanted)
                     newest = SECOND if SECOND in wanted else FIRST
-                    await until(lambda newest=newest: newest.prefix in router.table(), limit=30)
+                    await until(lambda newest=newest: newest.prefix in router.table())
                 if handled:
                     await until(lambda: router.table() == whole)
                 wrong = router.table() != whole
@@ -82,7 +82,7 @@ def test_bursts_leave_neither_ghost_nor_gap(router: Router, node: Node) -> None:
                 await asyncio.sleep(0.004)
             await until(lambda: driver.state().sent == frozenset())
             # Reported withdrawn is handed to TCP: the peer needs a moment to read it.
-            await until(lambda: router.table() == {}, limit=2)
+            await until(lambda: router.table() == {})
             assert driver.state().withdrawn_at.keys() == {a.prefix for a in two}
 
     run(main())
@@ -113,7 +113,7 @@ def test_fault_2_a_reload_is_forgotten(bird: Bird, node: Node, without: Without,
             if not handled:
                 await until(lambda: log.read_text().count("SIGUSR1 received") > signals)
                 driver.set_announcements(frozenset({FIRST}))
-                await until(lambda: bird.table().keys() == {FIRST.prefix}, limit=30)
+                await until(lambda: bird.table().keys() == {FIRST.prefix})
                 assert log.read_text().count("performing reload") == reloads, "and nothing says so"
                 assert ups(events) == [TOR4]
                 return

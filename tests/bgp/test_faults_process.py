@@ -121,15 +121,15 @@ def test_fault_4_a_helper_dies_while_it_is_written_to(
                     break
                 os.kill(relay, signal.SIGKILL)
                 dead.add(relay)
-                await until(lambda: next_relay(node, dead) or first.poll() is not None, limit=30)
+                await until(lambda: next_relay(node, dead) or first.poll() is not None)
                 if first.poll() is not None:
                     break
             if care == "watchdog":
                 # Its helper is there again, and sees this over and over.
-                await until(lambda: node.log.read_text().count("left alone: its peers are configured") > 4, limit=20)
+                await until(lambda: node.log.read_text().count("left alone: its peers are configured") > 4)
                 assert first.poll() is None
                 return
-            await until(lambda: first.poll() is not None, limit=30)
+            await until(lambda: first.poll() is not None)
             node.start()
             await until(lambda: driver.state().known and len(driver.state().confirmed) == 4)
             await until(lambda: not bird.stale())

@@ -50,7 +50,7 @@ def test_fault_11_the_end_of_rib_comes_before_the_table(
         node.kill()
         await until(router.stale)
         node.start()
-        await until(lambda: not router.stale(), limit=20)
+        await until(lambda: not router.stale())
         await until(lambda: router.table().keys() == prefixes)
         assert (witness.seen() == []) == handled
 

@@ -175,7 +175,7 @@ def test_malformed_messages_cost_their_own_session_at_most(net: Net, bird: Bird,
                 return all(rib.peers[r.address].up and CANARY in rib.peers[r.address].routes for r in rack.raws)
 
             # What came before the canary is in the RIB: it is one stream.
-            await until(through, limit=60, every=0.2)
+            await until(through, every=0.2)
             _, selection = rack.seen()
             became: dict[str, object] = {}
             for raw, name in zip(rack.raws, CASES, strict=True):
@@ -230,7 +230,7 @@ def test_noise(net: Net, bird: Bird, node: Node) -> None:
                         await raw.say(*(spoiled() for _ in range(dice.randint(1, 5))))
                 await asyncio.sleep(0.1)
             ups = [raw.ups for raw in rack.raws]
-            await until(lambda: all(r.up for r in rack.raws), limit=60)
+            await until(lambda: all(r.up for r in rack.raws))
             print(f"sessions of the noisy peers: {ups}")
             await rack.sound()
 
@@ -282,7 +282,7 @@ def test_openings_that_are_none(net: Net, bird: Bird, node: Node) -> None:
                 ups = {e.peer for e in rack.events if isinstance(e, SessionUp)}
                 return all(raw.address in ups or raw.attempts > 2 for raw in rack.raws)
 
-            await until(tried, limit=60)
+            await until(tried)
             ups = {e.peer for e in rack.events if isinstance(e, SessionUp)}
             became = {name: raw.address in ups for name, raw in zip(OPENINGS, rack.raws, strict=True)}
             assert became == {name: comes for name, (_, comes) in OPENINGS.items()}

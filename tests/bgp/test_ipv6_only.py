@@ -28,12 +28,12 @@ def test_a_session_comes_up_and_routes_pass(net: Net, tmp_path: Path, kind: str)
     router = routers.KINDS[kind](net, tmp_path)
     agent.start_speaker()
     agent.start()
-    eventually(lambda: any(line.startswith("blackhole") for line in agent.routes()), limit=20)
+    eventually(lambda: any(line.startswith("blackhole") for line in agent.routes()))
     router.start([FAR], families=("6",))
-    eventually(lambda: router.table().keys() == {OWN6}, limit=30)
+    eventually(lambda: router.table().keys() == {OWN6})
     wanted = f"{FAR} via {TOR6} dev up0 proto 143 src {NODE6} metric 2048 pref medium"
-    eventually(lambda: wanted in agent.routes(), limit=20)
-    status = eventually(agent.status, limit=20)
+    eventually(lambda: wanted in agent.routes())
+    status = eventually(agent.status)
     own = status.status.router_id
     assert re.fullmatch(r"\d+\.\d+\.\d+\.\d+", own)
     assert router.identifier(NODE6) == own

@@ -29,7 +29,7 @@ def pinged(segment: Segment, numbers: tuple[int, ...]) -> Pings:
     for number in numbers:
         segment.add(number, with_pod=True)
         segment.start(number)
-    eventually(lambda: segment.meshed(numbers), limit=60)
+    eventually(lambda: segment.meshed(numbers))
     pings = Pings(segment, numbers)
     pings.go_on()
     return pings
@@ -39,7 +39,7 @@ def test_nodes_on_a_segment_mesh_by_themselves_and_come_and_go_alone(segment: Se
     for number in (2, 3, 4):
         segment.add(number)
         segment.start(number)
-    eventually(lambda: segment.meshed((2, 3, 4)), limit=60)
+    eventually(lambda: segment.meshed((2, 3, 4)))
     before = {n: segment.connections(n) for n in (2, 3, 4)}
     assert {n: len(c) for n, c in before.items()} == {2: 4, 3: 4, 4: 4}
 
@@ -51,11 +51,11 @@ def test_nodes_on_a_segment_mesh_by_themselves_and_come_and_go_alone(segment: Se
     segment.start(1)
     segment.add(5)
     segment.start(5)
-    eventually(lambda: segment.meshed((1, 2, 3, 4, 5)), limit=60)
+    eventually(lambda: segment.meshed((1, 2, 3, 4, 5)))
     kept()
     segment.stop(1)
     segment.stop(5)
-    eventually(lambda: segment.meshed((2, 3, 4)), limit=60)
+    eventually(lambda: segment.meshed((2, 3, 4)))
     kept()
     assert all(segment.connections(n) == before[n] for n in before)
 
@@ -66,7 +66,7 @@ def test_the_family_that_kubelets_do_not_report_is_found_told_and_followed(segme
     for number in numbers:
         segment.add(number, reported=2 if number == 3 else 1)
         segment.start(number)
-    eventually(lambda: segment.meshed(numbers), limit=60)
+    eventually(lambda: segment.meshed(numbers))
     told = {number: segment.status(number) for number in numbers}
     assert {n: s.status.address_source for n, s in told.items() if s} == {1: "Detected", 2: "Detected", 3: ""}
     assert {n: s.status.addresses for n, s in told.items() if s} == {n: addresses(n) for n in numbers}
@@ -74,7 +74,7 @@ def test_the_family_that_kubelets_do_not_report_is_found_told_and_followed(segme
     before, after = addresses(2)[1], f"{addresses(2)[1]}2"
     segment.net.ip(name(2), [f"address del {before}/64 dev eth0", f"address add {after}/64 nodad dev eth0"])
     six = blocks(2)[1]
-    eventually(lambda: [segment.imports(n).get(six) for n in (1, 3)] == [(after,), (after,)], limit=60)
+    eventually(lambda: [segment.imports(n).get(six) for n in (1, 3)] == [(after,), (after,)])
     # Nothing else has moved.
     four = blocks(2)[0]
     assert [segment.imports(n).get(four) for n in (1, 3)] == [(addresses(2)[0],)] * 2
@@ -87,15 +87,15 @@ def test_a_pool_that_is_deleted_under_live_pods_cuts_nobody_off(segment: Segment
     for pool in ("v4", "v6"):
         segment.delete_pool(pool)
     told = "IPPool v4: it was deleted, and pods live in it"
-    eventually(lambda: all(told in segment.conditions(n).get("ObjectNotUsable", "") for n in numbers), limit=20)
+    eventually(lambda: all(told in segment.conditions(n).get("ObjectNotUsable", "") for n in numbers))
     pings.go_on()
     segment.end(segment.agents, 1)
     segment.start_agent(1)
     segment.end(segment.speakers, 2, signal.SIGKILL)
     segment.start_speaker(2)
-    eventually(lambda: "SpeakerUnreachable" not in segment.conditions(2), limit=60)
+    eventually(lambda: "SpeakerUnreachable" not in segment.conditions(2))
     pings.go_on()
-    eventually(lambda: segment.meshed(numbers), limit=60)
+    eventually(lambda: segment.meshed(numbers))
     assert pings.stop() == {}
 
 
@@ -107,7 +107,7 @@ def test_from_the_mesh_to_a_tor_and_back_nothing_is_lost(segment: Segment, kind:
     # As one file may say it, whichever comes first. The ToR is not there yet: the mesh stays, whatever is restarted.
     segment.mesh(on=False)
     segment.peer_with_tor()
-    eventually(lambda: all("MeshLeaving" in segment.conditions(n) for n in numbers), limit=20)
+    eventually(lambda: all("MeshLeaving" in segment.conditions(n) for n in numbers))
     segment.end(segment.agents, 1)
     segment.start_agent(1)
     segment.end(segment.speakers, 2, signal.SIGKILL)
@@ -115,20 +115,20 @@ def test_from_the_mesh_to_a_tor_and_back_nothing_is_lost(segment: Segment, kind:
     for processes in (segment.agents, segment.speakers):
         segment.end(processes, 3)
     segment.start(3)
-    eventually(lambda: all(len(segment.connections(n)) == 4 for n in numbers), limit=60)
-    said = eventually(lambda: segment.conditions(2).get("MeshLeaving"), limit=20)
+    eventually(lambda: all(len(segment.connections(n)) == 4 for n in numbers))
+    said = eventually(lambda: segment.conditions(2).get("MeshLeaving"))
     assert "mesh-node-01 (10.0.0.1) stays: no BGPPeer of this node is up and has told all its routes" in said
     pings.go_on()
     assert segment.meshed(numbers)
 
     start_tor(segment, kind)
     by_tor = {n: {b: (TOR6 if ":" in b else TOR4,) for m in numbers if m != n for b in blocks(m)} for n in numbers}
-    eventually(lambda: all(segment.imports(n) == by_tor[n] for n in numbers), limit=60)
-    eventually(lambda: all(len(segment.connections(n)) == 2 for n in numbers), limit=60)
-    eventually(lambda: not any("MeshLeaving" in segment.conditions(n) for n in numbers), limit=20)
+    eventually(lambda: all(segment.imports(n) == by_tor[n] for n in numbers))
+    eventually(lambda: all(len(segment.connections(n)) == 2 for n in numbers))
+    eventually(lambda: not any("MeshLeaving" in segment.conditions(n) for n in numbers))
     pings.go_on()
 
     segment.mesh(on=True)
-    eventually(lambda: all(segment.imports(n) == straight(n, numbers) for n in numbers), limit=60)
+    eventually(lambda: all(segment.imports(n) == straight(n, numbers) for n in numbers))
     pings.go_on()
     assert pings.stop() == {}

@@ -73,17 +73,17 @@ def imports(agent: Agent) -> list[str]:
 def test_a_gateway_leads_to_the_peer_and_to_what_it_announces(begin: Begin, kind: str) -> None:
     agent, router = begin(kind, gateway=True)
     agent.start()
-    eventually(lambda: router.table().keys() == {OWN4, OWN6}, limit=60)
+    eventually(lambda: router.table().keys() == {OWN4, OWN6})
     wanted = [
         f"{FAR.tor4} via {MID4} dev up0 proto 143 src {NODE4} metric 2048",
         f"{THEIRS4} via {MID4} dev up0 proto 143 src {NODE4} metric 2048",
         f"{FAR.tor6} via {MID6} dev up0 proto 143 src {NODE6} metric 2048 pref medium",
         f"{THEIRS6} via {MID6} dev up0 proto 143 src {NODE6} metric 2048 pref medium",
     ]
-    eventually(lambda: imports(agent) == sorted(wanted), limit=30)
+    eventually(lambda: imports(agent) == sorted(wanted))
     agent.store(lambda store: store.delete(BGPPeer, "far-4"))
     agent.store(lambda store: store.delete(BGPPeer, "far-6"))
-    eventually(lambda: imports(agent) == [], limit=60)
+    eventually(lambda: imports(agent) == [])
 
 
 def test_somebody_elses_route_to_the_peer_stays_and_is_named(begin: Begin, net: Net) -> None:
@@ -92,7 +92,7 @@ def test_somebody_elses_route_to_the_peer_stays_and_is_named(begin: Begin, net: 
     theirs = f"{FAR.tor4} via {MID4} dev up0 proto static metric 2048"
     net.run("node", ["ip", "route", "add", *theirs.split()])
     agent.start()
-    eventually(lambda: router.table().keys() == {OWN4, OWN6}, limit=60)
+    eventually(lambda: router.table().keys() == {OWN4, OWN6})
 
     def named() -> bool:
         status = agent.status()
@@ -100,7 +100,7 @@ def test_somebody_elses_route_to_the_peer_stays_and_is_named(begin: Begin, net: 
             c.type == "ForeignRoute" and f"{FAR.tor4}/32" in c.message for c in status.status.conditions
         )
 
-    eventually(named, limit=30)
+    eventually(named)
     assert net.run("node", ["ip", "route", "show", FAR.tor4]).stdout.split() == theirs.split()
 
 
@@ -110,12 +110,12 @@ def test_without_a_gateway_we_announce_by_the_nodes_own_routes_and_nothing_comes
     net.run("node", ["ip", "route", "add", "default", "via", MID4])
     net.run("node", ["ip", "route", "add", "default", "via", MID6])
     agent.start()
-    eventually(lambda: router.table().keys() == {OWN4, OWN6}, limit=60)
+    eventually(lambda: router.table().keys() == {OWN4, OWN6})
 
     def named() -> bool:
         status = agent.status()
         said = [c.message for c in status.status.conditions if c.type == "NextHopNotOnLink"] if status else []
         return bool(said) and all(f"far-{f}: 1 prefixes" in said[0] for f in "46")
 
-    eventually(named, limit=30)
+    eventually(named)
     assert imports(agent) == []

@@ -45,7 +45,7 @@ def test_a_password_is_used_and_kept_and_never_gone_without(router: Router, node
             assert all("Secret tor, key password is not there" in why for why in driver.state().refused.values())
             assert "neighbor" not in (node.folder / "exabgp.conf").read_text()
             driver.set_sessions(secured(password))
-            await until(lambda: router.table().keys() == PREFIXES, limit=20)
+            await until(lambda: router.table().keys() == PREFIXES)
             assert driver.state().refused == {}
             before = (node.folder / "exabgp.conf").read_text()
             driver.set_sessions(secured(""))
@@ -77,7 +77,7 @@ def test_an_open_session_does_not_stand_in_for_one_with_a_password(bird: Router,
         async with node.driver() as (driver, _):
             driver.set_announcements(BLOCKS)
             driver.set_sessions(SESSIONS)
-            await until(lambda: bird.table().keys() == PREFIXES, limit=20)
+            await until(lambda: bird.table().keys() == PREFIXES)
             one, other = sorted(SESSIONS)
             driver.set_sessions(secured("", frozenset({one})) | {other})
             await until(lambda: driver.state().refused.keys() == {one.address})
@@ -96,7 +96,7 @@ def test_ttl_security_and_local_as(router: Router, node: Node) -> None:
             driver.set_announcements(BLOCKS)
             # Both ends measure the TTL; without one of 255 the router does not hear us.
             driver.set_sessions(frozenset({session("4", local_as=64999), session("6", local_as=64999, hops=1)}))
-            await until(lambda: router.paths() == {"fd00:10:244::/122": (64999,)}, limit=20)
+            await until(lambda: router.paths() == {"fd00:10:244::/122": (64999,)})
             await until(lambda: driver.state().confirmed == {(TOR6, "fd00:10:244::/122")})
 
     run(main())
@@ -109,7 +109,7 @@ def test_a_peer_that_is_waited_for_connects(bird: Router, node: Node) -> None:
         async with node.driver() as (driver, _):
             driver.set_announcements(BLOCKS)
             driver.set_sessions(frozenset({session("4", passive=True), session("6", passive=True)}))
-            await until(lambda: bird.table().keys() == PREFIXES, limit=20)
+            await until(lambda: bird.table().keys() == PREFIXES)
             assert set(bird.paths().values()) == {(NODE_AS,)}
 
     run(main())
@@ -161,7 +161,7 @@ def test_two_nodes_have_what_they_need_to_meet(net: Net, tmp_path: Path, node: N
                 one.set_sessions(sessions("node-1", password))
                 two.set_sessions(sessions("node-2", password))
                 for told, ends in ((told_one, {TOR4, TOR6}), (told_two, {NODE4, NODE6})):
-                    await until(partial(came_up, told, ends, times), limit=30)
+                    await until(partial(came_up, told, ends, times))
 
     run(main())
 

@@ -75,7 +75,7 @@ def test_equal_paths_over_both_spines_are_one_route(fabric: Net) -> None:
             told = json.loads(fabric.run("tor-1", ["ip", family, "-j", "route", "show", prefix]).stdout or "[]")
             return [len(route.get("nexthops", ())) for route in told] == [2]
 
-        eventually(hops, limit=20)
+        eventually(hops)
 
 
 def test_a_tor_takes_blocks_of_the_pools_and_nothing_else(software: Software, fabric: Net, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_tor_takes_blocks_of_the_pools_and_nothing_else(software: Software, fa
         assert told == set(good)
         return rack.routes(fabric, "tor-2", protocol=routers.PROTOCOL[software]) >= set(good)
 
-    eventually(probe, limit=20)
+    eventually(probe)
     assert not (set(bad) - {"10.1.0.0/31"}) & rack.routes(fabric, "spine-1")
 
 

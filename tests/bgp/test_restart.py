@@ -51,7 +51,7 @@ def test_speaker_restart_loses_no_route(
             await until(router.stale)
             node.start()
         # No stale route is left, so the peer has the new table and its End-of-RIB.
-        await until(lambda: not router.stale(), limit=20)
+        await until(lambda: not router.stale())
         assert router.table().keys() == prefixes
         assert witness.seen() == []
 
@@ -137,7 +137,7 @@ def test_agent_restart_with_a_peer_that_cannot_be_asked(bird: Bird, node: Node, 
             await until(lambda: any("10.99.0.0/24" in e.withdrawn for e in events if isinstance(e, Update)))
         for _ in range(2):
             async with node.driver() as (driver, events):
-                await until(lambda events=events: sum(isinstance(e, EndOfRib) for e in events) >= 4, limit=20)
+                await until(lambda events=events: sum(isinstance(e, EndOfRib) for e in events) >= 4)
                 got = [(e.peer, r) for e in events if isinstance(e, Update) for r in e.announced]
                 assert {r.prefix for _, r in got} == told
                 assert {r.next_hop for peer, r in got if peer == TOR6 and ":" in r.prefix} == {TOR6}
@@ -165,7 +165,7 @@ def test_killed_relay_restarts_the_speaker(bird: Bird, node: Node, net: Net, tmp
             await witness.begin({a.prefix for a in wanted})
             first = node.process.pid
             os.kill(node.relay(), signal.SIGKILL)
-            await until(lambda: node.process.poll() is not None, limit=30)
+            await until(lambda: node.process.poll() is not None)
             node.start()
             assert node.process.pid != first
             await until(lambda: driver.state().known and len(driver.state().confirmed) == 4)

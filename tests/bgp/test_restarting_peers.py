@@ -33,7 +33,7 @@ class Pair:
         self.router.start([KEPT, KEPT6, *more], restart=restart)
         self.agent.start_speaker()
         self.agent.start()
-        eventually(lambda: self.imports() == {KEPT, KEPT6, *more}, limit=30)
+        eventually(lambda: self.imports() == {KEPT, KEPT6, *more})
 
     def imports(self) -> set[str]:
         return {line.split()[0] for line in self.agent.routes() if "proto 143" in line}
@@ -52,12 +52,12 @@ def test_routes_of_a_router_that_comes_back_stay_and_stale_ones_are_swept(net: N
     ping = net.spawn("node", ["stdbuf", "-oL", "ping", "-i", "0.02", SERVER], log=pings)
     eventually(lambda: pings.read_text().count("bytes from") > 10)
     pair.router.stop()
-    eventually(pair.down, limit=30)
+    eventually(pair.down)
     assert pair.imports() == {KEPT, LEFT, KEPT6, LEFT6}
     pair.router.start([KEPT, KEPT6])
-    eventually(lambda: pair.imports() == {KEPT, KEPT6}, limit=40)
+    eventually(lambda: pair.imports() == {KEPT, KEPT6})
     ping.send_signal(signal.SIGINT)
-    ping.wait(timeout=10)
+    ping.wait(timeout=60)
     sent, got = re.search(r"(\d+) packets transmitted, (\d+) received", pings.read_text()).groups()  # type: ignore[union-attr]
     assert int(sent) - int(got) <= 1, "more than the one that may have been under way"
     touched = [line for line in monitor.read_text().splitlines() if KEPT in line or KEPT6 in line]
@@ -72,6 +72,6 @@ def test_routes_of_a_router_that_stays_away_go_in_time(
     pair = Pair(net, tmp_path, kind, restart=asked, max_restart_time=limit)
     pair.router.stop()
     gone = time.monotonic()
-    eventually(lambda: pair.imports() == set(), limit=30)
+    eventually(lambda: pair.imports() == set())
     # The sessions end with the process, as its kernel closes them.
     assert time.monotonic() - gone > 2.5

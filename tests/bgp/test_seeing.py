@@ -40,7 +40,7 @@ def test_what_was_agreed_on_and_what_the_ends_said(router: Router, node: Node) -
         node.start()
         async with node.driver() as (driver, events):
             driver.set_sessions(SESSIONS)
-            await until(lambda: {e.peer for e in events if isinstance(e, SessionUp)} == {TOR4, TOR6}, limit=30)
+            await until(lambda: {e.peer for e in events if isinstance(e, SessionUp)} == {TOR4, TOR6})
             agreed = {e.peer: e for e in events if isinstance(e, SessionUp)}[TOR4]
             expected = Capabilities(refresh=True, enhanced=True, asn4=True, hold_time=9, router_id=TOR4)
             assert agreed.capabilities == expected
@@ -48,7 +48,7 @@ def test_what_was_agreed_on_and_what_the_ends_said(router: Router, node: Node) -
             router.ask(*SHUTDOWN[router.kind])  # type: ignore[attr-defined]
             await until(lambda: history(node).why_down(TOR4) == said)
             driver.set_sessions(frozenset({session("4"), session("6", peer_as=65009)}))
-            await until(lambda: history(node).why_down(TOR6) == wrong, limit=30)
+            await until(lambda: history(node).why_down(TOR6) == wrong)
         node.changes.clear()
         async with node.driver() as (_, _):
             await until(lambda: history(node).why_down(TOR6) == wrong)
@@ -71,10 +71,10 @@ def test_a_silence_is_ours_to_end_and_a_wrong_password_says_nothing(bird: Router
         (six,) = secured("hunter2", frozenset({replace(session("6"), hold_time=3)}))
         async with node.driver() as (driver, events):
             driver.set_sessions(frozenset({session("4"), six}))
-            await until(lambda: any(isinstance(e, SessionUp) for e in events), limit=30)
+            await until(lambda: any(isinstance(e, SessionUp) for e in events))
             assert bird.process is not None
             os.kill(bird.process.pid, signal.SIGSTOP)
-            await until(lambda: history(node).why_down(TOR6) == "we said: Hold Timer Expired", limit=30)
+            await until(lambda: history(node).why_down(TOR6) == "we said: Hold Timer Expired")
             await until(dropped)
             assert history(node).of(TOR4) == ()
             assert {e.peer for e in events} == {TOR6}

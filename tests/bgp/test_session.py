@@ -98,7 +98,7 @@ def test_two_nodes_of_a_mesh(net: Net, tmp_path: Path, node: Node) -> None:
             node.kill()
             told_again.clear()
             node.start()
-            await until(lambda: ended(told_again) == 4, limit=20)
+            await until(lambda: ended(told_again) == 4)
             assert learned(told_again) == {a.prefix for a in blocks(4)}
 
     run(main())

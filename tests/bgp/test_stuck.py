@@ -47,8 +47,8 @@ def test_a_peer_that_stops_reading_holds_up_nobody_else(net: Net, bird: Bird, no
             assert max(grown.values()) < 20 << 20
             slow.reading.set()
             whole = {(a.peer, a.prefix) for a in rack.announced}
-            await until(lambda: whole <= rack.driver.state().confirmed, limit=30)
-            await until(lambda: len(slow.told) >= 2000, limit=30)
+            await until(lambda: whole <= rack.driver.state().confirmed)
+            await until(lambda: len(slow.told) >= 2000)
             assert (slow.ups, slow.notifications) == (1, [])
 
     run(main(), 120)
@@ -63,10 +63,10 @@ def test_a_peer_that_takes_nothing_is_left_in_the_end(net: Net, bird: Bird, node
     async def main() -> None:
         async with rack.running():
             await closed(rack)
-            await until(lambda: [e.peer for e in rack.events if isinstance(e, SessionDown)] == [slow.address], limit=30)
+            await until(lambda: [e.peer for e in rack.events if isinstance(e, SessionDown)] == [slow.address])
             await until(lambda: {peer for peer, _ in rack.driver.state().sent} == {TOR4})
             slow.reading.set()
-            await until(lambda: slow.ups == 2, limit=60)
+            await until(lambda: slow.ups == 2)
             await rack.sound()
 
     run(main(), 120)
@@ -84,7 +84,7 @@ def test_a_peer_that_takes_nothing_keeps_no_configuration_away(net: Net, bird: B
             rack.driver.set_announcements(rack.announced)
             left = {session(name=slow.address, address=slow.address, local_address=HERE), session()}
             rack.driver.set_sessions(frozenset(left))
-            await until(lambda: not other.up, limit=60)
+            await until(lambda: not other.up)
             await rack.sound()
 
     run(main(), 120)
@@ -105,7 +105,7 @@ def test_a_peer_that_says_a_byte_a_second_is_dead_in_time(net: Net, bird: Bird, 
                 await asyncio.sleep(1)
             assert slow.notifications[0] == (4, 0), "the hold timer expired (RFC 4271, 6.5)"
             slow.keepalives = True
-            await until(lambda: slow.ups == 2, limit=30)
+            await until(lambda: slow.ups == 2)
             await until(lambda: CANARY in rack.seen()[0].peers[slow.address].routes)
             await rack.sound()
 

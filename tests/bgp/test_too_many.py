@@ -100,12 +100,12 @@ def test_few_routes_that_say_too_much_are_too_many(net: Net, tmp_path: Path) -> 
 
     async def main() -> None:
         async with bad.running():
-            await until(lambda: bad.up, limit=30)
+            await until(lambda: bad.up)
             with contextlib.suppress(OSError):
                 await bad.say(*routes)
             removed = lambda: "AS numbers and communities received" in world.told("tor-4").reason  # noqa: E731
-            await asyncio.to_thread(lambda: eventually(removed, limit=60))
-            await until(lambda: not bad.up, limit=30)
+            await asyncio.to_thread(lambda: eventually(removed))
+            await until(lambda: not bad.up)
 
     run(main(), 120)
     print(f"MB before {before}, at most {sizes.peaks()}")

@@ -34,7 +34,7 @@ def world(request: pytest.FixtureRequest, net: Net, tmp_path: Path) -> Iterator[
         net.address(tor, "lo", [f"{server}/32" for server in SERVERS])
     net.address("tor", "lo", ["10.244.5.1/32"])
     net.ip("tor2", [f"route add {NODE4}/32 via {SECOND.node4}"])  # the node's own address is on the other's subnet
-    eventually(lambda: devices(net, FAR) == ["up0", "up1"] and devices(net, SINGLE) == ["up0"], limit=30)
+    eventually(lambda: devices(net, FAR) == ["up0", "up1"] and devices(net, SINGLE) == ["up0"])
     yield made
 
 
@@ -65,13 +65,13 @@ def test_both_links_carry_traffic_and_a_dead_one_is_left_and_used_again(net: Net
     net.ip("tor", ["link set down0 down"])
     eventually(lambda: devices(net, FAR) == ["up1"], limit=5, every=0.01)
     net.ip("tor", ["link set down0 up"])
-    eventually(lambda: devices(net, FAR) == ["up0", "up1"], limit=20)
+    eventually(lambda: devices(net, FAR) == ["up0", "up1"])
     before = {port: sent(net, port) for port in ("up0", "up1")}
     eventually(lambda: all(sent(net, port) - n >= 20 for port, n in before.items()))
     lost = 0
     for ping, log in zip(pings, logs.values(), strict=True):
         ping.send_signal(signal.SIGINT)
-        ping.wait(timeout=10)
+        ping.wait(timeout=60)
         said, got = re.search(r"(\d+) packets transmitted, (\d+) received", log.read_text()).groups()  # type: ignore[union-attr]
         lost = max(lost, int(said) - int(got))
     print(f"at most {lost} of 50 packets a second lost to one server")

@@ -46,7 +46,7 @@ class World:
         self.agent.start_speaker()
         self.agent.start()
         # The bad one comes later, or its routes into our blocks would keep them from use.
-        eventually(lambda: self.imports() == set(HONEST) and self.heard(), limit=30)
+        eventually(lambda: self.imports() == set(HONEST) and self.heard())
         self.before = self.own_routes()
         self.since = self.session()
         self._pings = {
@@ -80,7 +80,7 @@ class World:
         lost = {}
         for target, ping in self._pings.items():
             ping.send_signal(signal.SIGINT)
-            ping.wait(timeout=10)
+            ping.wait(timeout=60)
             sent, got = re.search(r"(\d+) packets transmitted, (\d+) received", self._log(target)).groups()  # type: ignore[union-attr]
             # The last one may be under way.
             if int(sent) - int(got) > 1 or int(got) < 5:

@@ -181,7 +181,7 @@ def test_a_node_that_reboots_is_back_by_itself_with_its_blocks_and_no_leak(pods:
     settled(cluster)
     assert boot_id(cluster, node) != boot
     eventually(lambda: established(cluster, node), limit=LIMIT)
-    assert all(eventually(lambda p=pod: reached(cluster, p), limit=30) for pod in on(cluster, node))
+    assert all(eventually(lambda p=pod: reached(cluster, p)) for pod in on(cluster, node))
     after = blocks(cluster, node)
     assert after
     assert after.keys() <= before.keys(), "one that is empty may be given back"
@@ -197,7 +197,7 @@ def test_a_node_that_reboots_is_back_by_itself_with_its_blocks_and_no_leak(pods:
 
     eventually(as_it_lives, limit=LIMIT)
     assert all(b["status"]["writer"]["bootId"] == boot_id(cluster, node) for b in blocks(cluster, node).values())
-    assert eventually(lambda: clean(cluster, node), limit=60)
+    assert eventually(lambda: clean(cluster, node))
 
 
 def test_a_node_that_is_drained_and_deleted_gives_its_blocks_back_and_comes_anew(pods: Cluster) -> None:
@@ -222,7 +222,7 @@ def test_a_node_that_is_drained_and_deleted_gives_its_blocks_back_and_comes_anew
     cluster.apply(_pod("newcomer", nodeName=node))
     newcomer = cluster.running("-n", NS, "-l", "app=newcomer", count=1)[0]
     assert eventually(lambda: reached(cluster, newcomer), limit=LIMIT)
-    assert eventually(lambda: clean(cluster, node), limit=60)
+    assert eventually(lambda: clean(cluster, node))
     cluster.kubectl("delete", "pod", "-n", NS, "newcomer")
 
 

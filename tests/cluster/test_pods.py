@@ -182,7 +182,7 @@ def test_port_forward(net: NetPods, cluster: Cluster) -> None:
             assert forward.stdout
             told = re.match(r"Forwarding from 127.0.0.1:(\d+)", forward.stdout.readline())
             assert told
-            with urllib.request.urlopen(f"http://127.0.0.1:{told[1]}/", timeout=30) as said:
+            with urllib.request.urlopen(f"http://127.0.0.1:{told[1]}/", timeout=60) as said:
                 assert b'"hostname": "tuned"' in said.read()
         finally:
             forward.terminate()

@@ -61,7 +61,7 @@ def test_pods_move_to_another_pool_and_nothing_is_lost_between_both(
         player.play(_part(page, back, len(page.steps)))
     print(f"back, and the new pool deleted: {time.monotonic() - begin:.0f} s")
     assert not any(b["spec"]["pool"] == "pods-new-v4" for b in cluster.get("ipamblocks"))
-    assert "clean" in eventually(lambda: _clean(cluster), limit=60, every=1)
+    assert "clean" in eventually(lambda: _clean(cluster), every=1)
 
 
 def _clean(cluster: Cluster) -> str:

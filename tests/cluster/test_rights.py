@@ -147,7 +147,7 @@ for method, path, body, kind in wishes:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(server + path, data, headers, method=method)
     try:
-        with urllib.request.urlopen(request, context=context, timeout=30) as answer:
+        with urllib.request.urlopen(request, context=context, timeout=60) as answer:
             said.append([answer.status, answer.read(100000).decode()])
     except urllib.error.HTTPError as e:
         said.append([e.code, e.read().decode()])
@@ -298,7 +298,7 @@ def test_a_stolen_token_changes_nothing_of_another_node(cluster: Cluster, loot: 
         assert all(code != 409 for code, _ in said.values())
         return said
 
-    for what, (code, text) in eventually(answers, limit=60).items():
+    for what, (code, text) in eventually(answers).items():
         message = json.loads(text).get("message", "")
         assert code == 403, (what, code, text)
         # A sentence: RBAC says who cannot do what, a policy whose it is.
@@ -332,5 +332,5 @@ def test_a_token_ends_with_its_pod(cluster: Cluster, loot: Loot) -> None:
     wish: Wish = ("GET", f"{OURS}/ippools", None, JSON)
     assert thief.ask(wish)[0][0] == 200
     cluster.kubectl("delete", "pod", "-n", NAMESPACE, pod)
-    eventually(lambda: thief.ask(wish)[0][0] == 401, limit=60, every=1)
+    eventually(lambda: thief.ask(wish)[0][0] == 401, every=1)
     eventually(lambda: cluster.not_ready() == [], limit=120, every=0.5)

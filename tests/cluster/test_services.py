@@ -67,7 +67,7 @@ def world(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[World]:
         made = World(net, web, hosted, services)
         # A proxy knows of a service a moment after it was made.
         checks = [made.to(name, "http", family) for name in wanted for family in FAMILIES]
-        at_once([partial(eventually, partial(_all_answer, net, s, checks), limit=60) for s in (*web, *hosted)])
+        at_once([partial(eventually, partial(_all_answer, net, s, checks)) for s in (*web, *hosted)])
         yield made
 
 
@@ -276,4 +276,4 @@ def test_pods_that_move_are_found_again(world: World) -> None:
         assert hosts == {p.name for p in web}, hosts
         return True
 
-    eventually(found, limit=60)
+    eventually(found)

@@ -67,7 +67,7 @@ def test_nodes_and_tor_are_as_before_in_good_order_and_in_a_hurry(bare: Callable
 
 
 def in_order(cluster: Cluster, before: dict[str, list[str]]) -> None:
-    eventually(lambda: len(blocks_at(cluster, "tor-1")) >= 4, limit=30)
+    eventually(lambda: len(blocks_at(cluster, "tor-1")) >= 4)
     # One of the two may still be on its way.
     cluster.running("-n", FIRST, count=2)
     refused = "2 pods have an address of a block: first/first-"

@@ -51,7 +51,7 @@ def test_pods_of_two_nodes_reach_each_other_by_every_family(bare: Callable[..., 
     assert {p["metadata"]["generation"] for p in made.values()} == {1}
     record = cluster.get("configmap", "-n", NAMESPACE, "underlay-first-pools")[0]["data"]
     assert record["source"] == ("the Nodes' podCIDRs" if shape == "k3s" else "kubeadm's podSubnet")
-    eventually(lambda: cluster.not_ready() == [], limit=60)
+    eventually(lambda: cluster.not_ready() == [])
     told = [s["status"] for s in cluster.get("bgpnodestatuses")]
     assert [s.get("conditions", []) for s in told] == [[], []], json.dumps(told)
     assert [[session["state"] for session in s["sessions"]] for s in told] == [["Established"] * families] * 2

@@ -64,7 +64,7 @@ class Machine(RuleBasedStateMachine):
         """What the call returns, or the class of what it raises."""
 
         async def within() -> Any:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 return await call
 
         try:

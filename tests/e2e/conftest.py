@@ -71,7 +71,7 @@ class Lab:
                 found.append(route)
         return found
 
-    def restarted(self, node: str, part: str, before: int, *, limit: float = 30) -> None:
+    def restarted(self, node: str, part: str, before: int, *, limit: float = 60) -> None:
         """Waits until the process has been started more than ``before`` times again."""
 
         def probe() -> bool:
@@ -108,8 +108,8 @@ class Ping:
             process.send_signal(2)
         lost = []
         for process, reader, said in zip(self._processes, self._readers, self._said, strict=True):
-            process.wait(timeout=10)
-            reader.join(timeout=10)
+            process.wait(timeout=60)
+            reader.join(timeout=60)
             counts = re.search(r"(\d+) packets transmitted, (\d+) received", "".join(said[-5:]))
             assert counts, "".join(said[-5:])
             sent, received = map(int, counts.groups())

@@ -188,9 +188,7 @@ def works(lab: Lab, part: str) -> None:
     # The agent makes good what is missing in the kernel: of its own number, and harmless while the default leads there.
     lost = next(r["dst"] for r in lab.routes("node-1", "protocol", str(PROTO_IMPORTS)))
     lab.inside("node-1", "ip", "route", "del", lost, "proto", str(PROTO_IMPORTS))
-    eventually(
-        lambda: lost in {r["dst"] for r in lab.routes("node-1", "protocol", str(PROTO_IMPORTS))}, limit=15, every=0.1
-    )
+    eventually(lambda: lost in {r["dst"] for r in lab.routes("node-1", "protocol", str(PROTO_IMPORTS))}, every=0.1)
 
 
 def sessions(lab: Lab, node: str, tor: str) -> dict[str, str]:
@@ -209,7 +207,7 @@ def test_exabgp_dies_under_its_agent(lab: Lab) -> None:
     ping = Ping(lab, "pod-1-1", "pod-3-1")
     back = Ping(lab, "pod-3-2", "pod-1-2")
     lab.command("kill", "node-1", "exabgp")
-    eventually(lambda: again(lab, before), limit=30, every=0.2)
+    eventually(lambda: again(lab, before), every=0.2)
     lab.whole()
     assert ping.lost() == [0, 0]
     assert back.lost() == [0, 0]
@@ -222,9 +220,9 @@ def test_exabgp_dies_while_its_agent_is_away(lab: Lab) -> None:
     back = Ping(lab, "pod-3-2", "pod-1-2")
     lab.command("kill", "node-1", "agent", "--restart-after", "20")
     lab.command("kill", "node-1", "exabgp")
-    eventually(lambda: again(lab, before), limit=15, every=0.2)
+    eventually(lambda: again(lab, before), every=0.2)
     assert lab.node("node-1").processes["agent"].state == "restarting"
-    lab.restarted("node-1", "agent", restarts, limit=40)
+    lab.restarted("node-1", "agent", restarts)
     works(lab, "agent")
     assert ping.lost() == [0, 0]
     assert back.lost() == [0, 0]
@@ -266,7 +264,7 @@ def test_bgp_is_seen_on_a_node(lab: Lab) -> None:
     said = lab.inside("node-1", "underlayctl", "bgp", "peers", "--peer", "node-1-tor-1-v4")
     assert "Established" in said.splitlines()[0]
     assert "  families: ipv4 unicast; hold time 9 s; router id 10.255.1.1" in said.splitlines()
-    eventually(lambda: lab.inside("node-1", "underlayctl", "bgp", "diff").startswith("nothing differs: "), limit=20)
+    eventually(lambda: lab.inside("node-1", "underlayctl", "bgp", "diff").startswith("nothing differs: "))
     (far, *_) = (b for b in blocks(lab)["node-3"] if ":" not in b)
     (path,) = json.loads(lab.inside("node-1", "underlayctl", "bgp", "routes", "--prefix", far, "-o", "json"))["routes"]
     assert (path["state"], path["in_kernel"], path["as_path"]) == ("best", True, [65001, 65000, 65002, 65102])
@@ -284,18 +282,18 @@ def test_a_cut_link_is_seen_and_mended(lab: Lab) -> None:
         assert not next(link for link in lab.state().links if {link.a, link.b} == {"node-1", "tor-1"}).up
         assert "╳" in lab.command("status").stdout
         # The ToR is waited for, and named; after its restart time nobody waits any more.
-        eventually(lambda: "is waited for" in ask(lab, "node-1", "/readyz")[1], limit=40)
+        eventually(lambda: "is waited for" in ask(lab, "node-1", "/readyz")[1])
         assert ask(lab, "node-1", "/readyz")[0] == 503
         assert ask(lab, "node-1", "/healthz")[0] == 200
 
         def up() -> set[float]:
             return set(check(ask(lab, "node-1", "/metrics")[1].encode())["underlay_bgp_session_up"].values())
 
-        eventually(lambda: up() == {0}, limit=20)
+        eventually(lambda: up() == {0})
     finally:
         lab.command("link", "mend", "tor-1", "node-1")
     lab.whole(limit=60)
-    eventually(lambda: ask(lab, "node-1", "/readyz") == (200, "ok\n"), limit=40)
+    eventually(lambda: ask(lab, "node-1", "/readyz") == (200, "ok\n"))
     # What the tests above found nothing of, is found here.
     assert all(lost > 10 for lost in ping.lost())
 
@@ -322,7 +320,7 @@ def test_pods_come_and_go_300_times_from_16_at_once(lab: Lab) -> None:
 
     with ThreadPoolExecutor(16) as threads:
         list(threads.map(one, range(300)))
-    eventually(lambda: consistent(lab), limit=30, every=0.5)
+    eventually(lambda: consistent(lab), every=0.5)
     # A block that the rush needed goes back once the addresses have rested: 30 s, then 5 s.
     eventually(lambda: facts(lab) == begin, limit=120, every=1)
 

@@ -57,7 +57,7 @@ def test_a_new_block_that_a_router_routes_to_is_given_back_and_the_next_one_used
     tried = next(cidr for cidr in candidates(pool, node) if cidr != old)
     inside = f"{ip_network(tried)[9]}/32"
     announce(lab, "tor-1", inside)
-    eventually(lambda: inside in {r["dst"] for r in lab.routes(node, "proto", str(PROTO_IMPORTS))}, limit=20)
+    eventually(lambda: inside in {r["dst"] for r in lab.routes(node, "proto", str(PROTO_IMPORTS))})
 
     # A marked block hands out nothing more, so the node claims another.
     lab.inside(node, "underlayctl", "delete", "ipamblock", blocks(lab, node)[old]["metadata"]["name"], "--force")
@@ -65,7 +65,7 @@ def test_a_new_block_that_a_router_routes_to_is_given_back_and_the_next_one_used
     def claimed() -> str:
         return next((c for c, b in blocks(lab, node).items() if c not in (old, tried) and conditions(b)), "")
 
-    used = eventually(claimed, limit=20)
+    used = eventually(claimed)
     told = conditions(blocks(lab, node)[used])["ForeignRoute"]
     for words in (tried, inside, "via", "dev", "another cluster"):
         assert words in told
@@ -83,7 +83,7 @@ def test_a_new_block_that_a_router_routes_to_is_given_back_and_the_next_one_used
     assert "ForeignRoute" in check.stdout
 
     announce(lab, "tor-1")
-    eventually(lambda: not conditions(blocks(lab, node)[used]), limit=60)
+    eventually(lambda: not conditions(blocks(lab, node)[used]))
     assert "ForeignRoute" not in lab.command("exec", node, "underlayctl", "ipam", "check", check=False).stdout
 
 
@@ -97,8 +97,8 @@ def test_a_route_into_a_block_in_use_is_refused_and_said(up: Lab) -> None:
         told = lab.inside(node, "underlayctl", "node", "status", node)
         return "ForeignRoute" in told and inside in told
 
-    eventually(said, limit=20)
+    eventually(said)
     assert inside not in {r["dst"] for r in lab.routes(node)}
     lab.whole()
     announce(lab, "tor-1")
-    eventually(lambda: "ForeignRoute" not in lab.inside(node, "underlayctl", "node", "status", node), limit=20)
+    eventually(lambda: "ForeignRoute" not in lab.inside(node, "underlayctl", "node", "status", node))

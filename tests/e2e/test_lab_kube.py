@@ -56,7 +56,7 @@ class Api:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._server + path, data=data, headers=headers)
         try:
-            with urllib.request.urlopen(request, context=self._tls, timeout=10) as answer:
+            with urllib.request.urlopen(request, context=self._tls, timeout=60) as answer:
                 text = answer.read().decode()
                 return answer.status, json.loads(text) if text[:1] == "{" else {}
         except urllib.error.HTTPError as e:

@@ -19,7 +19,7 @@ def status_of(cluster: Cluster, path: str, *, token: str = "") -> int:
     """HTTP's status of a GET, without waiting for the end of the answer (a watch has none); anonymous by default."""
     context = ssl.create_default_context(cafile=str(cluster.ca))
     host, _, port = cluster.url.removeprefix("https://").partition(":")
-    connection = http.client.HTTPSConnection(host, int(port), timeout=30, context=context)
+    connection = http.client.HTTPSConnection(host, int(port), timeout=60, context=context)
     try:
         connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
         return connection.getresponse().status

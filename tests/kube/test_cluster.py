@@ -105,7 +105,7 @@ def test_reset_starts_again_what_a_test_killed(cluster: Cluster, name: str) -> N
     owner = cluster.request("POST", NODES, node("node-1"))
     cluster.request("POST", BLOCKS, block(owner))
     cluster.request("DELETE", f"{NODES}/node-1")
-    assert eventually(lambda: gone(cluster, f"{BLOCKS}/10-0-0-0-26"), limit=30)
+    assert eventually(lambda: gone(cluster, f"{BLOCKS}/10-0-0-0-26"))
 
 
 def test_the_garbage_collector_takes_a_block_with_its_node_and_only_marks_one_with_a_finalizer(

@@ -54,7 +54,7 @@ async def recorder(installed: Installed, node: str = "node-1") -> AsyncIterator[
 
 async def soon(probe: Callable[[], object]) -> None:
     """``eventually``, where what is waited for runs on this event loop."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not probe():  # noqa: ASYNC110 - what is waited for is in another process
             await asyncio.sleep(0.05)
 

@@ -88,7 +88,7 @@ def once(installed: Installed, folder: Path) -> tuple[bool, str]:
     async def main() -> tuple[bool, str]:
         ((store, agent),) = makers(installed, ["node-1"], folder)
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 return await agent.step()
         finally:
             await store.close()
@@ -226,7 +226,7 @@ def test_without_a_right_it_makes_nothing_and_says_which(
         agent._on_change = lambda: told.put_nowait(agent.reason)
         task = asyncio.create_task(agent.run())
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 return await told.get()
         finally:
             task.cancel()

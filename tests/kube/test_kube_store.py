@@ -95,7 +95,7 @@ def full(count: int = 64) -> IPAMBlockStatus:
     )
 
 
-async def until(probe: Callable[[], bool], limit: float = 30) -> None:
+async def until(probe: Callable[[], bool], limit: float = 60) -> None:
     async with asyncio.timeout(limit):
         while not probe():  # noqa: ASYNC110 - what is waited for is in another process
             await asyncio.sleep(0.02)
@@ -386,7 +386,7 @@ def test_a_version_of_before_a_restart_is_expired_or_followed_without_loss(clust
         with pytest.raises(Unavailable):
             await store.list(IPPool)
         cluster.start_apiserver()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while True:
                 try:
                     async with aclosing(store.watch(IPPool, since=old)) as events:
@@ -455,7 +455,7 @@ def test_informers_follow_through_restarts_and_lose_nothing(cluster: Cluster) ->
         await asyncio.gather(following, return_exceptions=True)
 
     async def listed(store: Store) -> tuple[BGPNodeStatus, ...]:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while True:
                 try:
                     return (await store.list(BGPNodeStatus)).items

@@ -46,7 +46,7 @@ class Desk:
 
     async def until(self, probe: Callable[[], bool], *, step: float = 0.0) -> None:
         """Lets requests come and go, and time pass by ``step`` each time, until it is so."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not probe():
                 await self.clock.advance(step)
                 await asyncio.sleep(0.02)

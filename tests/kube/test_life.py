@@ -172,7 +172,7 @@ class Life(World):
 
     async def add(self, rig: Rig, name: str, **request: object) -> Lease:
         """An ADD, tried again as a kubelet does."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 try:
                     lease = await rig.add(name, **request)
@@ -227,7 +227,7 @@ class Life(World):
         assert code == (1 if found else 0), said
         return found
 
-    async def until(self, probe: Callable[[], Awaitable[object]], limit: float = 30) -> None:
+    async def until(self, probe: Callable[[], Awaitable[object]], limit: float = 60) -> None:
         """Until the probe says yes; pods are undisturbed meanwhile."""
         async with asyncio.timeout(limit):
             while True:
@@ -486,7 +486,7 @@ def test_a_node_that_is_cut_off_and_whose_node_is_deleted(
             await life.until(life.owned)
             assert conditions(two).keys() <= {"PoolExhausted"}
             return
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(60):
             while "BlockLost" not in conditions(two):
                 await life.pass_time(20)
         assert left in conditions(two)["BlockLost"]

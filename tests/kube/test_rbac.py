@@ -436,7 +436,7 @@ async def stores(installed: Installed, *accounts: tuple[str, str]) -> AsyncItera
 
 async def soon(probe: Callable[[], Awaitable[bool]]) -> None:
     """``eventually``, where what is waited for runs on this event loop."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await probe():  # noqa: ASYNC110 - what is waited for is in another process
             await asyncio.sleep(0.05)
 

@@ -175,7 +175,7 @@ def run(
     asyncio.run(main())
 
 
-async def soon(probe: Callable[[], Awaitable[object]], limit: float = 10) -> None:
+async def soon(probe: Callable[[], Awaitable[object]], limit: float = 60) -> None:
     async with asyncio.timeout(limit):
         while not await probe():  # noqa: ASYNC110 - what is waited for is in another process
             await asyncio.sleep(0.05)
@@ -185,7 +185,7 @@ async def adds(rig: Rig, names: list[str]) -> list[Lease]:
     """ADDs one after another, each tried again as a kubelet does."""
     leases = []
     for name in names:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 try:
                     leases.append(await rig.add(name))

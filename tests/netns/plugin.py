@@ -117,7 +117,7 @@ class Plugin:
         """Executes the shim. ``pod`` "" gives an empty CNI_NETNS, None gives none."""
         text = conf if isinstance(conf, bytes) else json.dumps(self.conf() if conf is None else conf).encode()
         env = self.environment(verb, container, pod, **more)
-        return Answer(subprocess.run([self.shim], input=text, env=env, capture_output=True, timeout=30, check=False))
+        return Answer(subprocess.run([self.shim], input=text, env=env, capture_output=True, timeout=60, check=False))
 
     def popen(self, verb: str, container: str, pod: str) -> subprocess.Popen[bytes]:
         """Starts the shim and does not wait."""

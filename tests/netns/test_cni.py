@@ -227,7 +227,7 @@ def test_an_add_that_its_del_overtakes_is_refused(plugin: Plugin) -> None:
     ok(plugin.call("DEL", "c1", "pod-1"))
     plugin.start()
     os.kill(add.pid, signal.SIGCONT)
-    printed, _ = add.communicate(timeout=10)
+    printed, _ = add.communicate(timeout=60)
     answer = json.loads(printed)
     assert (add.returncode, answer["code"]) == (1, 104), answer
     eventually(plugin.nothing_left)
@@ -282,11 +282,11 @@ def test_many_at_once_are_all_different_and_all_go(node: Plugin) -> None:
     for pod in pods:
         node.net.add(pod)
     shims = [node.popen("ADD", f"m{i}", pod) for i, pod in enumerate(pods)]
-    answers = [json.loads(shim.communicate(timeout=20)[0]) for shim in shims]
+    answers = [json.loads(shim.communicate(timeout=60)[0]) for shim in shims]
     addresses = [ip["address"] for answer in answers for ip in answer["ips"]]
     assert len(set(addresses)) == 24
     for shim in [node.popen("DEL", f"m{i}", pod) for i, pod in enumerate(pods)]:
-        assert shim.communicate(timeout=20)[0] == b""
+        assert shim.communicate(timeout=60)[0] == b""
         assert shim.returncode == 0
     eventually(node.nothing_left)
 
@@ -403,7 +403,7 @@ def test_version_needs_no_server(plugin: Plugin) -> None:
 )
 def test_a_malformed_message_gets_an_error_and_harms_nobody(node_c: Plugin, message: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(10)
+        connection.settimeout(60)
         connection.connect(str(node_c.run / "cni.sock"))
         connection.sendall(message)
         connection.shutdown(socket.SHUT_WR)
@@ -417,7 +417,7 @@ def test_a_caller_that_says_nothing_is_not_waited_for(node_c: Plugin) -> None:
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(str(node_c.run / "cni.sock"))
         ok(node_c.call("ADD", "c1", "pod-1"))
-        silent.settimeout(10)
+        silent.settimeout(60)
         assert silent.recv(1) == b""
 
 
@@ -434,7 +434,7 @@ def test_the_socket_is_for_root_alone(node_c: Plugin) -> None:
         f"import os,socket; os.setgid(65534); os.setuid(65534); s=socket.socket(socket.AF_UNIX); "
         f"s.connect({str(path)!r}); s.sendall(b'ULC1'); print(s.recv(100))"
     )
-    done = subprocess.run(["python3", "-c", program], capture_output=True, text=True, timeout=10, check=False)
+    done = subprocess.run(["python3", "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.strip() == "b''" or "ConnectionReset" in done.stderr or "BrokenPipe" in done.stderr
     assert "turned away" in node_c.log.read_text()
 
@@ -478,10 +478,10 @@ def test_add_without_a_server_is_to_be_tried_again(net: Net, tmp_path: Path, shi
     plugin.shim = shim_py
     waiting.append(plugin.popen("ADD", "c1", "pod-1"))
     for shim in waiting:
-        answer = json.loads(shim.communicate(timeout=20)[0])
+        answer = json.loads(shim.communicate(timeout=60)[0])
         assert (shim.returncode, answer["code"]) == (1, 11)
         assert answer["cniVersion"] == "1.0.0"
-    assert 5 <= time.monotonic() - begin < 8
+    assert 5 <= time.monotonic() - begin < 30
 
 
 def test_a_restart_during_add_fails_no_add(node: Plugin) -> None:
@@ -493,7 +493,7 @@ def test_a_restart_during_add_fails_no_add(node: Plugin) -> None:
         shims.append(node.popen("ADD", f"m{i}", f"many-{i}"))
         if i == 3:
             new = node.spawn()
-    answers = [json.loads(shim.communicate(timeout=20)[0]) for shim in shims]
+    answers = [json.loads(shim.communicate(timeout=60)[0]) for shim in shims]
     assert all("ips" in answer for answer in answers), answers
     assert len({ip["address"] for answer in answers for ip in answer["ips"]}) == 16
     eventually(lambda: "standing by" in node.log.read_text())
@@ -566,7 +566,7 @@ def test_the_server_makes_a_router_of_the_node_that_still_hears_its_own_routers(
 def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path: Path, flags: list[str], words: str) -> None:
     program = [sys.executable, "-m", "cni.daemon", "--run", str(tmp_path), *flags]
     done = subprocess.run(
-        program, capture_output=True, text=True, timeout=20, check=False, cwd=ROOT, env={"UNDERLAY_LOG": "ERROR"}
+        program, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env={"UNDERLAY_LOG": "ERROR"}
     )
     assert done.returncode == 1
     assert words in done.stderr
@@ -576,7 +576,7 @@ def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path: Path, flags: 
 def test_sigterm_leaves_the_pods_alone_and_takes_the_socket_away(node: Plugin) -> None:
     ok(node.call("ADD", "c1", "pod-1"))
     node.server.send_signal(signal.SIGTERM)
-    assert node.server.wait(10) == 0
+    assert node.server.wait(60) == 0
     assert not (node.run / "cni.sock").exists()
     assert len(node.routes()) == 2
     assert node.links() == [LINK1]
@@ -594,9 +594,9 @@ def test_kill_in_add_then_retry(plugin: Plugin, step: str) -> None:
     """The shim itself asks again; where it has its answer, the runtime does."""
     server = plugin.start(step)
     shim = plugin.popen("ADD", "c1", "pod-1")
-    assert server.wait(20) == -signal.SIGKILL
+    assert server.wait(60) == -signal.SIGKILL
     plugin.start()
-    first = json.loads(shim.communicate(timeout=20)[0])
+    first = json.loads(shim.communicate(timeout=60)[0])
     again = ok(plugin.call("ADD", "c1", "pod-1"))
     assert again.json == first
     ok(plugin.call("CHECK", "c1", "pod-1", plugin.conf(prevResult=first)))
@@ -614,7 +614,7 @@ def test_kill_in_add_then_sweep(plugin: Plugin, step: str) -> None:
     """The runtime was killed too: nobody ever asks again, and the sandbox goes."""
     server = plugin.start(step)
     shim = plugin.popen("ADD", "c1", "pod-1")
-    assert server.wait(20) == -signal.SIGKILL
+    assert server.wait(60) == -signal.SIGKILL
     shim.kill()
     shim.communicate()
     plugin.start()
@@ -628,7 +628,7 @@ def test_kill_in_del(plugin: Plugin, step: str) -> None:
     server = plugin.start(step)
     added = ok(plugin.call("ADD", "c1", "pod-1"))
     ok(plugin.call("DEL", "c1", "pod-1"))
-    assert server.wait(20) == -signal.SIGKILL
+    assert server.wait(60) == -signal.SIGKILL
     plugin.start()
     eventually(plugin.nothing_left)
     assert not set(ok(plugin.call("ADD", "c2", "pod-2")).addresses) & set(added.addresses)

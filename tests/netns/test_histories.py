@@ -88,7 +88,7 @@ class World:
         answer = self.plugin.call("ADD", f"c{pod}", f"pod-{pod}")
         if answer.json.get("msg") == "no server":
             # A drowned machine: the server needed more than 5 s to start.
-            eventually(self.plugin.answers, limit=30)
+            eventually(self.plugin.answers)
             answer = self.plugin.call("ADD", f"c{pod}", f"pod-{pod}")
         assert answer.code == 0, f"ADD of pod {pod}: {answer.text}"
         self.added(pod, answer.json)
@@ -114,7 +114,7 @@ class World:
         known = self.live.get(pod) or {"interfaces": [{"name": "x"}, {"name": "eth0", "sandbox": "/x"}]}
         answer = self.plugin.call("CHECK", f"c{pod}", f"pod-{pod}", self.plugin.conf(prevResult=known))
         if answer.json.get("msg") == "no server":
-            eventually(self.plugin.answers, limit=30)
+            eventually(self.plugin.answers)
             return
         assert (answer.code == 0) == (pod in self.live), f"CHECK of pod {pod}: {answer.text}"
 
@@ -124,7 +124,7 @@ class World:
         conf = {**self.plugin.conf("1.1.0"), "cni.dev/valid-attachments": entries}
         answer = self.plugin.call("GC", conf=conf)
         if answer.json.get("msg") == "no server":
-            eventually(self.plugin.answers, limit=30)
+            eventually(self.plugin.answers)
             answer = self.plugin.call("GC", conf=conf)
         assert answer.code == 0, f"GC: {answer.text}"
         for pod in set(range(PODS)) - set(keep):
@@ -141,7 +141,7 @@ class World:
         self.server.wait()
         self.server = self.plugin.spawn(step)
         # It may end before it answers: at a queued DEL.
-        eventually(lambda: self.server.poll() is not None or self.plugin.answers(), limit=30)
+        eventually(lambda: self.server.poll() is not None or self.plugin.answers())
         verb = step.partition("-")[0].upper()
         shim = self.plugin.popen(verb, f"c{pod}", f"pod-{pod}")
         while shim.poll() is None and self.server.poll() is None:
@@ -151,12 +151,12 @@ class World:
             self.server.kill()
         self.server.wait()
         self.server = self.plugin.spawn()
-        printed = shim.communicate(timeout=30)[0]
+        printed = shim.communicate(timeout=60)[0]
         if verb == "ADD":
             result = json.loads(printed)
             if result.get("msg") == "no server":
                 self.doubted(pod)
-                eventually(self.plugin.answers, limit=30)
+                eventually(self.plugin.answers)
             else:
                 assert "ips" in result, f"ADD of pod {pod} while the server was killed at {step}: {result}"
                 self.added(pod, result)
@@ -169,7 +169,7 @@ class World:
         shim = self.plugin.popen(verb, f"c{pod}", f"pod-{pod}")
         time.sleep(delay)
         shim.send_signal(signal.SIGKILL)
-        shim.communicate(timeout=10)
+        shim.communicate(timeout=60)
         self.doubted(pod)
 
     def do_lose(self, pod: int) -> None:
@@ -194,13 +194,13 @@ class World:
 
     def end(self) -> None:
         """Every pod is looked at, then taken away; then nothing is left, in kernel, store and server."""
-        eventually(self.plugin.answers, limit=30)
+        eventually(self.plugin.answers)
         eventually(self.holds)
         for pod in range(PODS):
             self.do_check(pod)
         for pod in range(PODS):
             self.do_del(pod, pod % 2 == 0)
-        eventually(self.plugin.nothing_left, limit=30)
+        eventually(self.plugin.nothing_left)
         assert not list((self.plugin.run / "queue").glob("*.del"))
         assert self.server.poll() is None, self.plugin.log.read_text()[-2000:]
         log = self.plugin.log.read_text()

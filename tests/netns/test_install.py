@@ -289,7 +289,7 @@ def test_an_executed_binary_may_be_taken_away(plugin: Plugin, tmp_path: Path) ->
     assert install.uninstall(tmp_path / "bin", tmp_path / "net.d", pods=0).gone == (plugin.shim,)
     plugin.shim = built
     plugin.start()
-    assert "ips" in json.loads(waiting.communicate(timeout=20)[0])
+    assert "ips" in json.loads(waiting.communicate(timeout=60)[0])
 
 
 def test_every_option_is_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,7 +189,7 @@ def test_carrier_loss_moves_the_route_and_mending_brings_the_member_back(node: N
         state = node.read()
         return all(len(i.route.nexthops) == 1 for i in state.routes.values()) and len(state.routes) == 2
 
-    eventually(kernel_dropped_it, limit=3)
+    eventually(kernel_dropped_it)
     # What the plan says now: the other next hop alone, as a plain route.
     assert node.apply(plan_of(imported("10.244.2.0/26", node.v4[1]), imported("fd00:10:244::80/122", node.v6[1]))) == ()
     assert node.routes() == ["10.244.2.0/26 via 10.0.2.0 dev up2 proto 143 metric 2048"]

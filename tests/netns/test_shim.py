@@ -112,7 +112,7 @@ def recording(answer: bytes) -> Iterator[tuple[Path, Recorder]]:
 def execute(shim: Path, run: Path | bytes, environment: dict[Any, Any], text: bytes) -> tuple[int, bytes]:
     env = {b"PATH": os.environb[b"PATH"], b"UNDERLAY_RUN": os.fsencode(run)}
     env |= {os.fsencode(k): os.fsencode(v) for k, v in environment.items()}
-    done = subprocess.run([shim], env=env, input=text, capture_output=True, timeout=30, check=False)
+    done = subprocess.run([shim], env=env, input=text, capture_output=True, timeout=60, check=False)
     assert done.stderr == b"", done.stderr
     return done.returncode, done.stdout
 
@@ -249,7 +249,7 @@ def test_a_request_that_is_refused_early_gets_its_answer(shim: Path, tmp_path: P
             connection.recv(12)
             connection.sendall(answer)
             connection.close()
-            printed = started.communicate(timeout=20)[0]
+            printed = started.communicate(timeout=60)[0]
     assert (started.returncode, printed) == (1, b"too long")
 
 
@@ -290,7 +290,7 @@ def test_a_shim_may_be_replaced_while_it_runs(shim_c: Path, tmp_path: Path) -> N
             connection, _ = listener.accept()
             install.install_binary(newer, tmp_path)
             connection.sendall(message.encode_answer(0, b"old"))
-            assert running.communicate(timeout=20)[0] == b"old"
+            assert running.communicate(timeout=60)[0] == b"old"
             connection.close()
     assert binary.read_bytes() == newer.read_bytes()
     assert execute(binary, tmp_path, {"CNI_COMMAND": "VERSION"}, b"")[0] == 0

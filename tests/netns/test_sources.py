@@ -226,7 +226,7 @@ def test_switched_off_it_is_gone_and_on_again_it_holds_for_the_pods_that_are_the
         for setting in ("off", "on", "off"):
             monkeypatch.setenv("UNDERLAY_SOURCE_CHECK", setting)
             rack.plugin.server.send_signal(signal.SIGTERM)
-            rack.plugin.server.wait(20)
+            rack.plugin.server.wait(60)
             assert (rack.table() != "") == (setting != "on"), "an end changes nothing"
             rack.plugin.start()
             assert (rack.table() != "") == (setting == "on")
@@ -246,7 +246,7 @@ def test_a_restart_and_a_kill_leave_the_table_and_what_it_counted(rack: Rack) ->
     assert rack.drops() == 1
     for number in (signal.SIGTERM, signal.SIGKILL):
         rack.plugin.server.send_signal(number)
-        rack.plugin.server.wait(20)
+        rack.plugin.server.wait(60)
         assert rack.table() == before
         rack.plugin.start()
         assert rack.table() == before

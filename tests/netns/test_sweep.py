@@ -48,7 +48,7 @@ def test_a_server_does_not_start_on_a_dump_that_was_interrupted(node: Plugin) ->
     next(node.run.glob("journal-*")).unlink()
     node.interrupted.touch()
     server = node.spawn()
-    assert server.wait(20) == 1
+    assert server.wait(60) == 1
     assert "a dump was interrupted" in node.log.read_text()
     node.interrupted.unlink()
     node.start()

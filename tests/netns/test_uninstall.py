@@ -81,8 +81,8 @@ class Machine(Agent):
             tor.start(FAR)
         install.install(self.shim, self.bin, self.conf, run=self.folder / "run")
         self.address = str(self.call("ADD")["ips"][0]["address"]).partition("/")[0]
-        eventually(lambda: all({OWN4, OWN6} <= tor.table().keys() for tor in self.tors), limit=30)
-        eventually(self._is_ecmp, limit=20)
+        eventually(lambda: all({OWN4, OWN6} <= tor.table().keys() for tor in self.tors))
+        eventually(self._is_ecmp)
         found = self.snapshot()
         same = [what for what in found if found[what] == self.before[what]]
         assert same == ["rule"], "what of the others is as before proves nothing"
@@ -101,18 +101,18 @@ class Machine(Agent):
         argv = [sys.executable, "-P", "-m", "cni.daemon", "--node", "node-1", "--store", self.url]
         argv += ["--run", str(self.folder / "run"), "--boot-id", str(self.folder / "boot_id")]
         self.cni = self.net.spawn("node", argv, log=self.folder / "cni.log", cwd=ROOT)
-        eventually(lambda: "no server" not in json.dumps(self.call("STATUS")), limit=20)
+        eventually(lambda: "no server" not in json.dumps(self.call("STATUS")))
 
     def end_servers(self) -> None:
         """As the deletion of their DaemonSets does."""
         self.stop(signal.SIGTERM)
         self.cni.terminate()
-        self.cni.wait(timeout=10)
+        self.cni.wait(timeout=60)
 
     def end_speaker(self, number: int) -> None:
         assert self.speaker is not None
         self.speaker.send_signal(number)
-        self.speaker.wait(timeout=10)
+        self.speaker.wait(timeout=60)
 
     def call(self, verb: str) -> dict[str, Any]:
         """The runtime executes the shim; what that answers."""
@@ -124,7 +124,7 @@ class Machine(Agent):
         }
         version = "1.1.0" if verb == "STATUS" else "1.0.0"
         text = json.dumps({"cniVersion": version, "name": "underlay", "type": "underlay"}).encode()
-        done = subprocess.run([self.shim], input=text, env=env, capture_output=True, timeout=30, check=False)
+        done = subprocess.run([self.shim], input=text, env=env, capture_output=True, timeout=60, check=False)
         return json.loads(done.stdout) if done.stdout else {}
 
     def end_pod(self) -> None:

@@ -76,7 +76,7 @@ class Node:
     def kill_server(self) -> None:
         """SIGKILL to the CNI server; the next one starts at once."""
         self.plugin.server.kill()
-        self.plugin.server.wait(10)
+        self.plugin.server.wait(60)
         self.plugin.server = self.plugin.spawn()
 
     def fetch(self, address: str, port: int) -> str:

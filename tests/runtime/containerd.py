@@ -184,7 +184,7 @@ class Containerd:
         # It looks for its shim there.
         path = f"{self._program('containerd').parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
         self._process = self.net.spawn(self.name, self._inside(argv), log=self.log, env={**os.environ, "PATH": path})
-        eventually(self._answers, limit=20)
+        eventually(self._answers)
 
     def load(self, tar: Path) -> None:
         ctr = [str(self._program("ctr")), "-a", "/run/containerd/containerd.sock", "-n", "k8s.io"]
@@ -204,7 +204,7 @@ class Containerd:
         assert self._process is not None
         for pid in _children(self._process.pid):
             os.kill(pid, signal.SIGKILL)
-        self._process.wait(10)
+        self._process.wait(60)
 
     def close(self) -> None:
         """Ends everything in it."""

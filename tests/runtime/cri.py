@@ -37,7 +37,7 @@ class Pending:
     def __init__(self, path: str, method: str, message: Mapping[int, Value], limit: float) -> None:
         self._end = time.monotonic() + limit
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(10)
+        self._socket.settimeout(60)
         self._socket.connect(path)
         self._h2 = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
         self._h2.initiate_connection()

@@ -147,7 +147,7 @@ def test_the_server_is_away_for_a_while(node: Node) -> None:
     containerd, cri, plugin = node.containerd, node.containerd.cri, node.plugin
     one = containerd.run("one")
     plugin.server.terminate()
-    plugin.server.wait(10)
+    plugin.server.wait(60)
     containerd.end(one)
     assert list((plugin.run / "queue").glob("*.del"))
     pending = containerd.begin("two")

@@ -149,7 +149,7 @@ def test_gc_and_checks_wait_for_a_server_that_is_being_upgraded(plugin: Plugin) 
     crio.add(pods(plugin, 3))
     del crio.pods["pod-0"]
     plugin.server.terminate()
-    plugin.server.wait(10)
+    plugin.server.wait(60)
     began = time.monotonic()
     plugin.server = plugin.spawn()
     crio.start()

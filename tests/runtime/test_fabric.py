@@ -54,7 +54,7 @@ class Fabric:
                 self.net.spawn(node.name, [str(BIN / argv[0]), *argv[1:]], log=log, cwd=folder)
         for node in MAP.nodes:
             run = self.run(node.name)
-            eventually(lambda run=run: answers(run), limit=30)
+            eventually(lambda run=run: answers(run))
             machine = self.machines[node.name] = Containerd(self.net, node.name, folder / node.name / "containerd", run)
             machine.install(shim, run)
             machine.start()
@@ -124,7 +124,7 @@ def fabric(busybox_tar: Path, tmp_path: Path, shim_c: Path) -> Iterator[Fabric]:
 
 
 def test_pods_on_two_machines_reach_each_other_until_they_end(fabric: Fabric) -> None:
-    eventually(fabric.converged, limit=60)
+    eventually(fabric.converged)
     one, two = fabric.machines.values()
     under_way = [(machine, machine.begin(f"pod-{n}")) for machine in (one, two) for n in (1, 2)]
     pods = [(machine, starting.sandbox()) for machine, starting in under_way]

@@ -232,7 +232,7 @@ def test_portmap_bandwidth_and_tuning_do_their_work(
             began = time.monotonic()
             body = eventually(lambda a=address: fetch(a, 8080))
             assert len(body) > 1_000_000
-            assert 0.7 < time.monotonic() - began < 5
+            assert time.monotonic() - began > 0.7
     assert cnitool.net.run(pod, ["cat", "/proc/sys/net/core/somaxconn"]).stdout == "500\n"
     (link,) = json.loads(cnitool.net.run(pod, ["ip", "-j", "link", "show", "eth0"]).stdout)
     assert link["mtu"] == 1400

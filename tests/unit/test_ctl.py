@@ -428,7 +428,7 @@ def test_stdin_is_a_file(ctl: Ctl) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=60,
     )
     assert (done.returncode, done.stdout) == (0, "ippool/pods-v4 created\n"), done.stderr
 
@@ -578,7 +578,7 @@ def test_a_reader_that_goes_away_hears_no_complaint(ctl: Ctl) -> None:
         f"{sys.executable} -c 'import sys; from ctl.main import main; sys.exit(main())' get ippools --store {ctl.url}"
     )
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {argv} | true"], capture_output=True, text=True, check=False, timeout=30
+        ["bash", "-c", f"set -o pipefail; {argv} | true"], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.stderr == ""
 
@@ -958,7 +958,7 @@ def test_a_bare_get_loads_nothing_that_it_does_not_need(ctl: Ctl) -> None:
         "heavy = {'pyroute2', 'yaml', 'exabgp', 'agent', 'cni', 'lab'} & set(sys.modules)\n"
         "sys.exit(f'{code} {sorted(heavy)}' if heavy or code else 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
 
 

@@ -822,7 +822,7 @@ def test_nothing_wrong_is_one_look() -> None:
         store = await filled(MemoryStore(clock), POOL, NODE, made("10.244.64.0/26", "node-1", []))
         return await check(store, clock)  # the clock stands still: a wait would not end
 
-    report = asyncio.run(asyncio.wait_for(run(), 5))
+    report = asyncio.run(asyncio.wait_for(run(), 60))
     assert (report.findings, report.unseen, report.local) == ((), (), "")
     assert report.looked == ("0 events", "1 ipamblocks", "0 allocations", "1 ippools", "0 ipreservations", "1 nodes")
 
@@ -844,7 +844,7 @@ def test_what_is_on_its_way_is_no_finding_and_what_stays_is() -> None:
         await clock.advance(PATIENCE["BlockReleasing"])
         return await running
 
-    report = asyncio.run(asyncio.wait_for(run(), 5))
+    report = asyncio.run(asyncio.wait_for(run(), 60))
     # node-8's came later than the first look: it may be on its way too
     assert [(f.kind, f.address) for f in report.findings] == [("BlockReleasing", "10.244.65.0/26")]
 
@@ -860,7 +860,7 @@ def test_a_release_that_comes_to_its_end_is_waited_for() -> None:
         await clock.advance(PATIENCE["BlockReleasing"])
         return await running
 
-    assert asyncio.run(asyncio.wait_for(run(), 5)).findings == ()
+    assert asyncio.run(asyncio.wait_for(run(), 60)).findings == ()
 
 
 class Busy(MemoryStore):
@@ -900,11 +900,11 @@ def test_pods_that_come_and_go_while_we_look_are_no_finding_and_a_leak_among_the
         await clock.advance(PATIENCE["PodGone"])
         return await running, store.looks
 
-    report, looks = asyncio.run(asyncio.wait_for(run(), 5))
+    report, looks = asyncio.run(asyncio.wait_for(run(), 60))
     assert (report.findings, report.unseen, looks) == ((), (), 2)
     assert report.looked[0] == "1 pods"
     leak = made("10.244.65.0/26", "node-1", [allocation("10.244.65.9", STRANGER, "default/gone")])
-    report, _ = asyncio.run(asyncio.wait_for(run(leak), 5))
+    report, _ = asyncio.run(asyncio.wait_for(run(leak), 60))
     assert [(f.kind, f.address) for f in report.findings] == [("PodGone", "10.244.65.9")]
 
 
@@ -914,7 +914,7 @@ def test_a_store_without_pods_is_clean_and_nothing_is_unseen() -> None:
         held = [allocation("10.244.64.9", STRANGER, "default/of-a-lab")]
         return await check(await filled(MemoryStore(clock), POOL, NODE, made("10.244.64.0/26", "node-1", held)), clock)
 
-    report = asyncio.run(asyncio.wait_for(run(), 5))
+    report = asyncio.run(asyncio.wait_for(run(), 60))
     assert (report.findings, report.unseen) == ((), ())
     assert not any("pods" in what for what in report.looked)
 
@@ -972,7 +972,7 @@ def test_a_node_without_a_block_is_heard_by_its_events() -> None:
         await clock.advance(SETTLE)
         return await running
 
-    report = asyncio.run(asyncio.wait_for(run(), 5))
+    report = asyncio.run(asyncio.wait_for(run(), 60))
     assert [(f.kind, f.object, f.what) for f in report.findings] == [
         ("ConditionHolds", "node/node-1", "PoolExhausted (NoFreeBlock): no block is left")
     ]
@@ -989,7 +989,7 @@ def test_a_store_that_goes_away_between_two_looks_is_said() -> None:
         await clock.advance(SETTLE)
         return await running
 
-    report = asyncio.run(asyncio.wait_for(run(), 5))
+    report = asyncio.run(asyncio.wait_for(run(), 60))
     assert report.findings == ()
     assert report.unseen[:3] == ("pods: gone fishing", "events: gone fishing", "ipamblocks: gone fishing")
 

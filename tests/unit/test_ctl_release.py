@@ -69,7 +69,7 @@ def on_store(
         await filled(store, *objects)
         task = asyncio.create_task(owner(store)) if owner else None
         try:
-            return await asyncio.wait_for(work(store), 10)  # type: ignore[arg-type]
+            return await asyncio.wait_for(work(store), 60)  # type: ignore[arg-type]
         finally:
             if task:
                 task.cancel()

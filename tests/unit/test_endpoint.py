@@ -41,12 +41,12 @@ def serve(address: Address, story: Callable[[], Awaitable[None]], page: Callable
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 async def ask(address: Address, request: bytes, *, end: bool = False) -> bytes:
     """The whole answer; ``end``: nothing more will be said."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             try:
                 reader, writer = await (

@@ -87,7 +87,7 @@ def disabled(obj: IPPool, value: bool = True) -> IPPool:
 async def running(informer: Informer[Any]) -> AsyncIterator[Informer[Any]]:
     task = asyncio.create_task(informer.run())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             yield informer
         if task.done():
             task.result()

@@ -98,7 +98,7 @@ def test_a_start_does_not_hold_up_the_socket_for_a_store_that_hangs(tmp_path: Pa
         await rig.clock.advance(1)
         await rig.down()
         store.answers.clear()
-        await asyncio.wait_for(rig.up(), 5)
+        await asyncio.wait_for(rig.up(), 60)
         assert rig.ipam.lease(attachment(1)) == lease
         with pytest.raises(NotReady, match="cannot be read yet: no answer from the store"):
             await rig.add(2)
@@ -120,7 +120,7 @@ def test_a_start_whose_claim_hangs_hands_out_what_it_has(tmp_path: Path) -> None
         await rig.store.create(pool("other", "10.2.0.0/24", 30))
         store.answers.clear()
         store.hangs = lambda call: call == "create"
-        await asyncio.wait_for(rig.up(), 5)
+        await asyncio.wait_for(rig.up(), 60)
         await rig.clock.advance(3)
         assert rig.ipam.refusal() == ""
         assert (await rig.add("last")).addresses

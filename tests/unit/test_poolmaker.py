@@ -29,7 +29,7 @@ class Quick(SystemClock):
 
 def run(main: Awaitable[None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await main
 
     asyncio.run(bounded())

@@ -147,7 +147,7 @@ def test_an_end_that_comes_with_a_wake_is_an_end(world: World, turns: int) -> No
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
-        await asyncio.wait({task}, timeout=5)
+        await asyncio.wait({task}, timeout=60)
         over = task.cancelled()
         task.cancel()
         await asyncio.wait({task})

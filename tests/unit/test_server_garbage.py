@@ -114,7 +114,7 @@ def test_whatever_comes_is_answered(calls: list[tuple[bytes, int, int]]) -> None
 
     before = descriptors_open()
     with tempfile.TemporaryDirectory() as folder:
-        answers = asyncio.run(asyncio.wait_for(main(Path(folder)), 20))
+        answers = asyncio.run(asyncio.wait_for(main(Path(folder)), 60))
     assert descriptors_open() == before
     for answer in answers:
         magic, code, length = message.ANSWER.unpack(answer[: message.ANSWER.size])

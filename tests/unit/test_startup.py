@@ -10,7 +10,7 @@ import pytest
 def loaded(code: str, *arguments: str) -> set[str]:
     """Names of modules, and of packages with any module of theirs, that a fresh interpreter has after this."""
     command = [sys.executable, "-c", f"{code}\nimport sys\nprint()\nprint(*sys.modules)", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     names = done.stdout.splitlines()[-1].split()
     return set(names) | {name.partition(".")[0] for name in names}
 

@@ -38,7 +38,7 @@ from tests.agent_fakes import bgp_filter, bgp_peer, block, configuration, node, 
 
 def run(main: Awaitable[None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await main
 
     asyncio.run(bounded())

@@ -80,7 +80,7 @@ def heard(folder: Path, hello: dict[str, Any], lines: list[tuple[str, dict[str, 
         driver = Driver(folder, SystemClock(), sink)
         task = asyncio.create_task(driver.run())
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await done.wait()
             assert driver.state().known, "the driver took offence"
         finally:
