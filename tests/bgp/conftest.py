@@ -15,7 +15,7 @@ import pytest
 
 from agent.bgp import conf, speaker
 from agent.bgp.driver import Driver
-from agent.bgp.model import Announcement, Event, Session, SessionChanges
+from agent.bgp.model import Announcement, EndOfRib, Event, Session, SessionChanges, SessionDown, SessionUp
 from lab.net import Net
 from store.clock import SystemClock
 from tests.bgp import routers
@@ -131,6 +131,17 @@ class Witness:
 
     def _ours(self) -> list[str]:
         return [line for line in self._log.read_text().splitlines() if "10.24" in line or "fd00:10:" in line]
+
+
+def ended(events: Iterable[Event]) -> set[tuple[str, str]]:
+    """Peer and family of the End-of-RIBs that came in the sessions that are up."""
+    found: set[tuple[str, str]] = set()
+    for event in events:
+        if isinstance(event, EndOfRib):
+            found.add((event.peer, event.family))
+        elif isinstance(event, SessionUp | SessionDown):
+            found = {pair for pair in found if pair[0] != event.peer}
+    return found
 
 
 async def until(probe: Callable[[], Any], *, limit: float = 60, every: float = 0.05) -> Any:

@@ -10,12 +10,12 @@ from msgspec.structs import replace
 
 from agent.bgp import conf, driver, events, speaker
 from agent.bgp.driver import Driver, exabgp_validate
-from agent.bgp.model import EndOfRib, Event, Update
+from agent.bgp.model import Event, Update
 from agent.filters import Rule
 from agent.plan.exports import announcement
 from agent.rib import Peer, Policy, Rib
 from lab.net import Net
-from tests.bgp.conftest import BOTH, SESSIONS, Node, Witness, announce, blocks, run, session, until
+from tests.bgp.conftest import BOTH, SESSIONS, Node, Witness, announce, blocks, ended, run, session, until
 from tests.bgp.faults import FIRST, SECOND, Without, downs, handled, ups
 from tests.bgp.routers import NODE4, NODE6, NODE_AS, TOR4, TOR6, TOR_AS, Bird, Router
 
@@ -173,7 +173,7 @@ def test_fault_14_two_next_hops_are_two_paths(
         node.start()
         async with node.driver() as (one, heard):
             one.set_sessions(SESSIONS)
-            await until(lambda: sum(isinstance(e, EndOfRib) for e in heard) == 4)
+            await until(lambda: len(ended(heard)) == 4)
             hops = {r.next_hop for e in heard if isinstance(e, Update) for r in e.announced if r.prefix == "fd09::/64"}
             assert (hops == {TOR6}) == handled, hops
             assert handled or any(hop.startswith("fe80:") for hop in hops)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from agent.bgp.model import EndOfRib, Event, Resync, Session, SessionUp, Update
 from lab.net import Net
-from tests.bgp.conftest import BOTH, SESSIONS, Node, announce, blocks, run, session, until
+from tests.bgp.conftest import BOTH, SESSIONS, Node, announce, blocks, ended, run, session, until
 from tests.bgp.routers import NODE4, NODE_AS, TOR4, TOR6, Router, wire
 
 
@@ -70,10 +70,6 @@ def learned(events: list[Event]) -> set[str]:
     return {r.prefix for e in events if isinstance(e, Update) for r in e.announced}
 
 
-def ended(events: list[Event]) -> int:
-    return sum(isinstance(e, EndOfRib) for e in events)
-
-
 def test_two_nodes_of_a_mesh(net: Net, tmp_path: Path, node: Node) -> None:
     """Node to node: one side waits, both speak iBGP, and either may restart its agent or its speaker."""
     here, there, other = mesh(net, tmp_path)
@@ -89,16 +85,16 @@ def test_two_nodes_of_a_mesh(net: Net, tmp_path: Path, node: Node) -> None:
             two.set_announcements(back)
             await until(lambda: learned(told_two) == {a.prefix for a in blocks(4)})
             await until(lambda: learned(told_one) == {"10.245.0.0/26"})
-            await until(lambda: ended(told_one) >= 4 and ended(told_two) >= 4)
+            await until(lambda: len(ended(told_one)) == len(ended(told_two)) == 4)
         async with other.driver() as (again, told_again):
             again.set_sessions(there)
             again.set_announcements(back)
-            await until(lambda: ended(told_again) == 4)
+            await until(lambda: len(ended(told_again)) == 4)
             assert learned(told_again) == {a.prefix for a in blocks(4)}
             node.kill()
             told_again.clear()
             node.start()
-            await until(lambda: ended(told_again) == 4)
+            await until(lambda: len(ended(told_again)) == 4)
             assert learned(told_again) == {a.prefix for a in blocks(4)}
 
     run(main())
@@ -122,10 +118,10 @@ def test_what_a_node_of_a_mesh_lacks_is_not_waited_for(net: Net, tmp_path: Path,
             async with node.driver() as (one, told_one):
                 one.set_sessions(here)
                 one.set_announcements(frozenset())
-                await until(lambda: ended(told_one) == 4)
+                await until(lambda: len(ended(told_one)) == 4)
                 assert learned(told_one) == {"10.245.0.0/26"}
             async with node.driver() as (_, told_one):
-                await until(lambda: ended(told_one) == 4)
+                await until(lambda: len(ended(told_one)) == 4)
                 assert learned(told_one) == {"10.245.0.0/26"}
 
     run(main())
@@ -151,7 +147,7 @@ def test_an_answer_of_a_peer_that_has_no_table_yet_is_not_its_end(net: Net, tmp_
             async with other.driver() as (two, _):
                 two.set_sessions(there)
                 two.set_announcements(back)
-                await until(lambda: ended(told) == 4)
+                await until(lambda: len(ended(told)) == 4)
         peer_told = [e for e in told if e.peer == TOR4]
         ends = [isinstance(e, EndOfRib) and e.family == "ipv4 unicast" for e in peer_told].index(True)
         assert learned(peer_told[:ends]) == {"10.245.0.0/26"}
