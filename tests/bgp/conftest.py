@@ -149,11 +149,15 @@ async def until(probe: Callable[[], Any], *, limit: float = 60, every: float = 0
     loop = asyncio.get_running_loop()
     end = loop.time() + limit
     while True:
-        value = probe()
-        if value:
-            return value
+        try:
+            value = probe()
+            if value:
+                return value
+            problem: AssertionError | None = None
+        except AssertionError as e:
+            problem = e
         if loop.time() > end:
-            raise AssertionError(f"still {value!r} after {limit} s")
+            raise problem or AssertionError(f"still {value!r} after {limit} s")
         await asyncio.sleep(every)
 
 

@@ -29,6 +29,12 @@ def history(node: Node) -> History:
     return made
 
 
+def says(node: Node, peer: str, why: str) -> bool:
+    found = history(node)
+    assert found.why_down(peer) == why, found.of(peer)
+    return True
+
+
 def test_what_was_agreed_on_and_what_the_ends_said(router: Router, node: Node) -> None:
     """A shutdown with a message (RFC 9003), and an AS number that is not the router's; both still known to the next
     agent, as the relay remembers them."""
@@ -46,12 +52,12 @@ def test_what_was_agreed_on_and_what_the_ends_said(router: Router, node: Node) -
             assert agreed.capabilities == expected
             assert (agreed.helper, agreed.restart_time) == (True, 60)
             router.ask(*SHUTDOWN[router.kind])  # type: ignore[attr-defined]
-            await until(lambda: history(node).why_down(TOR4) == said)
+            await until(lambda: says(node, TOR4, said))
             driver.set_sessions(frozenset({session("4"), session("6", peer_as=65009)}))
-            await until(lambda: history(node).why_down(TOR6) == wrong)
+            await until(lambda: says(node, TOR6, wrong))
         node.changes.clear()
         async with node.driver() as (_, _):
-            await until(lambda: history(node).why_down(TOR6) == wrong)
+            await until(lambda: says(node, TOR6, wrong))
             assert [c.state for c in history(node).of(TOR4)][:2] == ["up", "down"]
             assert history(node).last_said(TOR4) is not None
 
@@ -74,7 +80,7 @@ def test_a_silence_is_ours_to_end_and_a_wrong_password_says_nothing(bird: Router
             await until(lambda: any(isinstance(e, SessionUp) for e in events))
             assert bird.process is not None
             os.kill(bird.process.pid, signal.SIGSTOP)
-            await until(lambda: history(node).why_down(TOR6) == "we said: Hold Timer Expired")
+            await until(lambda: says(node, TOR6, "we said: Hold Timer Expired"))
             await until(dropped)
             assert history(node).of(TOR4) == ()
             assert {e.peer for e in events} == {TOR6}

@@ -82,7 +82,7 @@ class Gone:
         net.spawn(namespace, ["stdbuf", "-oL", "ip", "-ts", "monitor", "route"], log=log)
 
         def looks() -> bool:
-            net.ip(namespace, ["route replace blackhole 198.51.100.1"])
+            net.ip(namespace, ["route add 198.51.100.1 dev lo", "route del 198.51.100.1 dev lo"])
             return "198.51.100.1" in log.read_text()
 
         eventually(looks)
