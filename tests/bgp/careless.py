@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,19 +127,14 @@ def repetition() -> None:
 
 
 def haste() -> None:
-    """Fault 11: as on a busy node, says nothing before a session is a second old."""
-    up, commands = Ledger.up, Ledger.commands
-    since: dict[str, float] = {}
-
-    def upping(self: Ledger, address: str, generation: int, families: Any) -> None:
-        up(self, address, generation, families)
-        since[address] = time.monotonic()
+    """Fault 11: as on a busy node, has nothing to say before there is a file named ``late`` in its folder."""
+    commands, late = Ledger.commands, Path(sys.argv[1]) / "late"
 
     def waiting(self: Ledger, now: float) -> Iterator[Command]:
-        if all(now - then > 1 for then in since.values()):
+        if late.exists():
             yield from commands(self, now)
 
-    Ledger.up, Ledger.commands = upping, waiting  # type: ignore[method-assign]
+    Ledger.commands = waiting  # type: ignore[method-assign]
 
 
 def hops() -> None:

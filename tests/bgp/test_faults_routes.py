@@ -30,7 +30,7 @@ def test_fault_11_the_end_of_rib_comes_before_the_table(
     tmp_path: Path,
     handled: bool,
 ) -> None:
-    """ExaBGP's own. The peer takes it for all there is, while the relay is late: here by a second, with no agent."""
+    """ExaBGP's own. The peer takes it for all there is, while the relay is late, here with no agent."""
     without("haste")
     neighbor = conf._neighbor
     if not handled:
@@ -41,6 +41,8 @@ def test_fault_11_the_end_of_rib_comes_before_the_table(
     async def main() -> None:
         router.start()
         node.start()
+        late = node.folder / "late"
+        late.touch()
         async with node.driver() as (one, _):
             one.set_sessions(SESSIONS)
             witness = Witness(net, tmp_path / "monitor")
@@ -49,7 +51,10 @@ def test_fault_11_the_end_of_rib_comes_before_the_table(
             await witness.begin(prefixes)
         node.kill()
         await until(router.stale)
+        late.unlink()
         node.start()
+        await (asyncio.sleep(2) if handled else until(witness.seen))
+        late.touch()
         await until(lambda: not router.stale())
         await until(lambda: router.table().keys() == prefixes)
         assert (witness.seen() == []) == handled
