@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 _UNSHARE: Final = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 _AS_ROOT: Final = ["--user", "--map-root-user"]
-_STARTS_WITHIN: Final = 15.0
+_STARTS_WITHIN: Final = 60.0
 
 
 def ask(

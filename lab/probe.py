@@ -31,7 +31,7 @@ class Prober:
         self._turn = asyncio.Lock()
         self._run = 0
 
-    async def measure(self, pods: Sequence[Pod], *, nodes: int, probes: int = PROBES, limit: float = 1.0) -> Report:
+    async def measure(self, pods: Sequence[Pod], *, nodes: int, probes: int = PROBES, limit: float = 5.0) -> Report:
         """Sends ``probes`` datagrams along every path, and waits at most ``limit`` seconds after the last."""
         async with self._turn:
             self._run = (self._run + 1) % 65536

@@ -31,7 +31,7 @@ _FOLDERS: Final = (
     *("/usr/lib/frr", "/usr/libexec/frr", "/usr/local/lib/frr"),
 )
 _GROUPS: Final = Path("/etc/group")
-_STARTS_WITHIN: Final = 20.0
+_STARTS_WITHIN: Final = 60.0
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):

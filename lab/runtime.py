@@ -20,7 +20,7 @@ from store.clock import Clock
 #: Error code 11, "try again later" (CNI specification, "Error").
 _TRY_AGAIN: Final = 11
 _RETRY: Final = 0.1
-_PATIENCE: Final = 20.0
+_PATIENCE: Final = 60.0
 _LIMIT: Final = 30.0
 
 
@@ -60,7 +60,7 @@ class Runtime:
         self._new_id = new_id
 
     async def attach(self, pod: str) -> Sandbox:
-        """ADD, from first to last plugin. An answer "try again later" is followed, for 20 s and each time with a
+        """ADD, from first to last plugin. An answer "try again later" is followed, for a minute and each time with a
         sandbox of another id, as kubelet does. What failed is deleted. Raises LabError."""
         end = self._clock.monotonic() + _PATIENCE
         while True:

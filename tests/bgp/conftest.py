@@ -19,6 +19,7 @@ from agent.bgp.model import Announcement, EndOfRib, Event, Session, SessionChang
 from lab.net import Net
 from store.clock import SystemClock
 from tests.bgp import routers
+from tests.conftest import eventually
 
 BOTH = ("ipv4 unicast", "ipv6 unicast")
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +89,8 @@ class Node:
     def relay(self) -> int:
         """The relay's pid."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return next(int(c) for c in children if b"exabgp.conf" in Path(f"/proc/{c}/cmdline").read_bytes())
+        # A child that has not yet become the relay is still called as ExaBGP is.
+        return next(int(c) for c in children if b"-ISEs" in Path(f"/proc/{c}/cmdline").read_bytes())
 
     def write_conf(self, sessions: frozenset[Session]) -> None:
         """What a driver would have left."""
@@ -120,6 +122,12 @@ class Witness:
         self._log = log
         self._old = 0
         net.spawn("tor", ["ip", "monitor", "route"], log=log)
+
+        def listens() -> bool:
+            net.ip("tor", ["route add blackhole 192.0.2.0/32", "route del blackhole 192.0.2.0/32"])
+            return "192.0.2.0" in log.read_text()
+
+        eventually(listens)
 
     async def begin(self, prefixes: Iterable[str]) -> None:
         """From here on; after it has seen each of these arrive, which shows that it sees."""

@@ -49,10 +49,14 @@ def plain(router: Router) -> bool:
 def test_drained_and_back(made: Agent, router: Router) -> None:
     made.net.ip("node", ["route add 10.244.1.9/32 dev lo proto 141 metric 32"])
     assert plain(router)
-    draining = ctl(made, "node", "drain-routes", "node-1", "--wait", "4")
-    assert draining.returncode == 1, draining
-    assert f"{OWN4} stays until its last pod is gone: 1 live in it" in draining.stdout
-    assert SHUTDOWN in router.communities(OWN4)
+
+    def draining() -> bool:
+        asked = ctl(made, "node", "drain-routes", "node-1", "--wait", "4")
+        assert asked.returncode == 1, asked
+        return f"{OWN4} stays until its last pod is gone: 1 live in it" in asked.stdout
+
+    eventually(draining)
+    eventually(lambda: SHUTDOWN in router.communities(OWN4))
     eventually(lambda: router.table().keys() == {OWN4})
 
     # Another agent goes on where this one was.
@@ -64,7 +68,7 @@ def test_drained_and_back(made: Agent, router: Router) -> None:
     eventually(lambda: "RoutesDraining" in conditions(made))
     assert router.table().keys() == {OWN4}
     made.net.ip("node", ["route del 10.244.1.9/32 dev lo proto 141 metric 32"])
-    done = ctl(made, "node", "drain-routes", "node-1", "--wait", "40")
+    done = ctl(made, "node", "drain-routes", "node-1", "--wait", "60")
     assert (done.returncode, "nothing is announced" in done.stdout) == (0, True), done
     eventually(lambda: not router.table())
 

@@ -191,7 +191,7 @@ def test_fault_8_a_peer_that_is_made_anew_is_told_nothing(
                 await until(lambda: bird.table().keys() == {a.prefix for a in blocks(4) if a.peer == TOR6})
                 return
             await until(lambda: len(driver.state().confirmed) == 4)
-            assert bird.table().keys() == {a.prefix for a in blocks(4)}
+            await until(lambda: bird.table().keys() == {a.prefix for a in blocks(4)})
 
     run(main())
 

@@ -51,7 +51,7 @@ def test_fault_3_an_unreadable_file_kills_the_helper(bird: Bird, node: Node, wit
             os.kill(node.process.pid, signal.SIGUSR1)
             if not handled:
                 await until(lambda: not driver.state().known)
-                assert not running(relay)
+                await until(lambda: not running(relay))
                 path.write_text(whole)
                 os.kill(node.process.pid, signal.SIGUSR1)
                 # Deaf for good, or dead if there is something that it would have told its helper.
@@ -147,7 +147,7 @@ def test_fault_5_a_helper_that_does_not_read(bird: Bird, node: Node, without: Wi
     node.options = ("--buffer", "20000")
     if not handled:
         without("patience")
-    quick = frozenset({session("4", hold_time=3, families=("ipv4 unicast",))})
+    quick = frozenset({session("4", hold_time=6, families=("ipv4 unicast",))})
 
     async def main() -> None:
         bird.start(routes)
@@ -156,10 +156,10 @@ def test_fault_5_a_helper_that_does_not_read(bird: Bird, node: Node, without: Wi
         await until(lambda: (node.folder / "relay.sock").exists())
         _, writer = await asyncio.open_unix_connection(str(node.folder / "relay.sock"), limit=1024)
         writer.write(b'{"do":"hello","version":1}\n')
-        if not handled:
-            await until(lambda: "Established" in bird.ask("show", "protocols", "node4"))
+        await until(lambda: "Established" in bird.ask("show", "protocols", "node4"))
+        connected = (node.folder / "exabgp.log").read_text().count("connected to peer")
         # Not one byte is read from here on, for longer than the hold time, while BIRD tells it all over and over.
-        end = asyncio.get_running_loop().time() + 4
+        end = asyncio.get_running_loop().time() + 7
         while asyncio.get_running_loop().time() < end:
             bird.ask("reload", "out", "node4")
             await asyncio.sleep(0.2)
@@ -167,7 +167,7 @@ def test_fault_5_a_helper_that_does_not_read(bird: Bird, node: Node, without: Wi
             await until(lambda: "node4: Error: Hold timer expired" in (bird.folder / "log").read_text())
             writer.close()
             return
-        assert (node.folder / "exabgp.log").read_text().count("connected to peer") == 1
+        assert (node.folder / "exabgp.log").read_text().count("connected to peer") == connected
         assert "Established" in bird.ask("show", "protocols", "node4")
         writer.close()
         async with node.driver() as (_, events):

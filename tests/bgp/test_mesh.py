@@ -67,9 +67,14 @@ def test_the_family_that_kubelets_do_not_report_is_found_told_and_followed(segme
         segment.add(number, reported=2 if number == 3 else 1)
         segment.start(number)
     eventually(lambda: segment.meshed(numbers))
-    told = {number: segment.status(number) for number in numbers}
-    assert {n: s.status.address_source for n, s in told.items() if s} == {1: "Detected", 2: "Detected", 3: ""}
-    assert {n: s.status.addresses for n, s in told.items() if s} == {n: addresses(n) for n in numbers}
+
+    def found() -> bool:
+        told = {number: segment.status(number) for number in numbers}
+        assert {n: s.status.address_source for n, s in told.items() if s} == {1: "Detected", 2: "Detected", 3: ""}
+        assert {n: s.status.addresses for n, s in told.items() if s} == {n: addresses(n) for n in numbers}
+        return True
+
+    eventually(found)
 
     before, after = addresses(2)[1], f"{addresses(2)[1]}2"
     segment.net.ip(name(2), [f"address del {before}/64 dev eth0", f"address add {after}/64 nodad dev eth0"])

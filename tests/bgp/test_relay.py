@@ -276,7 +276,7 @@ def test_watchdog(node: Node, configured: list[str], running: list[str], killed:
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         if killed:
-            assert parent.wait(10) == -signal.SIGKILL
+            assert parent.wait(60) == -signal.SIGKILL
         else:
             assert [parent.stdout.readline() for _ in range(5)] == ["asked\n"] * 5
             assert parent.poll() is None

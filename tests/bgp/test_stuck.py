@@ -56,7 +56,7 @@ def test_a_peer_that_stops_reading_holds_up_nobody_else(net: Net, bird: Bird, no
 
 def test_a_peer_that_takes_nothing_is_left_in_the_end(net: Net, bird: Bird, node: Node) -> None:
     """RFC 9687: or ExaBGP would burn a core for ever, and no block be withdrawn from all peers (R9)."""
-    node.options = ("--send-hold", "2")
+    node.options = ("--send-hold", "5")
     rack = Rack(net, node, bird, 1, buffer=2048)
     (slow,) = rack.raws
 
@@ -96,16 +96,17 @@ def test_a_peer_that_says_a_byte_a_second_is_dead_in_time(net: Net, bird: Bird, 
 
     async def main() -> None:
         async with rack.running():
+            ups, old = slow.ups, len(slow.notifications)
             slow.keepalives = False
             for byte in rack.canary(slow)[:8]:
                 with contextlib.suppress(OSError):
                     await slow.say(bytes([byte]))
-                if slow.notifications:
+                if slow.notifications[old:]:
                     break
                 await asyncio.sleep(1)
-            assert slow.notifications[0] == (4, 0), "the hold timer expired (RFC 4271, 6.5)"
+            assert slow.notifications[old:][:1] == [(4, 0)], "the hold timer expired (RFC 4271, 6.5)"
             slow.keepalives = True
-            await until(lambda: slow.ups == 2)
+            await until(lambda: slow.ups > ups)
             await until(lambda: CANARY in rack.seen()[0].peers[slow.address].routes)
             await rack.sound()
 
@@ -114,7 +115,7 @@ def test_a_peer_that_says_a_byte_a_second_is_dead_in_time(net: Net, bird: Bird, 
 
 def test_a_peer_that_names_no_family_is_not_stuck(net: Net, bird: Bird, node: Node) -> None:
     """ExaBGP tells it nothing, not even an End-of-RIB."""
-    node.options = ("--send-hold", "1")
+    node.options = ("--send-hold", "5")
     rack = Rack(net, node, bird, 1, families=())
     (plain,) = rack.raws
 
@@ -122,7 +123,7 @@ def test_a_peer_that_names_no_family_is_not_stuck(net: Net, bird: Bird, node: No
         async with rack.running():
             rack.announced |= {announce("10.244.1.0/26", peer=plain.address, next_hop=HERE)}
             rack.driver.set_announcements(rack.announced)
-            await asyncio.sleep(3)  # longer than it may take nothing
+            await asyncio.sleep(8)  # longer than it may take nothing
             assert (plain.ups, plain.told) == (1, [])
             assert "names no family" in node.log.read_text()
             await rack.sound()

@@ -48,7 +48,7 @@ class World:
         # The bad one comes later, or its routes into our blocks would keep them from use.
         eventually(lambda: self.imports() == set(HONEST) and self.heard())
         self.before = self.own_routes()
-        self.since = self.session()
+        self.since = self.sessions()
         self._pings = {
             target: self.net.spawn("node", ["ping", "-i", "0.05", target], log=self.folder / f"ping-{target}")
             for target in (WORLD4, WORLD6, TOR4, SECOND.tor4)
@@ -57,11 +57,10 @@ class World:
     def heard(self) -> bool:
         return self.honest.table().keys() == {OWN4, OWN6}
 
-    def session(self) -> list[str]:
-        """The honest ToR's sessions: since when they are up."""
-        lines = self.honest.ask("show", "protocols").splitlines()
-        # BIRD works the time out anew each time, and is off by a millisecond or so.
-        return [re.sub(r"\.\d+", "", line) for line in lines if line.startswith("node") and "Established" in line]
+    def sessions(self) -> set[str]:
+        """The honest ToR's, as its kernel names them: one that flapped has another port."""
+        shown = self.net.run("tor2", ["ss", "-Htn", "state", "established", "( sport = :179 or dport = :179 )"])
+        return {" ".join(line.split()[-2:]) for line in shown.stdout.splitlines()}
 
     def own_routes(self) -> list[str]:
         """All routes that are not ours; link-local ones come when they will."""
@@ -88,7 +87,7 @@ class World:
         assert lost == {}
         assert self.own_routes() == self.before
         assert len(self.since) == 2
-        assert self.session() == self.since
+        assert self.sessions() == self.since
         assert self.heard()
 
     def _log(self, target: str) -> str:

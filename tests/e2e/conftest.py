@@ -138,7 +138,16 @@ class Silence:
 
             eventually(listens)
         for name in names:
-            eventually(lambda name=name: not self._read(name))
+            # What it says of the last mark is all that it says of any.
+            lab.inside(name, "ip", "route", "replace", "blackhole", "192.0.2.1/32")
+            lab.inside(name, "ip", "route", "del", "blackhole", "192.0.2.1/32")
+            said: list[str] = []
+
+            def told(name: str = name, said: list[str] = said) -> bool:
+                said.append(self._read(name))
+                return "Deleted blackhole 192.0.2.1" in "".join(said)
+
+            eventually(told)
 
     def _read(self, name: str) -> str:
         try:

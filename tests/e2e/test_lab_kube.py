@@ -28,7 +28,7 @@ from tests.e2e.conftest import BIN, LAST_LINE, Lab, Ping, processes
 
 NODES = ("node-1", "node-2", "node-3", "node-4")
 #: Seconds that the API server is away: longer than what is done meanwhile.
-AWAY = 20
+AWAY = 45
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_the_api_server_may_go_and_come(api: Api, lab: Lab) -> None:
     lab.whole()
     assert not reachable(api), f"it came back too early: AWAY = {AWAY}"
 
-    eventually(lambda: reachable(api), limit=90)
+    eventually(lambda: reachable(api), limit=150)
     lab.command("pod", "add", "pod-4-4")
     for node in NODES:
         eventually(lambda node=node: clean(lab, node))
