@@ -47,7 +47,7 @@ class KubeMachine:
         for part in (*config.FOLDERS.values(), "proc", "log", "static"):
             (self._home / part).mkdir(parents=True, exist_ok=True)
         (self._home / "containerd.toml").write_text(config.containerd(self._home))
-        default = subprocess.run(["ctr", "oci", "spec"], capture_output=True, check=True, text=True, timeout=10).stdout
+        default = subprocess.run(["ctr", "oci", "spec"], capture_output=True, check=True, text=True, timeout=60).stdout
         (self._home / config.SPEC).write_text(config.runtime_spec(self._home, default))
         (self._home / "kubelet.json").write_text(config.kubelet(plane.ca, self._home / "static"))
         images.link(unpacked, self._home / "containerd")

@@ -22,7 +22,7 @@ from typing import Any
 
 Check = dict[str, Any]
 
-LIMIT = 10.0
+LIMIT = 30.0
 #: linux/in.h, linux/in6.h: send under an address that is not ours; never fragment.
 _IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _DO = 10, 23, 2

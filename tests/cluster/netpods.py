@@ -105,7 +105,7 @@ def server(port: int = PORT, *, host: bool = False, grace: int = 0, container: W
             *({"name": folder[1:], "mountPath": folder, "readOnly": True} for folder in _FOLDERS),
             {"name": "netexec", "mountPath": "/netexec"},
         ],
-        "readinessProbe": {"httpGet": {"path": "/ready", "port": port}, "periodSeconds": 1},
+        "readinessProbe": {"httpGet": {"path": "/ready", "port": port}, "periodSeconds": 1, "timeoutSeconds": 20},
     }
     return {
         "containers": [main | (container or {})],

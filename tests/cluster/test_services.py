@@ -169,7 +169,7 @@ def _service(net: NetPods, name: str, selector: dict[str, str], **more: Any) -> 
 
 
 def _all_answer(net: NetPods, sender: Pod, checks: list[Wire]) -> bool:
-    said = net.dial(sender, [check | {"limit": 2} for check in checks])
+    said = net.dial(sender, [check | {"limit": 10} for check in checks])
     assert all("hostname" in answer for answer in said), said
     return True
 

@@ -80,7 +80,8 @@ def in_order(cluster: Cluster, before: dict[str, list[str]]) -> None:
         assert f"{node}: removed: announcements, and the sessions with all peers" in said
         assert f"{node}: removed: the run directory" in said
     assert look(cluster) == before
-    assert blocks_at(cluster, "tor-1") == []
+    # They were told, which is not yet read.
+    eventually(lambda: blocks_at(cluster, "tor-1") == [])
     assert cluster.get("ipamblocks") == []
     assert len(cluster.get("ippools")) == 2
     delete_manifests(cluster)

@@ -41,9 +41,13 @@ def test_pods_of_two_nodes_reach_each_other_by_every_family(bare: Callable[..., 
         def checks(name: str) -> list[dict[str, object]]:
             return [{"kind": "http", "host": a, "port": PORT} for p in web if p.name != name for a in p.addresses]
 
-        said = at_once([partial(net.dial, pod, checks(pod.name)) for pod in web])
-        found = [[answer.get("hostname") for answer in one] for one in said]
-        assert found == [[web[1].name] * families, [web[0].name] * families], said
+        def reach() -> bool:
+            said = at_once([partial(net.dial, pod, checks(pod.name)) for pod in web])
+            found = [[answer.get("hostname") for answer in one] for one in said]
+            assert found == [[web[1].name] * families, [web[0].name] * families], said
+            return True
+
+        eventually(reach)  # a pod does not wait for the mesh
 
     made = {p["metadata"]["name"]: p for p in cluster.get("ippools")}
     assert {n: (p["spec"]["cidr"], p["spec"].get("blockSize", 0)) for n, p in made.items()} == POOLS[shape]
@@ -52,10 +56,15 @@ def test_pods_of_two_nodes_reach_each_other_by_every_family(bare: Callable[..., 
     record = cluster.get("configmap", "-n", NAMESPACE, "underlay-first-pools")[0]["data"]
     assert record["source"] == ("the Nodes' podCIDRs" if shape == "k3s" else "kubeadm's podSubnet")
     eventually(lambda: cluster.not_ready() == [])
-    told = [s["status"] for s in cluster.get("bgpnodestatuses")]
-    assert [s.get("conditions", []) for s in told] == [[], []], json.dumps(told)
-    assert [[session["state"] for session in s["sessions"]] for s in told] == [["Established"] * families] * 2
-    assert len({s["routerID"] for s in told}) == 2
+
+    def told() -> bool:
+        said = [s["status"] for s in cluster.get("bgpnodestatuses")]
+        assert [s.get("conditions", []) for s in said] == [[], []], json.dumps(said)
+        assert [[session["state"] for session in s["sessions"]] for s in said] == [["Established"] * families] * 2
+        assert len({s["routerID"] for s in said}) == 2
+        return True
+
+    eventually(told)
     if "--ipv6-only" in SHAPES[shape]:
         for node in NODES:
             addresses = json.loads(cluster.node_exec(node, "ip", "-4", "-j", "address"))

@@ -209,7 +209,7 @@ class Containerd:
     def close(self) -> None:
         """Ends everything in it."""
         self._outer.kill()
-        self._outer.wait(10)
+        self._outer.wait(60)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._holder, signal.SIGKILL)
         eventually(lambda: not Path(f"/proc/{self._holder}").exists())

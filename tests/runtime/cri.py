@@ -106,11 +106,11 @@ class CRI:
         return self.begin(method, message, limit).result()
 
     def version(self) -> str:
-        return text(self.call("Version", {1: "0.1.0"}, limit=5)[3])
+        return text(self.call("Version", {1: "0.1.0"})[3])
 
     def network_ready(self) -> str:
         """ "" if it is, else why not."""
-        status = decode(self.call("Status", {}, limit=5)[1][0])
+        status = decode(self.call("Status", {})[1][0])
         for condition in map(decode, status[1]):
             if text(condition[1]) == "NetworkReady":
                 return "" if condition.get(2) else text(condition.get(4, condition.get(3, [b"?"])))
@@ -128,7 +128,7 @@ class CRI:
 
     def network(self) -> dict[str, Any]:
         """The network configuration list that it goes by at present."""
-        info = {text(e[1]): e[2][0] for e in map(decode, self.call("Status", {1: 1}, limit=5)[2])}
+        info = {text(e[1]): e[2][0] for e in map(decode, self.call("Status", {1: 1})[2])}
         (ours,) = [n for n in json.loads(info["cniconfig"])["Networks"] or () if n["IFName"] != "lo"]
         return dict(json.loads(ours["Config"]["Source"]))
 

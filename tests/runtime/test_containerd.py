@@ -76,9 +76,10 @@ def test_an_add_that_is_refused_says_why_to_kubelet_and_leaves_nothing(node: Nod
 def test_del_without_add(node: Node) -> None:
     containerd = node.containerd
     containerd.hold.touch()
+    starting = containerd.begin("one", limit=5)
+    (container,) = eventually(lambda: containerd.called("ADD"))
     with pytest.raises(CRIError, match="deadline"):
-        containerd.run("one", limit=1)
-    (container,) = containerd.called("ADD")
+        starting.sandbox()
     eventually(lambda: [verb for verb, _, _ in containerd.calls(container)] == ["ADD", "DEL"])
     containerd.hold.unlink()
     containerd.end(containerd.run("two"))
@@ -89,9 +90,10 @@ def test_del_without_add(node: Node) -> None:
 def test_the_shim_is_killed_in_the_middle_of_add_when_the_deadline_passes(node: Node) -> None:
     containerd = node.containerd
     frozen(node)
+    starting = containerd.begin("one", limit=5)
+    (container,) = eventually(lambda: containerd.called("ADD"))
     with pytest.raises(CRIError, match="deadline"):
-        containerd.run("one", limit=1)
-    (container,) = containerd.called("ADD")
+        starting.sandbox()
     eventually(lambda: [verb for verb, _, _ in containerd.calls(container)] == ["ADD", "DEL"])
     thaw(node)
     containerd.end(containerd.run("two"))
@@ -221,7 +223,7 @@ def test_a_host_port_leads_to_the_pod_until_it_ends(node: Node) -> None:
     for address in containerd.cri.addresses(server):  # the pod itself, before the node's port
         eventually(lambda a=address: node.fetch(a, 80).endswith("hello\n"))
     for address in node.addresses:
-        assert node.fetch(address, 8080).endswith("hello\n"), address
+        eventually(lambda a=address: node.fetch(a, 8080).endswith("hello\n"))
     containerd.end(server)
     for address in node.addresses:
         assert node.fetch(address, 8080) == ""
@@ -237,7 +239,8 @@ def test_a_status_that_fails_makes_the_node_not_ready_and_pods_start_all_the_sam
     session = {"peer": "tor", "address": "192.0.2.9", "asNumber": 65001, "state": "Idle"}
     plugin.status(BGPNodeStatus, NODE, {"sessions": [session]})
     try:
-        assert "none of the 1 BGP sessions of node node-1 is up" in cri.network_ready()
+        # A store that takes its time is not asked for long.
+        eventually(lambda: "none of the 1 BGP sessions of node node-1 is up" in cri.network_ready())
         containerd.end(containerd.run("one"))
     finally:
         plugin.status(BGPNodeStatus, NODE, {"sessions": []})

@@ -154,7 +154,8 @@ def test_status_says_that_no_session_is_up(cnitool: Machine) -> None:
     session = {"peer": "tor", "address": "192.0.2.9", "asNumber": 65001, "state": "Idle"}
     cnitool.plugin.status(BGPNodeStatus, NODE, {"sessions": [session]})
     try:
-        code, printed = cnitool.tool("status", pod)
+        # A store that takes its time is not asked for long.
+        code, printed = eventually(lambda: (said := cnitool.tool("status", pod))[0] and said)
         assert code != 0
         assert "none of the 1 BGP sessions of node node-1 is up" in printed
         cnitool.do("del", pod)
