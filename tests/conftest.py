@@ -101,6 +101,12 @@ def eventually(probe: Callable[[], T], *, limit: float = 60, every: float = 0.05
         time.sleep(every)
 
 
+def usable(net: Net, *names: str) -> None:
+    """Waits for the namespaces' IPv6 addresses: without duplicate detection, too, a worker of the kernel's does it."""
+    show = ["ip", "-6", "-oneline", "address", "show", "scope", "global", "tentative"]
+    eventually(lambda: not any(net.run(name, show).stdout for name in names))
+
+
 #: Is told a command line, waits until nobody has the other end any more, then runs it. It is not told as an argument:
 #: tests look for processes that name a lab's folder.
 _WATCHER = "import json, subprocess, sys; subprocess.run(json.loads(sys.stdin.read()), check=False)"

@@ -141,7 +141,7 @@ def test_a_node_that_never_got_a_block_says_so_on_its_node_and_on_the_pod(
 
     async def story() -> None:
         async with recorder(installed) as (events, store):
-            rig = Rig(tmp_path, store=store, clock=SystemClock(), settings=Settings(take_limit=1))  # type: ignore[arg-type]
+            rig = Rig(tmp_path, store=store, clock=SystemClock(), settings=Settings(take_limit=10))  # type: ignore[arg-type]
 
             def tell(news: News) -> None:
                 about = pod_reference(news.pod, news.pod_uid) if news.pod else node_reference("node-1")

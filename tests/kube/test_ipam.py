@@ -15,6 +15,7 @@ from ipam.ledger import Phase
 from ipam.node import Settings
 from lab.kube.audit import count
 from lab.kube.installed import Installed
+from store.base import mutate
 from store.errors import StoreError
 from store.model import (
     ANNOTATION_RELEASE,
@@ -81,8 +82,8 @@ def test_a_dead_nodes_blocks_come_free_by_another_nodes_token(installed: Install
         await dead.down()
         rig = await world.node("node-1")
         await adds(rig, [str(i) for i in range(13)])
-        await world.people.delete(Node, "node-2")
         began = CLOCK.monotonic()
+        await world.people.delete(Node, "node-2")
 
         async def taken() -> bool:
             block = await world.block(left)
@@ -105,8 +106,9 @@ def test_a_block_that_somebody_deleted_by_force_is_there_again(installed: Instal
         assert before is not None
         assert before.metadata.finalizers == (FINALIZER_OWNER,)
         await world.people.delete(IPAMBlock, before.name)
-        marked = await world.people.get(IPAMBlock, before.name)
-        await world.people.update(replace(marked, metadata=replace(marked.metadata, finalizers=())))
+        await mutate(
+            world.people, IPAMBlock, before.name, lambda b: replace(b, metadata=replace(b.metadata, finalizers=()))
+        )
 
         async def again() -> bool:
             block = await world.block(cidr)
@@ -185,6 +187,7 @@ def test_a_burst_of_100_adds_costs_few_writes_and_is_visible_soon(installed: Ins
             added[address] = CLOCK.monotonic()
 
         await asyncio.gather(*(add(str(i)) for i in range(100)))
+        burst = time.time() - began
         assert len(added) == 100
 
         async def visible() -> bool:
@@ -194,7 +197,8 @@ def test_a_burst_of_100_adds_costs_few_writes_and_is_visible_soon(installed: Ins
         # What is still to come of the burst comes within a batch, and the claim ahead within a look at the kernel.
         await asyncio.sleep(1)
         asked = writes()
-        assert 1 <= asked.total() <= 5, asked
+        # A burst that takes its time is told batch by batch: a write for each of its two blocks.
+        assert 1 <= asked.total() <= 5 + 2 * int(burst / Settings().batch), asked
         for i in range(10):
             await add(f"later-{i}")
             await soon(visible)
@@ -225,7 +229,7 @@ def test_with_the_api_server_away_adds_go_on_and_the_mirror_catches_up(installed
                 return False
             return {a: c for a, c in mirror.items() if c != "cbefore"} == expected
 
-        await soon(caught_up, 30)
+        await soon(caught_up)
 
     run(installed, tmp_path, story, SMALL)
 
@@ -266,7 +270,7 @@ def test_nodes_that_race_for_few_blocks_share_none(installed: Installed, tmp_pat
             assert len(owners) == sum(len(rig.ipam.blocks()) for rig in rigs), "one block, two owners"
             return owners == {b.spec.cidr: b.spec.node for b in listing}
 
-        await soon(settled, 20)
+        await soon(settled)
 
     run(installed, tmp_path, story, a_pool("few", "10.7.0.0/27", 30))
 

@@ -347,7 +347,7 @@ def test_a_policy_that_cannot_be_judged_is_an_outage_and_no_fault_of_the_object(
     cluster.apply([policy, binding])
 
     async def test(store: Store) -> None:
-        end = CLOCK.monotonic() + 20
+        end = CLOCK.monotonic() + 60
         while True:
             try:
                 await store.create(IPPool(metadata=Meta(name="early"), spec=IPPoolSpec(cidr="10.0.0.0/16")))
@@ -444,9 +444,9 @@ def test_informers_follow_through_restarts_and_lose_nothing(cluster: Cluster) ->
         stop.set()
         await asyncio.gather(*storms)
         assert refused
-        for _ in range(100):
+        for _ in range(300):
             listing = await listed(store)
-            if dict(informer.items) == {s.name: s for s in listing}:
+            if dict(informer.items) == {s.name: s for s in listing} and not informer.error:
                 break
             await asyncio.sleep(0.2)
         assert dict(informer.items) == {s.name: s for s in await listed(store)}

@@ -30,7 +30,7 @@ class Desk:
 
     def __init__(self, cluster: Cluster, programs: Programs) -> None:
         self.clock = FakeClock()
-        self._http = Http(find_access(str(cluster.kubeconfig())), self.clock, random.Random(1), Limits(connect=1))
+        self._http = Http(find_access(str(cluster.kubeconfig())), self.clock, random.Random(1), Limits(connect=30))
         plane = Plane(programs=programs, folder=cluster.folder, admin_token="", address="192.0.2.7")
         self.kubelets = Kubelets(self._http, self.clock, plane)
 
@@ -124,14 +124,14 @@ def test_pods_follow_what_is_attached(desk: Desk, cluster: Cluster) -> None:
     async def doing() -> None:
         desk.kubelets.attached("node-1", Sandbox("pod-1-1", "aa", ("10.0.0.1", "fd00::1"), {}))
         desk.kubelets.attached("node-1", Sandbox("pod-1-2", "bb", ("10.0.0.2",), {}))
-        await desk.kubelets.settled(limit=20)
+        await desk.kubelets.settled(limit=60)
         first = pod(cluster, "pod-1-1")
         assert first is not None
         assert first[1:] == ("node-1", ("10.0.0.1", "fd00::1"))
         desk.kubelets.detached("pod-1-2")
         # The same name again is another Pod: another sandbox, other addresses.
         desk.kubelets.attached("node-1", Sandbox("pod-1-1", "cc", ("10.0.0.3",), {}))
-        await desk.kubelets.settled(limit=20)
+        await desk.kubelets.settled(limit=60)
         assert pod(cluster, "pod-1-2") is None
         second = pod(cluster, "pod-1-1")
         assert second is not None
@@ -144,7 +144,7 @@ def test_pods_follow_what_is_attached(desk: Desk, cluster: Cluster) -> None:
 def test_what_is_attached_while_the_api_server_is_away_is_written_later(desk: Desk, cluster: Cluster) -> None:
     async def doing() -> None:
         desk.kubelets.attached("node-1", Sandbox("pod-1-1", "aa", ("10.0.0.1",), {}))
-        await desk.kubelets.settled(limit=20)
+        await desk.kubelets.settled(limit=60)
         cluster.kill("kube-apiserver")
         desk.kubelets.attached("node-1", Sandbox("pod-1-2", "bb", ("10.0.0.2",), {}))
         desk.kubelets.detached("pod-1-1")

@@ -416,8 +416,11 @@ def test_a_second_cluster_on_the_same_pool(installed: Installed, tmp_path: Path)
         assert "another cluster" in conditions(rig)["ForeignRoute"]
         assert "via stranger" in conditions(rig)["ForeignRoute"]
         assert "ForeignRoute" in life.heard["node-1"]
-        found = await life.findings()
-        assert any("ForeignRoute" in f["what"] for f in found["ConditionHolds"])
+
+        async def found() -> bool:
+            return any("ForeignRoute" in f["what"] for f in (await life.findings()).get("ConditionHolds", ()))
+
+        await life.until(found)
         # And the first cluster hears of the second as soon as it grows.
         await life.heard_of_all()
         for i in range(40):

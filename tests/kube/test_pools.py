@@ -99,7 +99,7 @@ def test_a_full_large_podcidr_is_mirrored(installed: Installed, tmp_path: Path) 
         async def mirrored() -> bool:
             return len(await rig.mirror()) == BLOCK_LIMIT
 
-        await soon(mirrored, 30)
+        await soon(mirrored)
 
     run(installed, tmp_path, story, SIX)
 
@@ -120,7 +120,7 @@ def test_single_addresses_are_blocks_that_come_and_go_with_their_pod(installed: 
             except Exhausted:
                 return False
 
-        await soon(moved, 20)
+        await soon(moved)
         assert (await world.people.get(IPAMBlock, block_name("10.6.0.7/32"))).spec.node == "node-2"
 
     run(installed, tmp_path, story, a_pool("f4", "10.6.0.0/24", 32), a_pool("f6", "fd00:6::/120", 128))
@@ -177,7 +177,7 @@ def test_a_disabled_pool_gives_nothing_more_and_its_blocks_go_back(installed: In
         async def gone() -> bool:
             return all(cidr.startswith("10.6.3.") for cidr in await rig.own_blocks())
 
-        await soon(gone, 20)
+        await soon(gone)
 
     run(installed, tmp_path, story, a_pool("small", "10.6.2.0/24", 28))
 

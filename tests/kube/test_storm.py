@@ -213,7 +213,7 @@ def test_a_bad_day_of_the_api_server_loses_nothing(installed: Installed, tmp_pat
                 return False
 
         try:
-            await soon(caught_up, 30)
+            await soon(caught_up)
         except TimeoutError:
             behind = [rig.node for rig in world.rigs if not await mirrors(rig)]
             raise AssertionError(f"mirrors behind: {behind}; informers: {await lost(world)}") from None

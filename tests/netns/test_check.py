@@ -242,7 +242,7 @@ def test_several_interfaces_of_a_container_are_each_their_own(pod: Pod) -> None:
         plugin.call("ADD", f"{pod.container}x", "elsewhere")
         for address in (*second.addresses, pod.four, pod.six):
             plain = address.partition("/")[0]
-            ping = plugin.net.run("elsewhere", ["ping", "-c", "1", "-W", "2", plain], check=False)
+            ping = plugin.net.run("elsewhere", ["ping", "-c", "1", "-W", "20", plain], check=False)
             assert ping.returncode == 0, f"{address}: {ping.stdout}"
         plugin.call("DEL", f"{pod.container}x", "elsewhere")
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cni import install, installer, netns
 from cni.install import InstallError
 from lab.net import Net
-from tests.netns.plugin import NODE, ROOT, Plugin
+from tests.netns.plugin import NODE, ROOT, Plugin, stopped
 
 MEANT = install.conflist(mtu=1400)
 OTHER = '{"cniVersion": "1.0.0", "name": "other", "plugins": [{"type": "bridge"}]}'
@@ -288,7 +288,8 @@ def test_an_executed_binary_may_be_taken_away(plugin: Plugin, tmp_path: Path) ->
     waiting = plugin.popen("ADD", "c1", "pod-1")
     assert install.uninstall(tmp_path / "bin", tmp_path / "net.d", pods=0).gone == (plugin.shim,)
     plugin.shim = built
-    plugin.start()
+    with stopped(waiting.pid):
+        plugin.start()
     assert "ips" in json.loads(waiting.communicate(timeout=60)[0])
 
 

@@ -21,6 +21,7 @@ from lab.processes import Daemon, children_of
 from lab.runtime import Runtime
 from lab.topology import Topology
 from store.clock import SystemClock
+from tests.conftest import usable
 
 A = Pod("a", ("192.0.2.1", "2001:db8::1"))
 B = Pod("b", ("192.0.2.2", "2001:db8::2"))
@@ -33,12 +34,13 @@ def pair(net: Net) -> Net:
     net.link("a", "b", "b", "a")
     for pod, port in ((A, "b"), (B, "a")):
         net.address(pod.name, port, [f"{pod.addresses[0]}/24", f"{pod.addresses[1]}/64"])
+    usable(net, A.name, B.name)
     return net
 
 
-def measure(net: Net, *pods: Pod) -> Report:
+def measure(net: Net, *pods: Pod, limit: float = 60) -> Report:
     async def run() -> Report:
-        return await Prober(net).measure(pods, nodes=2, probes=3, limit=0.5)
+        return await Prober(net).measure(pods, nodes=2, probes=3, limit=limit)
 
     return asyncio.run(run())
 
@@ -61,7 +63,7 @@ def test_the_prober_sees_that_a_source_is_not_the_senders_own(pair: Net) -> None
 
 def test_the_prober_counts_what_is_lost(pair: Net) -> None:
     pair.ip("b", ["route add blackhole 2001:db8::1/128"])
-    report = measure(pair, A, B)
+    report = measure(pair, A, B, limit=5)
     assert {(p.sender, p.family): p.sent - p.answered for p in report.paths} == {
         ("a", 4): 0,
         ("b", 4): 0,

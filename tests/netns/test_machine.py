@@ -14,6 +14,7 @@ from ctl.machine import Where, read
 from ctl.preflight import Check, checks
 from lab.net import Net
 from store.clock import SystemClock
+from tests.conftest import usable
 
 
 class Node:
@@ -26,6 +27,7 @@ class Node:
         net.address("node", "eth0", ["192.0.2.1/24", "2001:db8::1/64"])
         net.address("tor", "down0", ["192.0.2.254/24", "2001:db8::fe/64"])
         net.ip("node", ["route add default via 192.0.2.254"])
+        usable(net, "node", "tor")
 
     def check(self, *peers: str) -> dict[str, Check]:
         where = Where(root=self.root, run=self.root / "run", node="node-1", store="", peers=peers)

@@ -10,6 +10,7 @@ import pytest
 from lab.net import Net
 from lab.pinger import Member, Path, Told
 from lab.pings import Pings, pinging
+from tests.conftest import usable
 
 ADDRESSES = {"a": ("192.0.2.1", "2001:db8::1"), "b": ("192.0.2.2", "2001:db8::2")}
 BOTH_WAYS = ((0, 1), (1, 0))
@@ -23,6 +24,7 @@ def members(net: Net) -> list[Member]:
     for name, port in (("a", "b"), ("b", "a")):
         v4, v6 = ADDRESSES[name]
         net.address(name, port, [f"{v4}/24", f"{v6}/64"])
+    usable(net, *ADDRESSES)
     return [Member(name, str(net.path(name)), addresses) for name, addresses in ADDRESSES.items()]
 
 

@@ -20,7 +20,7 @@ from agent.rib import Selection
 from cni import netns
 from cni.marks import LINK_GROUP, METRIC_BLOCKS, METRIC_IMPORTS, METRIC_PODS, PROTO_BLOCKS, PROTO_IMPORTS, PROTO_PODS
 from lab.net import Net
-from tests.conftest import eventually
+from tests.conftest import eventually, usable
 
 ALL = frozenset((p, f) for p in (PROTO_BLOCKS, PROTO_IMPORTS) for f in ("ipv4 unicast", "ipv6 unicast"))
 
@@ -58,6 +58,7 @@ class Node:
             net.link("node-1", f"up{tor}", f"tor-{tor}", "south")
             net.address("node-1", f"up{tor}", [f"10.0.{tor}.1/31", f"fd00:0:{tor}::1/127"])
             net.address(f"tor-{tor}", "south", [f"10.0.{tor}.0/31", f"fd00:0:{tor}::/127"])
+        usable(net, "node-1", "tor-1", "tor-2")
         fd = os.open(net.path("node-1"), os.O_RDONLY)
         with netns.inside(fd):
             self.kernel = Kernel()

@@ -293,7 +293,7 @@ def test_pods_may_keep_their_wiring(machine: Machine) -> None:
     kept = "\n".join(line for line in said if line.startswith("kept"))
     assert "kept: 1 pods: link, routes and source check of each, ul" in kept
     assert "those pods need it" in kept
-    machine.net.run("node", ["ping", "-c", "1", "-W", "2", machine.address])
+    machine.net.run("node", ["ping", "-c", "1", "-W", "20", machine.address])
     now = machine.snapshot()
     more = [line for line in now["route"] if line not in machine.before["route"]]
     assert len(more) == 2

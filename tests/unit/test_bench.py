@@ -152,12 +152,16 @@ def test_programs_that_run_beside_each_other_are_timed_each(tmp_path: Path) -> N
 
     async def main() -> None:
         began = time.monotonic()
-        slow = Call(["/bin/sleep", "0.3"], {}, stdin=null, stdout=tmp_path / "slow")
+        go = tmp_path / "go"
+        wait = f"while ! [ -e {go} ]; do sleep 0.05; done; sleep 0.3"
+        slow = Call(["/bin/sh", "-c", wait], {}, stdin=null, stdout=tmp_path / "slow")
         quick = Call(["/bin/true"], {}, stdin=null, stdout=tmp_path / "quick")
         bad = Call(["/bin/sh", "-c", "echo why; exit 3"], {}, stdin=null, stdout=tmp_path / "bad")
-        ends = await asyncio.gather(slow.ended(), quick.ended())
-        assert ends[1] < ends[0]
-        assert ends[0] - began >= 0.3
+        first = await quick.ended()
+        go.touch()
+        last = await slow.ended()
+        assert first < last
+        assert last - began >= 0.3
         with pytest.raises(SpawnError, match="ended with 3: why"):
             await bad.ended()
 

@@ -8,11 +8,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from cni.endpoint import Address, AddressError, Endpoint, Page, Reply, Settings, health, parse_address
 from store.clock import SystemClock
 
-SETTINGS = Settings(connections=2, limit=1.0, retry=0.05)
+SETTINGS = Settings(connections=2, limit=30.0, retry=0.05)
 
 
 def said(query: Mapping[str, str]) -> Reply:
@@ -28,12 +29,17 @@ PAGES: dict[str, Page] = {
 }
 
 
-def serve(address: Address, story: Callable[[], Awaitable[None]], page: Callable[[], bytes] | None = None) -> None:
+def serve(
+    address: Address,
+    story: Callable[[], Awaitable[None]],
+    page: Callable[[], bytes] | None = None,
+    limit: float = SETTINGS.limit,
+) -> None:
     """Runs the story beside an endpoint, and looks that it lived on. ``page`` is what ``/metrics`` says."""
     pages = PAGES | ({"/metrics": lambda _: Reply(page())} if page else {})
 
     async def main() -> None:
-        running = asyncio.create_task(Endpoint(address, pages, SystemClock(), SETTINGS).run())
+        running = asyncio.create_task(Endpoint(address, pages, SystemClock(), replace(SETTINGS, limit=limit)).run())
         try:
             await story()
             assert not running.done()
@@ -167,7 +173,7 @@ def test_who_says_nothing_is_cut_off_and_does_not_keep_others_out(tmp_path: Path
         assert all(answer.startswith(b"HTTP/1.1 408") for answer in await asyncio.gather(*silent))
         assert (await ask(where, b"GET /metrics HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 200")
 
-    serve(where, story)
+    serve(where, story, limit=5.0)
 
 
 def test_a_page_that_fails_is_a_500(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ async def until(journal: list[str], *wanted: str) -> None:
 
 
 async def _eventually(true: Callable[[], bool]) -> None:
-    end = asyncio.get_running_loop().time() + 20
+    end = asyncio.get_running_loop().time() + 60
     while not true():
         assert asyncio.get_running_loop().time() < end
         await asyncio.sleep(0.01)
