@@ -37,6 +37,8 @@ from tests.ipam_fakes import Rig, attachment
 from tests.ipam_fakes import pool as a_pool
 from tests.kube.world import CLOCK, COLLECTED, World
 
+pytestmark = pytest.mark.timeout(360)
+
 UNDERLAYCTL = Path(sys.executable).parent / "underlayctl"
 SETTINGS = Settings(rest=1.0, withdrawn=0.2, blackhole_limit=0.3, backoff_max=0.5)
 SMALL = a_pool("small", "10.1.0.0/24", 28)
@@ -249,7 +251,7 @@ class Life(World):
 
 def live(installed: Installed, folder: Path, story: Callable[[Life], Awaitable[None]], *pools: IPPool) -> None:
     async def main() -> None:
-        async with asyncio.timeout(150):
+        async with asyncio.timeout(280):
             life = Life(installed, folder)
             try:
                 for pool in pools:

@@ -35,8 +35,9 @@ SETTINGS = Settings(
     recheck=2.0,
     node_needed=True,
 )
-#: Seconds in which Kubernetes' garbage collector deletes what a Node owned: at once, or in its next round.
-COLLECTED = 40.0
+#: Seconds in which Kubernetes' garbage collector deletes what a Node owned: at once, or in its next round; and where an
+#: API server was killed before, when the collector's watches, which wait up to a minute then, are back.
+COLLECTED = 120.0
 CLOCK = SystemClock()
 
 
