@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from agent.bgp.history import History
 from agent.bgp.model import Capabilities, SessionChanges, SessionUp
 from lab.net import Net
-from tests.bgp.conftest import SESSIONS, Node, run, session, until
+from tests.bgp.conftest import SESSIONS, Node, ended, run, session, until
 from tests.bgp.routers import NODE4, TOR4, TOR6, TOR_AS, Router
 from tests.bgp.test_peers import secured
 
@@ -35,7 +35,14 @@ def says(node: Node, peer: str, why: str) -> bool:
     return True
 
 
-def test_what_was_agreed_on_and_what_the_ends_said(router: Router, node: Node) -> None:
+def quiet(net: Net) -> bool:
+    """The router has read all that came, and all that it sent has arrived. Else, when it closes its connection, its
+    kernel resets it and takes what still waits to be sent away, and with it the NOTIFICATION (RFC 1122, 4.2.2.13)."""
+    shown = net.run("tor", ["ss", "-Htn", "state", "established", "( sport = :179 or dport = :179 )"])
+    return [line.split()[:2] for line in shown.stdout.splitlines()] == [["0", "0"]] * 2
+
+
+def test_what_was_agreed_on_and_what_the_ends_said(router: Router, node: Node, net: Net) -> None:
     """A shutdown with a message (RFC 9003), and an AS number that is not the router's; both still known to the next
     agent, as the relay remembers them."""
     said = 'the peer said: Cease, Administrative Shutdown: "maintenance of rack 7"'
@@ -51,6 +58,7 @@ def test_what_was_agreed_on_and_what_the_ends_said(router: Router, node: Node) -
             expected = Capabilities(refresh=True, enhanced=True, asn4=True, hold_time=9, router_id=TOR4)
             assert agreed.capabilities == expected
             assert (agreed.helper, agreed.restart_time) == (True, 60)
+            await until(lambda: len(ended(events)) == 4 and quiet(net))
             router.ask(*SHUTDOWN[router.kind])  # type: ignore[attr-defined]
             await until(lambda: says(node, TOR4, said))
             driver.set_sessions(frozenset({session("4"), session("6", peer_as=65009)}))
