@@ -33,6 +33,13 @@ FIRST = Ends(NODE4, TOR4, NODE6, TOR6)
 SECOND = Ends("10.0.2.1", "10.0.2.2", "fd00:2::1", "fd00:2::2")
 
 
+def connections(net: Net, name: str) -> dict[str, tuple[str, str]]:
+    """The BGP connections of a namespace that are up: as its kernel names them, by which one that was made anew is
+    another, and how many bytes nobody has read yet, and how many are not acknowledged."""
+    shown = net.run(name, ["ss", "-Htn", "state", "established", "( sport = :179 or dport = :179 )"]).stdout
+    return {" ".join(ends): (unread, unacked) for unread, unacked, *ends in map(str.split, shown.splitlines())}
+
+
 def wire(net: Net) -> None:
     """Namespaces ``node`` and ``tor`` with one link, dual stack."""
     net.add("node", forwarding=True)

@@ -38,7 +38,7 @@ from store.model import (
     block_name,
 )
 from store.open import open_store
-from tests.bgp.routers import TOR_AS, await_zebra, let_root_run_frr
+from tests.bgp.routers import TOR_AS, await_zebra, connections, let_root_run_frr
 from tests.conftest import eventually
 
 T = TypeVar("T")
@@ -207,8 +207,7 @@ class Segment:
 
     def connections(self, number: int) -> set[str]:
         """The node's BGP connections, as the kernel names them: a session that flapped has another port."""
-        shown = self.net.run(name(number), ["ss", "-Htn", "state", "established", "( sport = :179 or dport = :179 )"])
-        return {" ".join(line.split()[-2:]) for line in shown.stdout.splitlines()}
+        return set(connections(self.net, name(number)))
 
     def log(self, number: int) -> str:
         """What ExaBGP wrote."""

@@ -11,7 +11,7 @@ from agent.bgp.history import History
 from agent.bgp.model import Capabilities, SessionChanges, SessionUp
 from lab.net import Net
 from tests.bgp.conftest import SESSIONS, Node, ended, run, session, until
-from tests.bgp.routers import NODE4, TOR4, TOR6, TOR_AS, Router
+from tests.bgp.routers import NODE4, TOR4, TOR6, TOR_AS, Router, connections
 from tests.bgp.test_peers import secured
 
 SHUTDOWN = {
@@ -38,8 +38,7 @@ def says(node: Node, peer: str, why: str) -> bool:
 def quiet(net: Net) -> bool:
     """The router has read all that came, and all that it sent has arrived. Else, when it closes its connection, its
     kernel resets it and takes what still waits to be sent away, and with it the NOTIFICATION (RFC 1122, 4.2.2.13)."""
-    shown = net.run("tor", ["ss", "-Htn", "state", "established", "( sport = :179 or dport = :179 )"])
-    return [line.split()[:2] for line in shown.stdout.splitlines()] == [["0", "0"]] * 2
+    return list(connections(net, "tor").values()) == [("0", "0")] * 2
 
 
 def test_what_was_agreed_on_and_what_the_ends_said(router: Router, node: Node, net: Net) -> None:

@@ -58,9 +58,8 @@ class World:
         return self.honest.table().keys() == {OWN4, OWN6}
 
     def sessions(self) -> set[str]:
-        """The honest ToR's, as its kernel names them: one that flapped has another port."""
-        shown = self.net.run("tor2", ["ss", "-Htn", "state", "established", "( sport = :179 or dport = :179 )"])
-        return {" ".join(line.split()[-2:]) for line in shown.stdout.splitlines()}
+        """The honest ToR's connections: a session that flapped has another."""
+        return set(routers.connections(self.net, "tor2"))
 
     def own_routes(self) -> list[str]:
         """All routes that are not ours; link-local ones come when they will."""
